@@ -1,0 +1,453 @@
+"""The built-in task: what its documentation promises, against the simulator and plain geometry."""
+import numpy as np
+import pytest
+
+import tabletop
+from tabletop import INSTRUCTIONS, MAX_STEPS, WALL, WALL_Y, ZONE, ZONES, Expert, Tabletop, demonstrations
+
+LOW_DIM = {"robot0_eef_pos": 2, "robot0_gripper_qpos": 1, "object": 9, "goal": 4}
+CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
+
+
+def rollout(env, obs, expert):
+    """Run to the end: the last step's return and what happened on the way, each (steps, n, ...)."""
+    history = []
+    while True:
+        action = expert.act(obs)
+        result = env.step(action)
+        history.append({"action": action, "before": obs, "gripper": env.gripper.copy(), "reward": result[1]})
+        obs, info = result[0], result[-1]
+        if (info["outcome"] != "running").all():
+            return result, {key: [h[key] for h in history] for key in history[0]}
+
+
+def still(env, gripper=-1.0):
+    """The action that asks the arm to stay where it is."""
+    return np.column_stack([env.gripper, np.full(env.n, gripper)])
+
+
+# ------------------------------------------------------------------------------------------------- the expert
+
+def test_expert_always_succeeds_and_takes_both_sides():
+    n = 1000
+    env = Tabletop(n, cameras=False)
+    obs, info = env.reset(seed=50_000)
+    (_, _, terminated, truncated, info), history = rollout(env, obs, Expert(env, seed=3))
+    assert info["success"].all() and (info["outcome"] == "success").all()
+    assert terminated.all() and not truncated.any()
+    assert (np.sum(history["reward"], axis=0) == 1).all()               # paid exactly once
+
+    # The side, seen in the motion: where the gripper first is beyond the wall's line.
+    way = np.stack(history["gripper"])                                  # (steps, n, 2)
+    first = (way[..., 1] > WALL_Y).argmax(0)
+    left = way[first, np.arange(n), 0] < 0
+    assert abs(left.sum() - n / 2) < 4 * np.sqrt(n / 4)                 # four deviations of a fair coin
+    # ... and it is not told by the task: within each instruction, and however near a block is to one end.
+    asked = env.instruction
+    block_x = history["before"][0]["object"][np.arange(n), 2 * (asked // 2)]
+    for group in [asked == i for i in range(4)] + [block_x < -0.4, block_x > 0.4]:
+        assert group.sum() > 100
+        assert abs(left[group].sum() - group.sum() / 2) < 4 * np.sqrt(group.sum() / 4)
+
+
+def test_expert_never_touches_the_wall_and_moves_within_its_speed():
+    env = Tabletop(300, cameras=False)
+    obs, _ = env.reset(seed=0)
+    _, history = rollout(env, obs, Expert(env, seed=0))
+    way = np.stack([history["before"][0]["robot0_eef_pos"], *history["gripper"]])
+    assert np.linalg.norm(np.diff(way, axis=0), axis=-1).max() <= tabletop.SPEED + 1e-6
+    # Independent of touches_wall: points sampled densely along each step lie outside of the wall.
+    for f in np.linspace(0, 1, 21):
+        point = way[:-1] * (1 - f) + way[1:] * f - [0, WALL_Y]
+        assert not (np.abs(point) <= WALL).all(-1).any()
+    actions = np.stack(history["action"])
+    assert actions.dtype == np.float32 and np.abs(actions).max() <= 1
+    assert set(np.unique(actions[..., 2])) == {-1.0, 1.0}
+
+
+def test_the_old_instruction_is_a_failure_under_the_new_one():
+    n = 200
+    env = Tabletop(n, cameras=False)
+    old, _ = env.reset(seed=0)
+    expert, asked = Expert(env, seed=0), env.instruction.copy()
+    for swap in (1, 2, 3):                          # other zone, other block, both
+        new, info = env.reset(seed=0, options={"instruction": asked ^ swap})
+        # Only the request has changed, not the scene.
+        np.testing.assert_array_equal(old["robot0_eef_pos"], new["robot0_eef_pos"])
+        np.testing.assert_array_equal(old["object"][:, :4], new["object"][:, :4])
+        assert info["instruction"] == [INSTRUCTIONS[i] for i in asked ^ swap]
+        (_, _, terminated, _, info), _ = rollout(env, new, expert)
+        assert (info["outcome"] == "wrong").all() and terminated.all() and not info["success"].any()
+
+
+# -------------------------------------------------------------------------------------------------- resetting
+
+def test_a_start_is_a_function_of_its_seed_alone():
+    many, _ = Tabletop(7, cameras=False).reset(seed=100)                # seeds 100 .. 106
+    for i in (0, 3, 6):
+        one, _ = Tabletop(1, cameras=False).reset(seed=100 + i)
+        for key in LOW_DIM:
+            np.testing.assert_array_equal(one[key][0], many[key][i])
+    shuffled, _ = Tabletop(3, cameras=False).reset(seed=[105, 100, 105])
+    for key in LOW_DIM:
+        np.testing.assert_array_equal(shuffled[key], many[key][[5, 0, 5]])
+    env = Tabletop(7, cameras=False)
+    a, b = env.reset()[0], env.reset()[0]                               # unseeded starts differ
+    assert not np.array_equal(a["object"], b["object"])
+
+
+def test_starts_are_where_the_documentation_has_them():
+    env = Tabletop(2000, cameras=False)
+    obs, info = env.reset(seed=0)
+    assert {key: value.shape[1] for key, value in obs.items()} == LOW_DIM
+    assert all(value.dtype == np.float32 for value in obs.values())
+    red, blue = obs["object"][:, 0:2], obs["object"][:, 2:4]
+    assert np.linalg.norm(red - blue, axis=1).min() > 0.35
+    for block in (red, blue):
+        assert np.abs(block[:, 0]).max() <= 0.8 and block[:, 1].min() >= -0.85 and block[:, 1].max() <= -0.3
+    assert (obs["robot0_gripper_qpos"] == 1).all() and (obs["object"][:, 8] == 0).all()
+    assert (info["outcome"] == "running").all()
+    # goal, instruction and the relative part of `object` say the same thing.
+    for i in range(env.n):
+        block, zone = obs["goal"][i, :2].argmax(), obs["goal"][i, 2:].argmax()
+        colour, side = ("red", "blue")[block], ("left", "right")[zone]
+        assert info["instruction"][i] == f"put the {colour} block in the {side} zone"
+        relative = np.concatenate([(red, blue)[block][i], ZONES[zone]]) - np.tile(obs["robot0_eef_pos"][i], 2)
+        np.testing.assert_allclose(obs["object"][i, 4:8], relative, atol=1e-6)
+    assert (np.bincount(env.instruction) > 400).all()                   # about 500 of each
+
+
+def test_stepping_together_equals_stepping_one_at_a_time():
+    n = 5
+    together = Tabletop(n, image_size=16)
+    alone = [Tabletop(1, image_size=16) for _ in range(n)]
+    obs, _ = together.reset(seed=20)
+    for i, env in enumerate(alone):
+        env.reset(seed=20 + i)
+    expert = Expert(together, seed=0)
+    rng = np.random.default_rng(0)
+    for t in range(MAX_STEPS):
+        action = expert.act(obs)
+        action[:, :2] += rng.normal(0, 0.02, (n, 2))
+        obs, reward, terminated, truncated, info = together.step(action)
+        for i, env in enumerate(alone):
+            o, r, te, tr, inf = env.step(action[i:i + 1])
+            for key in obs:
+                np.testing.assert_array_equal(o[key][0], obs[key][i], err_msg=f"{key}, step {t}")
+            assert (r[0], te[0], tr[0]) == (reward[i], terminated[i], truncated[i])
+            assert inf["outcome"][0] == info["outcome"][i]
+
+
+# ---------------------------------------------------------------------------------------------- the mechanics
+
+def test_the_wall_cancels_a_move_and_does_not_let_it_slide():
+    env = Tabletop(3, cameras=False)
+    env.reset(seed=0)
+    env.gripper[:] = [0.1, 0.05]
+    below = env.gripper.copy()
+    # Straight on, and slanting (where sliding would show as a motion along x): all of it is cancelled. The
+    # third passes by just below the wall and is free to.
+    action = np.array([[0.1, 0.9, -1], [0.9, 0.5, -1], [0.9, 0.05, -1]])
+    env.step(action)
+    np.testing.assert_array_equal(env.gripper[:2], below[:2])
+    np.testing.assert_allclose(env.gripper[2], [0.1 + tabletop.SPEED, 0.05])
+    for _ in range(MAX_STEPS):
+        *_, terminated, truncated, info = env.step(action)
+    np.testing.assert_array_equal(env.gripper[:2], below[:2])
+    assert info["outcome"].tolist() == ["wall", "wall", "timeout"]
+    assert truncated.all() and not terminated.any()
+
+
+def test_the_whole_path_counts_not_only_its_end():
+    # A thin corner: both ends of the step are outside of the wall, the way between them cuts it.
+    env = Tabletop(1, cameras=False)
+    env.reset(seed=0)
+    env.gripper[0] = start = [0.38, 0.05]
+    env.step([[0.42, 0.09, -1]])
+    np.testing.assert_array_equal(env.gripper[0], start)
+    # Against densely sampled points.
+    rng = np.random.default_rng(0)
+    start = rng.uniform([-0.6, -0.1], [0.6, 0.3], (3000, 2))
+    end = start + rng.uniform(-0.1, 0.1, (3000, 2))
+    sampled = np.zeros(3000, bool)
+    for f in np.linspace(0, 1, 2001):
+        sampled |= (np.abs(start * (1 - f) + end * f - [0, WALL_Y]) <= WALL).all(1)
+    touched = tabletop.touches_wall(start, end)
+    assert 0.1 < touched.mean() < 0.9
+    assert not (sampled & ~touched).any()                               # nothing gets through
+    assert (sampled != touched).mean() < 0.002                          # grazes between two samples
+
+
+def test_grasp_carry_and_release():
+    env = Tabletop(1, cameras=False)
+    obs, _ = env.reset(seed=0, options={"instruction": 0})              # red, left
+    env.gripper[0] = env.blocks[0, 0] + [0.1, 0]                        # within reach of the fingers
+    apertures = []
+    for _ in range(2):
+        obs, *_ = env.step(still(env, gripper=1))
+        apertures.append(obs["robot0_gripper_qpos"][0, 0])
+    assert apertures == [0.5, 0.0] and obs["object"][0, 8] == 1 and env.held[0] == 0
+    np.testing.assert_array_equal(env.blocks[0, 0], env.gripper[0])
+    obs, *_ = env.step([[env.gripper[0, 0] - 0.05, env.gripper[0, 1], 1]])
+    np.testing.assert_array_equal(env.blocks[0, 0], env.gripper[0])     # it comes along
+    # Let go on the open table: nothing is decided, the block stays, and it can be fetched again.
+    obs, *_, info = env.step(still(env))
+    assert info["outcome"][0] == "running" and obs["object"][0, 8] == 0
+    dropped = env.blocks[0, 0].copy()
+    env.step([[0, 0, -1]])
+    np.testing.assert_array_equal(env.blocks[0, 0], dropped)
+    rollout(env, env._obs(), Expert(env))
+    assert env.outcome[0] == "success"
+
+
+@pytest.mark.parametrize("x, y, outcome", [
+    (0.0, 0.0, "success"), (0.19, -0.19, "success"), (0.21, 0.0, "running"), (0.0, -0.21, "running"),
+    (1.1, 0.0, "wrong")])                                               # 1.1 further right is the other zone
+def test_success_is_decided_by_where_the_block_is_released(x, y, outcome):
+    env = Tabletop(1, cameras=False)
+    env.reset(seed=0, options={"instruction": 2})                       # blue, left
+    env.held[0], env.aperture[0] = 1, 0
+    env.gripper[0] = env.blocks[0, 1] = ZONES[0] + [x, y]
+    assert ZONE[0] == ZONE[1] == 0.2
+    _, reward, terminated, _, info = env.step(still(env))
+    assert info["outcome"][0] == outcome and terminated[0] == (outcome != "running")
+    assert reward[0] == info["success"][0] == (outcome == "success")
+
+
+def test_a_closed_gripper_that_stays_put_in_the_zone_is_no_success():
+    env = Tabletop(1, cameras=False)
+    env.reset(seed=0)
+    env.held[0], env.aperture[0] = env.instruction[0] // 2, 0
+    env.gripper[0] = env.blocks[0, env.held[0]] = ZONES[env.instruction[0] % 2]
+    for _ in range(MAX_STEPS):
+        _, reward, terminated, truncated, info = env.step(still(env, gripper=1))
+        assert reward[0] == 0
+    assert info["outcome"][0] == "timeout" and truncated[0] and not terminated[0]
+
+
+def test_finished_episodes_are_frozen():
+    env = Tabletop(20, image_size=16)
+    obs, _ = env.reset(seed=0)
+    (obs, _, terminated, truncated, info), _ = rollout(env, obs, Expert(env))
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        later, reward, te, tr, inf = env.step(rng.uniform(-1, 1, (20, 3)))
+        for key in obs:
+            np.testing.assert_array_equal(later[key], obs[key])
+        assert not reward.any()
+        np.testing.assert_array_equal(te, terminated)
+        np.testing.assert_array_equal(tr, truncated)
+        np.testing.assert_array_equal(inf["outcome"], info["outcome"])
+
+
+@pytest.mark.parametrize("action, says", [
+    (np.zeros((2, 2)), r"shape \(2, 3\).*not \(2, 2\)"),
+    (np.zeros(3), r"shape \(2, 3\).*not \(3,\)"),
+    ([[0, 0, 0], [0, np.nan, 0]], "episode 1 is not finite"),
+    ([[np.inf, 0, 0], [0, 0, 0]], "episode 0 is not finite")])
+def test_invalid_actions_are_refused_in_one_line(action, says):
+    env = Tabletop(2, cameras=False)
+    with pytest.raises(ValueError, match="reset"):
+        env.step(np.zeros((2, 3)))
+    env.reset(seed=0)
+    before = env.gripper.copy()
+    with pytest.raises(ValueError, match=says) as error:
+        env.step(action)
+    assert "\n" not in str(error.value)
+    np.testing.assert_array_equal(env.gripper, before)
+
+
+@pytest.mark.parametrize("arguments", [{"seed": [1, 2, 3]}, {"seed": -1}, {"seed": 0.5},
+                                       {"seed": 0, "options": {"instruction": 4}},
+                                       {"seed": 0, "options": {"instruction": [0, 1, 2]}},
+                                       {"seed": 0, "options": {"instuction": 0}}])
+def test_invalid_resets_are_refused_in_one_line(arguments):
+    with pytest.raises(ValueError) as error:
+        Tabletop(2).reset(**arguments)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ the cameras
+
+def share_of_red(image):
+    """How much of a pixel the red block covers, 0..1, told by the excess of red over the other colours."""
+    image = image.astype(float)
+    excess = image[..., 0] - np.maximum(image[..., 1], image[..., 2])
+    table, red = (c[0] - max(c[1], c[2]) for c in (tabletop.TABLE, tabletop.RED))
+    share = (excess - table) / (red - table)
+    return np.where(share < 0.02, 0, share)             # the wall is a trace redder than the table
+
+
+def test_both_cameras_show_the_red_block_where_its_coordinates_say():
+    n, size = 60, 64
+    env = Tabletop(n, image_size=size)
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    # Everything else is put out of the way; the gripper is near the block, not above it.
+    env.blocks[:, 0] = rng.uniform([-0.8, -0.8], [0.8, -0.4], (n, 2))
+    env.blocks[:, 1] = [0, -5]
+    env.gripper = env.blocks[:, 0] + rng.uniform([-0.05, 0.2], [0.05, 0.28], (n, 2))
+    obs = env._obs()
+    i = np.arange(size) + 0.5
+    for key, centre, extent in (("agentview_image", np.zeros((n, 2)), 1.0),
+                                ("robot0_eye_in_hand_image", env.gripper, tabletop.HAND_VIEW)):
+        assert obs[key].shape == (n, size, size, 3) and obs[key].dtype == np.uint8
+        weight = share_of_red(obs[key])
+        pixel = 2 * extent / size
+        x = (weight.sum(1) * i).sum(1) / weight.sum((1, 2)) * pixel - extent + centre[:, 0]
+        y = -((weight.sum(2) * i).sum(1) / weight.sum((1, 2)) * pixel - extent) + centre[:, 1]
+        # A twentieth of a pixel: only anti-aliased edges can tell so exactly where a block is.
+        error = np.abs(np.column_stack([x, y]) - env.blocks[:, 0]).max()
+        assert error < 0.05 * pixel, f"{key}: off by {error / pixel:.2f} pixels"
+        area = weight.sum((1, 2)) * pixel**2
+        np.testing.assert_allclose(area, 4 * tabletop.BLOCK.prod(), rtol=0.03)
+
+
+def test_edges_are_anti_aliased_in_proportion_to_what_they_cover():
+    env = Tabletop(1)
+    env.reset(seed=0)
+    pixel, half = 2 / 64, tabletop.BLOCK[0]
+    env.blocks[0, 1] = env.gripper[0] = [0, -5]
+    red = []
+    for part in (0.0, 0.25, 0.5, 0.75, 1.0):                            # of pixel column 40 to be covered
+        env.blocks[0, 0] = [8 * pixel + part * pixel - half, -0.5]      # right edge of the block
+        red.append(share_of_red(env._obs()["agentview_image"][0, 47, 40]))
+    np.testing.assert_allclose(red, [0, 0.25, 0.5, 0.75, 1], atol=0.02)
+
+
+def test_pictures_tell_open_closed_and_held_apart_but_not_the_instruction():
+    env = Tabletop(4)
+    env.reset(seed=0, options={"instruction": [0, 1, 2, 3]})
+    env.gripper[:], env.blocks[:] = env.gripper[0], env.blocks[0]
+    same = env._obs()
+    for key in CAMERAS:
+        assert (same[key] == same[key][0]).all()                        # the words alone tell what is asked
+    env.aperture[:] = [1, 0.5, 0, 0]
+    env.gripper[3] = env.blocks[3, 0]
+    seen = env._obs()
+    for key in CAMERAS:
+        for a in range(4):
+            for b in range(a):
+                assert np.abs(seen[key][a].astype(int) - seen[key][b]).max() > 60
+    # A held block is in view, in both cameras, in its own colour.
+    assert share_of_red(seen["robot0_eye_in_hand_image"][3]).sum() > 100
+    assert share_of_red(seen["agentview_image"][3]).sum() > 15
+
+
+def test_beyond_the_table_the_hand_sees_the_floor():
+    env = Tabletop(1)
+    env.reset(seed=0)
+    env.gripper[0] = [0.95, -0.95]
+    corner = env._obs()["robot0_eye_in_hand_image"][0]
+    assert tuple(corner[-1, -1]) == tabletop.FLOOR and tuple(corner[0, 0]) == tabletop.TABLE
+
+
+# --------------------------------------------------------------------------------------------- demonstrations
+
+def test_demonstrations_have_the_promised_form():
+    demos = demonstrations(40, seed=1)
+    for d in demos:
+        T = len(d["actions"])
+        assert T >= 2 and d["actions"].shape == (T, 3) and d["actions"].dtype == np.float32
+        assert np.abs(d["actions"]).max() <= 1
+        assert {k: v.shape for k, v in d["obs"].items()} == {k: (T, size) for k, size in LOW_DIM.items()}
+        assert d["instruction"] in INSTRUCTIONS and 0 <= d["episode"] < 40 and isinstance(d["episode"], int)
+        goal = d["obs"]["goal"][0]
+        assert INSTRUCTIONS[2 * goal[1].astype(int) + goal[3].astype(int)] == d["instruction"]
+
+
+def test_demonstrations_are_deterministic_and_continue_with_n():
+    few, more = demonstrations(10, seed=4), demonstrations(25, seed=4)
+    assert len(more) > len(few) > 10
+    for a, b in zip(few, more):
+        assert a["episode"] == b["episode"] and a["instruction"] == b["instruction"]
+        np.testing.assert_array_equal(a["actions"], b["actions"])
+        for key in LOW_DIM:
+            np.testing.assert_array_equal(a["obs"][key], b["obs"][key])
+    other = demonstrations(10, seed=5)
+    assert not np.array_equal(other[0]["obs"]["object"][0], few[0]["obs"]["object"][0])
+
+
+def test_demonstrations_with_cameras_are_the_same_ones_seen():
+    plain, seen = demonstrations(3, seed=2), demonstrations(3, seed=2, cameras=True, image_size=32)
+    for a, b in zip(plain, seen, strict=True):
+        np.testing.assert_array_equal(a["actions"], b["actions"])
+        for key in CAMERAS:
+            assert b["obs"][key].shape == (len(a["actions"]), 32, 32, 3) and b["obs"][key].dtype == np.uint8
+    # What the simulator would have shown in the first state, bit for bit.
+    env = Tabletop(1, image_size=32)
+    first = next(d for d in seen if d["obs"]["robot0_gripper_qpos"][0, 0] == 1)
+    env.reset(seed=0)
+    env.gripper[0] = first["obs"]["robot0_eef_pos"][0]
+    env.blocks[0] = first["obs"]["object"][0, :4].reshape(2, 2)
+    for key in CAMERAS:
+        np.testing.assert_array_equal(env._obs()[key][0], first["obs"][key][0])
+
+
+def test_demonstrations_contain_recoveries_and_nothing_of_the_kicks():
+    demos = demonstrations(200, seed=0)
+    episodes = {d["episode"] for d in demos}
+    assert 0.9 * 200 <= len(episodes) < len(demos)                      # few failed, many were cut
+    starts = [{key: value[0] for key, value in d["obs"].items()} for d in demos]
+    empty = [s for s in starts if s["robot0_gripper_qpos"][0] == 0 and s["object"][8] == 0]
+    carrying = [s for s in starts if s["object"][8] == 1]
+    assert len(empty) > 0.2 * 200 and len(carrying) > 0.2 * 200
+    for d in demos:
+        gripper, aperture = d["obs"]["robot0_eef_pos"].astype(float), d["obs"]["robot0_gripper_qpos"][:, 0]
+        # Recorded is the intention, and inside a segment the motion follows it but for the tremble: each step
+        # goes towards the recorded target and the fingers do what the recorded command says. A kick would go
+        # anywhere and mostly close on nothing. (One step may be cancelled by the wall, hence the `or`.)
+        way, wish = np.diff(gripper, axis=0), d["actions"][:-1, :2] - gripper[:-1]
+        lead = np.linalg.norm(wish, axis=1)
+        assert lead.max() < tabletop.REACH + 1e-6                       # the tremble would exceed it
+        far = lead > tabletop.SPEED + 0.03
+        along = (way * wish).sum(1) / lead.clip(1e-9)
+        assert ((along[far] > 0.7 * tabletop.SPEED) | (np.abs(way[far]).max(1) == 0)).all()
+        expected = np.clip(aperture[:-1] - 0.5 * d["actions"][:-1, 2], 0, 1)
+        np.testing.assert_array_equal(aperture[1:], expected)
+    # An empty closed gripper is told to open: that is the recovery.
+    opened = [d for d, s in zip(demos, starts) if s["robot0_gripper_qpos"][0] == 0 and s["object"][8] == 0
+              and np.linalg.norm(s["object"][4:6]) > 0.15]
+    assert len(opened) > 20 and all(d["actions"][0, 2] == -1 for d in opened)
+
+
+def test_every_rollout_ends_in_success_and_takes_both_sides():
+    demos = demonstrations(400, seed=7)
+    last = {d["episode"]: d for d in demos}                             # the last segment of each rollout
+    # The last recorded step opens the fingers, with the asked block in the asked zone ...
+    opened = [d for d in last.values() if d["actions"][-1, 2] == -1]
+    for d in opened:
+        state = d["obs"]["object"][-1]
+        assert state[8] == 1 and np.abs(state[4:6]).max() == 0 and (np.abs(state[6:8]) < ZONE).all()
+    # ... unless a kick came just before it, and left that step alone in its segment.
+    assert len(opened) > 0.95 * len(last)
+    sides = []
+    for episode in last:
+        way = np.concatenate([d["obs"]["robot0_eef_pos"] for d in demos if d["episode"] == episode])
+        beyond = way[way[:, 1] > WALL_Y]
+        sides.append(beyond[0, 0] < 0)
+    assert abs(np.sum(sides) - len(sides) / 2) < 4 * np.sqrt(len(sides) / 4)
+
+
+def test_recorded_actions_of_an_unperturbed_episode_replay_to_success():
+    n = 50
+    env = Tabletop(n, cameras=False)
+    obs, _ = env.reset(seed=9)
+    _, history = rollout(env, obs, Expert(env, seed=9))
+    env.reset(seed=9)
+    for action in history["action"]:
+        *_, info = env.step(action)                                     # nobody looks at what comes back
+    assert info["success"].all()
+
+
+def test_demonstrations_start_from_seeds_kept_for_them():
+    first = demonstrations(5, seed=0)[0]
+    env = Tabletop(1, cameras=False)
+    obs, _ = env.reset(seed=tabletop.DEMO_SEEDS + first["episode"])
+    np.testing.assert_array_equal(obs["object"][0, :4], first["obs"]["object"][0, :4])
+
+
+def test_main_prints_what_it_promises(capsys):
+    tabletop.main()
+    said = capsys.readouterr().out
+    assert "success 100.0%" in said and "both cameras" in said
