@@ -1,15 +1,15 @@
 """Diffusion Policy, CNN variant: a robot's next actions drawn from a conditional diffusion model.
 
-    Cheng Chi, Zhenjia Xu, Siyuan Feng, Eric Cousineau, Yilun Du, Benjamin Burchfiel, Russ Tedrake, Shuran Song:
-    "Diffusion Policy: Visuomotor Policy Learning via Action Diffusion", arXiv:2303.04137
+    Cheng Chi, Zhenjia Xu, Siyuan Feng, Eric Cousineau, Yilun Du, Benjamin Burchfiel, Russ Tedrake, Shuran
+    Song: "Diffusion Policy: Visuomotor Policy Learning via Action Diffusion", arXiv:2303.04137
     official code: github.com/real-stanford/diffusion_policy, and its port in github.com/huggingface/lerobot
 
-The policy is a distribution p(A | O) over a whole chunk of actions A, given the last observations O. A network
-learns to tell the noise in a noised chunk; sampling starts from pure noise and removes it step by step. O
-conditions every step but is not itself predicted (p(A | O), not p(A, O)), so it is encoded once per chunk.
+The policy is a distribution p(A | O) over a whole chunk of actions A, given the last observations O. A
+network learns to tell the noise in a noised chunk; sampling starts from pure noise and removes it step by
+step. O conditions every step but is not itself predicted (p(A | O), not p(A, O)): it is encoded once a chunk.
 
 Axes: B batch, T steps of the chunk, A action dimensions, To observed steps, V cameras, C channels.
-Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 pure noise.
+Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
 Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     step        now-1  now  now+1 ... now+7 ... now+14
     observed      x     x
@@ -25,7 +25,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
          sigma_t^2 = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t                                DDPM step
          Unclipped this is the paper's A^{k-1} = alpha (A^k - gamma eps_theta(O, A^k, k)) + N(0, sigma^2 I)
          with alpha = 1 / sqrt(1 - beta_t) and gamma = beta_t / sqrt(1 - alpha_bar_t).
-    [6]  x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) eps_theta,   s < t                             DDIM step
+    [6]  x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) eps_theta,   s < t                   DDIM step
     [7]  FiLM(h | c) = gamma(c) * h + beta(c), per channel; c = [step embedding, observations]
     [8]  spatial softmax: p = softmax over the pixels of a channel; keypoint = (sum p x, sum p y)
     [9]  inpainting instead of FiLM: x = [action, observation]; known entries are put back at every step
@@ -125,7 +125,7 @@ class Config:
             raise ValueError(f"n_obs_steps {self.n_obs_steps} must lie between 1 and horizon {self.horizon}")
         if not 1 <= self.n_action_steps <= self.horizon - self.n_obs_steps + 1:
             raise ValueError(f"n_action_steps {self.n_action_steps} must lie between 1 and horizon - "
-                             f"n_obs_steps + 1 = {self.horizon - self.n_obs_steps + 1}: later steps are not predicted")
+                             f"n_obs_steps + 1 = {self.horizon - self.n_obs_steps + 1}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {self.kernel_size} must be odd to keep the sequence's length")
         bad = [d for d in self.down_dims if d % self.n_groups]
@@ -134,8 +134,8 @@ class Config:
         if self.crop_size and any(c > s for c, s in zip(self.crop_size, self.image_size)):
             raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
         if self.conditioning == "inpaint" and self.pred_action_steps_only:
-            raise ValueError("pred_action_steps_only needs conditioning 'global': inpainting predicts observed "
-                             "steps too")
+            raise ValueError("pred_action_steps_only needs conditioning 'global': inpainting predicts the "
+                             "observed steps too")
         check_steps(self.sampler_steps, self.n_diffusion_steps)
 
     @property
@@ -486,7 +486,7 @@ class DiffusionPolicyCNN(nn.Module):
             x_t = torch.where(known, obs.float(), x_t)                          # [9]
 
         levels = torch.arange(steps - 1, -1, -1, device=device) * (K // steps)  # 10 of K=100: 90, 80 .. 0
-        film = self.unet.film(levels[:, None], cond[None])  # of all steps at once: every block's (steps, B, 2C)
+        film = self.unet.film(levels[:, None], cond[None])  # all steps at once: a block's (steps, B, 2C)
         for i in range(steps):
             out = self.unet(x_t.to(dtype), [f[i] for f in film]).float()        # (B, Tp, D)
             alpha_bar = self.alpha_bar[levels[i]]

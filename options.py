@@ -1,0 +1,271 @@
+"""Flags and YAML -> options and a model's Config. Shared by train.py, sample.py and bench.py.
+
+Whatever a user can get wrong ends here as a UserError: one line that says what, where and how to mend it.
+"""
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from data import UserError, nearest
+
+MODELS = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0")
+
+
+@dataclass
+class Options:
+    """Every flag; a YAML file given with --config may hold any of them, and flags win over it. A model
+    file's RECIPES hold the values that suit its presets, and are overridden by both."""
+
+    # which file: one of MODELS
+    model: str = ""
+    # a name in the file's PRESETS
+    preset: str = "tiny"
+    # YAML file with any of these options
+    config: str = ""
+    # tabletop | HDF5 file, folder or glob | moons, checkerboard, ..., shapes | images as .npz
+    data: str = ""
+    # where the run goes; default out/<model>
+    out: str = ""
+    # optimiser steps
+    steps: int = 5000
+    # items per step and process
+    batch_size: int = 128
+    # batches whose gradients are added up before a step
+    grad_accum: int = 1
+    # peak learning rate
+    lr: float = 1e-3
+    # cosine | linear | constant | pi0, after a linear warm-up
+    lr_schedule: str = "cosine"
+    # optimiser steps of warm-up
+    warmup: int = 200
+    # AdamW's weight decay, on the groups that the model decays
+    weight_decay: float = 1e-6
+    # AdamW's betas
+    betas: tuple = (0.95, 0.999)
+    # largest gradient norm; 0 = no clipping
+    clip: float = 0.0
+    # EMA: decay = 1 - (1 + step)^-ema_power, at most ema_max
+    ema_power: float = 0.75
+    # ... and its largest value
+    ema_max: float = 0.9999
+    # seed of everything random
+    seed: int = 0
+    # generated episodes to train on, for --data tabletop (0: data.py's default) and the 2-D sets
+    demos: int = 0
+    # demonstrations to train on at most, 0 = all
+    max_train_episodes: int = 0
+    # share of the episodes held out for validation, where the file does not say itself; 0 = as the file says
+    val_ratio: float = 0.0
+    # minmax | meanstd | quantile | maxabs
+    normalizer: str = "minmax"
+    # worker processes that read files (sets that fit into memory need none)
+    workers: int = 0
+    # a logged line every N steps
+    log_every: int = 50
+    # validation loss and error of sampled actions every N steps; 0 = at the end only
+    eval_every: int = 1000
+    # closed-loop success every N steps; 0 = at the end only
+    rollout_every: int = 0
+    # closed-loop episodes at the end; 0 = none
+    episodes: int = 100
+    # checkpoint every N steps
+    checkpoint_every: int = 1000
+    # auto | cpu | cuda | mps
+    device: str = "auto"
+    # auto (bfloat16 on CUDA, float32 elsewhere) | float32 | bfloat16
+    dtype: str = "auto"
+    # compile the training step with torch.compile
+    compile: bool = False
+    # go on with the run in --out
+    resume: bool = False
+    # weights to start from: .safetensors or state_dict of an official release
+    init: str = ""
+    # fields of the model's Config
+    set: dict = field(default_factory=dict)
+    # observation and action keys of the data, as in Diffusion Policy's YAML (YAML only)
+    shape_meta: dict = field(default_factory=dict)
+    # environment of the closed loop: {id, kwargs, obs, ...}, see sample.py (YAML only)
+    env: dict = field(default_factory=dict)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# From flags and YAML to a Config: every mistake becomes one line
+
+
+def hint(name, names):
+    return nearest(name, names) or f"; known: {', '.join(map(str, names))}"
+
+
+def typed(name, value, like, where):
+    """`value` as the type of the default `like`; lists become tuples, whole numbers may stand for floats."""
+    if isinstance(like, tuple) and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(like, float) and isinstance(value, str):  # YAML reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(like, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(like):
+        raise UserError(f"{where}: {name} = {value!r} should be {type(like).__name__}, for example {like!r}")
+    return value
+
+
+def parse_set(items):
+    """["depth=8", "n_heads=4"] -> {"depth": 8, "n_heads": 4}; values are read as YAML."""
+    pairs = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"--set {item}: write it as FIELD=VALUE, for example --set horizon=16")
+        pairs[key] = yaml.safe_load(text)
+    return pairs
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose mistakes are UserErrors that name the nearest flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse(self, argv):
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [name.lstrip("-") for action in self._actions for name in action.option_strings]
+            name = unknown[0].split("=")[0]
+            guess = nearest(name.lstrip("-"), flags)
+            raise UserError(f"unknown argument {name}{guess}; see {self.prog} --help")
+        return args
+
+
+def parse_options(argv):
+    """Flags and YAML -> Options, and the names of those that were given in either."""
+    parser = Parser(description=f"Train one model file of: {', '.join(MODELS)}")
+    # The comment above a field is its help.
+    comments = dict(re.findall(r"# (.*)\n    (\w+):", inspect.getsource(Options)))
+    comments = {name: text for text, name in comments.items()}  # the comment above a field is its help
+    for name, default in vars(Options()).items():
+        kind = {"help": f"{comments[name]} (default: {default})".replace("%", "%%"), "default": None}
+        if name == "set":
+            parser.add_argument("--set", action="append", metavar="FIELD=VALUE", **kind)
+        elif isinstance(default, bool):
+            parser.add_argument(f"--{name}", action="store_true", **kind)
+        elif isinstance(default, tuple):
+            parser.add_argument(f"--{name}", type=type(default[0]), nargs=len(default), **kind)
+        elif not isinstance(default, dict):
+            parser.add_argument(f"--{name}", type=type(default), metavar=type(default).__name__, **kind)
+    flags = {k: v for k, v in vars(parser.parse(argv)).items() if v is not None}
+    flags_set = parse_set(flags.pop("set", []))
+    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+    chosen = read_yaml(flags["config"]) if "config" in flags else {}
+    chosen_set = chosen.pop("set", {}) | flags_set
+    options = Options(**chosen | flags | {"set": chosen_set})
+    check_options(options)
+    return options, set(chosen) | set(flags)
+
+
+def check_options(options):
+    """Numbers that no run can use."""
+    for name, least in {"steps": 0, "batch_size": 1, "grad_accum": 1, "log_every": 1, "checkpoint_every": 1,
+                        "warmup": 0, "workers": 0, "episodes": 0, "eval_every": 0, "rollout_every": 0,
+                        "clip": 0, "seed": 0, "lr": 0, "weight_decay": 0, "demos": 0}.items():
+        value = getattr(options, name)
+        if not value >= least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    schedules = ("cosine", "linear", "constant", "pi0")
+    if options.lr_schedule not in schedules:
+        raise UserError(f"--lr_schedule {options.lr_schedule!r} is unknown"
+                        f"{hint(options.lr_schedule, schedules)}")
+
+
+def read_yaml(path):
+    """{option: value} of a YAML file, types checked."""
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as e:
+        raise UserError(f"--config {path}: {e.strerror or e}; give a YAML file, configs/ has some") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} holds no KEY: VALUE lines; see configs/ for examples")
+    defaults = vars(Options())
+    for key in content:
+        if key not in defaults:
+            raise UserError(f"--config {path}: unknown key {key!r}{hint(key, defaults)}")
+    return {key: typed(key, value, defaults[key], f"--config {path}") for key, value in content.items()}
+
+
+def with_recipe(options, explicit, module):
+    """Options that were not given take the value which the model file recommends for the preset."""
+    recipe = getattr(module, "RECIPES", {}).get(options.preset, {})
+    return dataclasses.replace(options, **{k: v for k, v in recipe.items() if k not in explicit})
+
+
+def load_module(name):
+    if not name:
+        raise UserError(f"--model is needed: one of {', '.join(MODELS)}")
+    if name not in MODELS:
+        raise UserError(f"--model {name!r} is not a model file{hint(name, MODELS)}")
+    return importlib.import_module(name)
+
+
+def make_config(module, options, facts):
+    """The model's Config: preset, then facts of the data, then --set. `facts` {field: value} are used
+    where the Config has such a field."""
+    if options.preset not in module.PRESETS:
+        raise UserError(f"--preset {options.preset!r} is not in {module.__name__}.py"
+                        f"{hint(options.preset, module.PRESETS)}")
+    names = {f.name for f in dataclasses.fields(module.Config)}
+    facts = {k: v for k, v in facts.items() if k in names}
+    return model_config(module, module.PRESETS[options.preset] | facts | options.set, "--set")
+
+
+def model_config(module, values, where):
+    """Config from {field: value}; `where` says in an error where the values come from."""
+    defaults = {f.name: f.default for f in dataclasses.fields(module.Config)}
+    for key in values:
+        if key not in defaults:
+            raise UserError(f"{where}: {module.__name__}.Config has no field {key!r}{hint(key, defaults)}")
+    try:
+        return module.Config(**{k: typed(k, v, defaults[k], where) for k, v in values.items()})
+    except ValueError as e:
+        raise UserError(f"{module.__name__}: {e}") from None
+
+
+def pick_device(name, dtype):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if available[d])
+    if name not in available:
+        raise UserError(f"--device {name!r} is not known{hint(name, ['auto', *available])}")
+    if not available[name]:
+        raise UserError(f"--device {name}: torch {torch.__version__} finds none; use --device cpu or auto")
+    dtypes = {"auto": torch.bfloat16 if name == "cuda" else torch.float32, "float32": torch.float32,
+              "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise UserError(f"--dtype {dtype!r} is not known{hint(dtype, dtypes)}")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name), dtypes[dtype]
+
+
+def run(main):
+    """Call main(); a user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

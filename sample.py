@@ -1,0 +1,443 @@
+"""A checkpoint at work: `python sample.py out/dp_cnn`.
+
+    policy = Policy.load("out/dp_cnn")  weights, normaliser, names of the observations: all in the checkpoint
+    policy.reset()                      at the start of every episode
+    action = policy.act(observation)    one control step: {key: array}, raw units -> action (A,), raw units
+
+`act` keeps the last To observations and a queue of actions: when the queue is empty it samples a chunk of Tp
+actions, executes Ta of them, and looks again (receding horizon). The command line runs many episodes at once,
+with the same seeds for every policy, and prints success with its Wilson interval, and the latency of a chunk.
+"""
+import importlib
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+import report
+import tabletop
+from data import Normalizer, UserError, encode_text, written_aside
+from options import Parser, hint, load_module, model_config, parse_set, pick_device, run
+
+FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
+EVALUATION_SEEDS = 100_000  # episode i has seed 100000 + 1000 * --seed + i; the paper's are 100000 + i
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path, content):
+    with written_aside(path) as aside:
+        try:
+            torch.save({"format": FORMAT} | content, aside)
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise OSError(f"torch.save: {str(e).splitlines()[0]}") from None
+
+
+def write_json(path, content):
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_checkpoint(path, device="cpu"):
+    """The checkpoint's dict. `path` may be the run's folder. Only tensors, numbers, texts and containers
+    of them are read; anything else a pickle could hold is refused."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"there is no {path}; give the --out folder of a training run")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        found = content["format"]
+    except Exception:  # torch has a dozen types of error for files that are cut short, foreign or pickles
+        raise UserError(f"{path} is not a checkpoint of this project, or it is cut short; only files that "
+                        f"train.py wrote are read, and nothing is ever unpickled") from None
+    if found > FORMAT:
+        raise UserError(f"{path} has format {found}, this code reads up to {FORMAT}: update the code")
+    return content
+
+
+def record(model, batch):
+    """What the model makes of one batch with given noise: stored in the checkpoint, replayed when it is
+    loaded."""
+    batch = {k: v.cpu() for k, v in batch.items()}
+    return {"batch": batch, "output": sample_two_steps(model, batch)}
+
+
+def sample_two_steps(model, batch):
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) for k, v in batch.items()}
+    return model.sample(batch, steps=2, generator=torch.Generator().manual_seed(0)).float().cpu()
+
+
+def load_model(path, device="cpu"):
+    """-> (model with the averaged weights, in evaluation mode, and the checkpoint). Verifies by replay
+    that this code computes what the code that trained it did."""
+    checkpoint = read_checkpoint(path, device)
+    module = load_module(checkpoint["model"])
+    config = model_config(module, checkpoint["config"], path)
+    model = module.Model(config)
+    model.load_state_dict(checkpoint["ema"])
+    model.to(device).eval().requires_grad_(False)
+    replay = checkpoint["replay"]
+    output = sample_two_steps(model, replay["batch"])
+    error = (output - replay["output"]).abs().max().item()
+    if not error <= 1e-2:
+        raise UserError(f"{path}: the recorded input gives another output than when it was saved (by "
+                        f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained")
+    return model, checkpoint
+
+
+def load_official(module, config, path):
+    """A model with official weights from a .safetensors file (package safetensors) or a plain torch
+    state_dict."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise UserError("reading .safetensors needs a package: pip install safetensors") from None
+            state_dict = load_file(path)
+        else:
+            state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"--init {path}: there is no such file") from None
+    except Exception as e:
+        raise UserError(f"--init {path} cannot be read ({' '.join(str(e).split())[:150]}); it must be a "
+                        f".safetensors file or a torch file that holds tensors only") from None
+    try:
+        return module.Model.from_official(state_dict, config)
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"--init {path}: {e}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Policy:
+    """Acts from raw observations. n episodes side by side share one object; n = 1 is a robot.
+
+    model: a policy in evaluation mode; normalizer, description: of the data it was trained on. dtype:
+    bfloat16 halves the weights. steps: sampler steps, default the model's own.
+    """
+
+    def __init__(self, model, normalizer, description, device="cpu", dtype=None, steps=None, seed=0):
+        self.model = model.to(dtype) if dtype else model
+        self.normalizer, self.description = normalizer, description
+        self.device, self.steps, self.seed = torch.device(device), steps, seed
+        self.reset()
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0):
+        model, checkpoint = load_model(path, device)
+        if checkpoint["normalizer"] is None:
+            raise UserError(f"{path}: {checkpoint['model']} generates samples, it is no policy")
+        normalizer = Normalizer.from_state(checkpoint["normalizer"])
+        return cls(model, normalizer, checkpoint["data"], device, dtype, steps, seed)
+
+    def reset(self):
+        """Forget the past: call it at the start of every episode."""
+        self.history, self.queue, self.latency = [], [], []
+        self.chunk = None  # the last chunk that was sampled, (n, Tp, A), raw units
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def act(self, observation):
+        """The action of this control step, raw units: (A,), or (n, A) if the observations have a leading axis
+        n.
+
+        observation: {key: array} with the keys of the data set: state (dim,), images (H, W, 3) uint8;
+        "instruction": str (or n of them) if the policy reads.
+        """
+        step, single = self.prepare(observation)
+        self.history = (self.history + [step])[-self.model.config.n_obs_steps:]
+        if not self.queue:
+            began = time.perf_counter()
+            self.chunk = self.sample_chunk()                                    # (n, Tp, A)
+            self.latency.append(time.perf_counter() - began)
+            now = -self.model.config.first_action
+            self.queue = list(self.chunk[:, now:now + self.model.config.n_action_steps].swapaxes(0, 1))
+        action = self.queue.pop(0)                                              # (n, A)
+        return action[0] if single else action
+
+    def prepare(self, observation):
+        """One observation -> ({"state": (n, S), "images": (n, V, H, W, 3), "text": (n, L)}, whether n was
+        left out)"""
+        d, parts, step = self.description, [], {}
+        wanted = list(d["state_keys"]) + list(d["camera_keys"])
+        missing = [k for k in wanted if k not in observation]
+        if missing:
+            raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
+        single = np.ndim(observation[wanted[0]]) == (1 if d["state_keys"] else 3)
+        for key, dim in d["state_keys"].items():
+            value = np.asarray(observation[key], np.float32)
+            value = value[None] if single else value
+            if value.shape[1:] != (dim,):
+                raise UserError(f"observation {key!r} has shape {value.shape[1:]}, trained on was ({dim},)")
+            parts.append(torch.from_numpy(value))
+        step["state"] = self.normalizer.normalize("state", torch.cat(parts, dim=-1))
+        if d["camera_keys"]:
+            images = [np.asarray(observation[k]) for k in d["camera_keys"]]
+            images = np.stack([i[None] if single else i for i in images], axis=1)  # (n, V, H, W, 3)
+            if images.dtype != np.uint8 or images.shape[2:] != (*d["image_size"], 3):
+                raise UserError(f"camera images must be uint8 {(*d['image_size'], 3)}, not {images.dtype} "
+                                f"{images.shape[2:]}")
+            step["images"] = torch.from_numpy(images)
+        length = getattr(self.model.config, "text_len", 0)
+        if length:
+            texts = observation.get("instruction", "")
+            texts = [texts] if isinstance(texts, str) else texts
+            step["text"] = torch.stack([torch.as_tensor(encode_text(t, length)) for t in texts])
+        return step, single
+
+    def sample_chunk(self):
+        missing = self.model.config.n_obs_steps - len(self.history)
+        history = self.history[:1] * missing + self.history  # the first one stands for the time before it
+        state = torch.stack([h["state"] for h in history], dim=1)               # (n, To, S)
+        batch = {"state": state, "control_hz": torch.full((len(state),), float(self.description["fps"] or 0))}
+        if "images" in history[0]:
+            batch["images"] = torch.stack([h["images"] for h in history], dim=1).permute(0, 1, 2, 5, 3, 4)
+        if "text" in history[0]:
+            batch["text"] = history[-1]["text"]
+        batch = {k: v.to(self.device) for k, v in batch.items()}
+        chunk = self.model.sample(batch, steps=self.steps, generator=self.generator)
+        return self.normalizer.unnormalize("actions", chunk.float().cpu()).numpy()  # (n, Tp, A)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Environments: n episodes side by side, reset(seeds) and step(actions), as tabletop.Tabletop has them
+
+
+class TabletopEpisodes:
+    """The built-in task. Pictures are rendered for the policy only if it has cameras."""
+    max_steps = tabletop.MAX_STEPS
+
+    def __init__(self, n, description, instruction=None):
+        size = description["image_size"][0] if description["image_size"] else 64
+        self.env = tabletop.Tabletop(n, cameras=bool(description["camera_keys"]), image_size=size)
+        self.options = {} if instruction is None else {"instruction": instruction}
+
+    def reset(self, seeds):
+        obs, info = self.env.reset(seed=seeds, options=self.options)
+        return obs | {"instruction": info["instruction"]}, info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs | {"instruction": info["instruction"]}, reward, terminated | truncated, info
+
+    def frame(self, i, obs):
+        one = {k: v[i:i + 1] for k, v in obs.items() if k != "instruction"}
+        return tabletop.render(one, 96)["agentview_image"][0]
+
+
+class GymEpisodes:
+    """n copies of a Gymnasium environment, stepped in turn. `spec`, from YAML:
+
+        id: gym_pusht/PushT-v0             an id that needs its package imported is written as PACKAGE/NAME
+        kwargs: {obs_type: state}          for gymnasium.make
+        max_steps: 300
+        obs:                               our key -> where it is found in the environment's observation
+          agent_pos: state[0:2]            slice of an array; "state" alone if the observation is one array
+          image: pixels                    a key of a dict observation
+          keypoint: {pose: "state[2:5]", points: [[9.3, 90.0], ...]}   points of a body with pose x, y, angle
+    """
+
+    def __init__(self, n, description, spec):
+        try:
+            import gymnasium
+            name = spec["id"]
+            if "/" in name:
+                importlib.import_module(name.split("/")[0])
+            self.envs = [gymnasium.make(name, disable_env_checker=True, render_mode="rgb_array",
+                                        max_episode_steps=spec.get("max_steps"), **spec.get("kwargs", {}))
+                         for _ in range(n)]
+        except ImportError as e:
+            raise UserError(f"environment {spec['id']} needs a package: pip install {e.name or 'gymnasium'} "
+                            f"(see README, extras)") from None
+        except gymnasium.error.Error as e:
+            raise UserError(f"environment {spec['id']}: {' '.join(str(e).split())}") from None
+        wanted = list(description["state_keys"]) + list(description["camera_keys"])
+        self.mapping = spec.get("obs") or {k: k for k in wanted}
+        absent = [k for k in wanted if k not in self.mapping]
+        if absent:
+            raise UserError(f"env: obs: does not say where {absent[0]!r} comes from; add it to the YAML")
+        self.max_steps = spec.get("max_steps") or self.envs[0].spec.max_episode_steps or 1000
+        self.done = np.zeros(n, bool)
+
+    def reset(self, seeds):
+        self.done[:] = False
+        self.last = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)]
+        return self.observe(), {}
+
+    def step(self, action):
+        reward, success = np.zeros(len(self.envs)), np.zeros(len(self.envs), bool)
+        for i in np.flatnonzero(~self.done):
+            self.last[i], reward[i], terminated, truncated, info = self.envs[i].step(action[i])
+            success[i] = info.get("is_success", info.get("success", terminated))
+            self.done[i] = terminated or truncated
+        return self.observe(), reward, self.done.copy(), {"success": success}
+
+    def observe(self):
+        return {key: np.stack([pick(obs, where) for obs in self.last]) for key, where in self.mapping.items()}
+
+    def frame(self, i, obs):
+        picture = self.envs[i].render()
+        return picture[::max(1, len(picture) // 96), ::max(1, len(picture) // 96)]
+
+
+def pick(obs, where):
+    """One entry of the mapping above, applied to one observation."""
+    if isinstance(where, dict):
+        x, y, angle = pick(obs, where["pose"])
+        c, s = math.cos(angle), math.sin(angle)
+        points = np.asarray(where["points"]) @ np.array([[c, s], [-s, c]]) + [x, y]   # rotated, then moved
+        return points.reshape(-1)
+    name, part = re.fullmatch(r"(\w*)(?:\[(\d+):(\d+)\])?", where).group(1, 2)
+    value = np.asarray(obs[name] if isinstance(obs, dict) else obs)
+    return value[slice(*map(int, re.findall(r"\d+", where.partition("[")[2])))] if part else value
+
+
+def make_episodes(environment, n, description, instruction=None):
+    """environment: "tabletop" or a dict as in GymEpisodes."""
+    if environment == "tabletop":
+        return TabletopEpisodes(n, description, instruction)
+    return GymEpisodes(n, description, environment)
+
+
+def wilson(successes, n, z=1.96):
+    """95 % interval of a share, (low, high)."""
+    p, w = successes / n, z * z / n
+    centre, half = (p + w / 2) / (1 + w), z * math.sqrt(p * (1 - p) / n + w / (4 * n)) / (1 + w)
+    return centre - half, centre + half
+
+
+def evaluate(policy, environment, episodes, seed, n_rollouts=6, instruction=None):
+    """Closed loop: `episodes` episodes at once from the seeds that belong to `seed`, the same for every
+    policy.
+
+    -> {"success", "interval", "episodes", "score" (mean of the largest reward of an episode), "outcomes",
+    "latency_ms", "latency_p95_ms" (of one chunk for all episodes), "rollouts" (frames of the first ones, for
+    the report)}
+    """
+    env = make_episodes(environment, episodes, policy.description, instruction)
+    seeds = EVALUATION_SEEDS + 1000 * seed + np.arange(episodes)
+    policy.reset()
+    obs, info = env.reset(seeds)
+    done, success = np.zeros(episodes, bool), np.zeros(episodes, bool)
+    score = np.zeros(episodes)
+    frames = [[] for _ in range(min(n_rollouts, episodes))]
+    for step in range(env.max_steps):
+        for i, film in enumerate(frames):
+            if not done[i] and step % 2 == 0:
+                film.append(env.frame(i, obs))
+        obs, reward, finished, info = env.step(policy.act(obs))
+        score = np.maximum(score, np.where(done, 0, reward))
+        success |= info["success"] & ~done
+        done |= finished
+        if done.all():
+            break
+    outcomes = info.get("outcome", np.where(success, "success", "failure"))
+    names, counts = np.unique(outcomes, return_counts=True)
+    latency = np.array(policy.latency) * 1e3
+    rollouts = [{"frames": np.stack(film), "success": bool(success[i]), "outcome": str(outcomes[i]),
+                 "instruction": info.get("instruction", [""] * episodes)[i], "seed": int(seeds[i])}
+                for i, film in enumerate(frames)]
+    interval = [round(float(x), 4) for x in wilson(success.sum(), episodes)]
+    return {"success": float(success.mean()), "interval": interval, "episodes": episodes,
+            "score": float(score.mean()),
+            "outcomes": {str(k): int(c) for k, c in zip(names, counts)},
+            "latency_ms": float(np.median(latency)), "latency_p95_ms": float(np.percentile(latency, 95)),
+            "rollouts": rollouts}
+
+
+def pictures(model, windows, normalizer, seed, n=32):
+    """What the report shows of a model: samples forming out of noise. -> keyword arguments of report.write"""
+    trace, generator = [], torch.Generator().manual_seed(seed)
+    if normalizer is None:
+        reference = windows.batch(torch.arange(min(1000 if len(windows.shape) == 1 else 64, len(windows))))
+        model.sample({k: v[:500] for k, v in reference.items()}, generator=generator, trace=trace)
+        states = torch.stack(trace).float().cpu().numpy()
+        return {"samples": {"trace": states, "labels": [f"step {k + 1}" for k in range(len(states))],
+                            "data": reference["x"].cpu().numpy()}}
+    index = torch.randint(len(windows), (1,), generator=generator)
+    batch = windows.batch(index.expand(n))
+    model.sample(batch, generator=generator, trace=trace)
+    states = normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()  # (S, n, Tp, A)
+    now = -model.config.first_action
+    chunks = {"trace": states, "xy": (0, 1) if states.shape[-1] >= 2 else None, "extent": None,
+              "observation": None, "executed": (now, now + model.config.n_action_steps),
+              "labels": [f"step {k + 1}" for k in range(len(trace))]}
+    if "images" in batch:
+        chunks["observation"] = batch["images"][0, -1, 0].permute(1, 2, 0).cpu().numpy()
+    return {"chunks": chunks}
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("run", help="folder of a training run, or its checkpoint.pt")
+    add("--env", default="", help="tabletop, or a Gymnasium id; default: what the run was trained on")
+    add("--config", default="", help="YAML whose env: maps the environment's observations")
+    add("--episodes", type=int, default=100)
+    add("--sampler_steps", type=int, default=0, help="default: as the model was configured")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. sampler=ddpm")
+    add("--instruction", type=int, default=None, help="tabletop: ask for this one of the four instead")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    add("--dtype", default="float32")
+    args = parser.parse(argv)
+    if args.episodes < 1:
+        raise UserError(f"--episodes {args.episodes} must be at least 1")
+    device, dtype = pick_device(args.device, args.dtype)
+    model, checkpoint = load_model(args.run, device)
+    changes = parse_set(args.set)
+    model.config = model_config(load_module(checkpoint["model"]), checkpoint["config"] | changes, "--set")
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    title = f"{checkpoint['model']} ({checkpoint['preset']}), step {checkpoint['step']}"
+    if checkpoint["normalizer"] is None:
+        raise UserError(f"{args.run}: {checkpoint['model']} generates samples; see its report.html")
+    normalizer = Normalizer.from_state(checkpoint["normalizer"])
+    environment = environment_of(args, checkpoint)
+    policy = Policy(model, normalizer, checkpoint["data"], device, dtype, args.sampler_steps or None,
+                    args.seed)
+    try:
+        result = evaluate(policy, environment, args.episodes, args.seed, instruction=args.instruction)
+    except ValueError as e:  # sampler steps or an instruction that do not exist
+        raise UserError(str(e)) from None
+    rollouts = result.pop("rollouts")
+    print(json.dumps(result))
+    write_json(folder / "evaluation.json", result)
+    report.write(folder / "evaluation.html", title, (), result, checkpoint["config"], rollouts=rollouts)
+    print(f"wrote {folder}/evaluation.json and evaluation.html")
+    return result
+
+
+def environment_of(args, checkpoint):
+    """--env, with the mapping of --config or of the run's own YAML."""
+    options = checkpoint["options"]
+    env = options["env"]
+    if args.config:
+        try:
+            env = yaml.safe_load(Path(args.config).read_text())["env"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as e:
+            raise UserError(f"--config {args.config}: no env: can be read ({type(e).__name__})") from None
+    if args.env == "tabletop" or (not args.env and not env and (options["data"] or "tabletop") == "tabletop"):
+        return "tabletop"
+    if not args.env and not env:
+        raise UserError("the run names no environment: add --env tabletop, or --env with a Gymnasium id")
+    return env if env and args.env in ("", env["id"]) else {"id": args.env}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,389 @@
+"""report.py: what the file holds, read back without a browser, and what it does in a headless Chromium."""
+import base64
+import html.parser
+import json
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import zlib
+
+import numpy as np
+import pytest
+
+import report
+
+
+def decode_png(content):
+    """PNG without row filters -> (H, W, channels) uint8; checks the CRC of every chunk."""
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    at, chunks = 8, {}
+    while at < len(content):
+        size, kind = struct.unpack(">I4s", content[at:at + 8])
+        body = content[at + 8:at + 8 + size]
+        assert struct.unpack(">I", content[at + 8 + size:at + 12 + size])[0] == zlib.crc32(kind + body)
+        chunks[kind], at = body, at + 12 + size
+    W, H, depth, color_type, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert depth == 8 and rest == [0, 0, 0] and kind == b"IEND"
+    channels = {0: 1, 2: 3}[color_type]
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(H, 1 + W * channels)
+    assert not rows[:, 0].any()
+    return rows[:, 1:].reshape(H, W, channels)
+
+
+def cut(sprite, k):
+    """The k-th frame of a sprite, cut out the way the page does it."""
+    sheet = decode_png(base64.b64decode(sprite["uri"].removeprefix("data:image/png;base64,")))
+    y, x = k // sprite["columns"] * sprite["height"], k % sprite["columns"] * sprite["width"]
+    return sheet[y:y + sprite["height"], x:x + sprite["width"]]
+
+
+def unpack(packed):
+    return np.frombuffer(base64.b64decode(packed["data"]), "<f4").reshape(packed["shape"])
+
+
+def write(tmp_path, title="run", **content):
+    """-> text of the page, its data block."""
+    report.write(tmp_path / "report.html", title, **content)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]  # nothing is left beside it
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    return page, json.loads(block, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+class Structure(html.parser.HTMLParser):
+    """Ids, and every attribute that could load something; fails when a tag is not closed in its place."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.ids, self.loads = [], [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.loads += [attributes[name] for name in ("src", "href", "srcset", "action") if name in attributes]
+        if tag not in ("meta", "link", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def content(seed=0):
+    """Arguments of `write` with something in every section."""
+    r = np.random.default_rng(seed)
+    metrics = [{"step": step, "loss": 1 / (1 + step), "lr": 1e-3, "grad_norm": 1.0, "data_s": 0.01,
+                "compute_s": 0.1, "samples_per_s": 640.0} for step in range(0, 1000, 10)]
+    metrics += [{"step": step, "val_loss": 0.5, "action_error": 0.1, "success": 0.5, "interval": [0.4, 0.6],
+                 "loss_t": [0.1 * (i + 1) for i in range(10)]} for step in (500, 990)]
+    return {
+        "metrics": metrics,
+        "result": {"success": 0.75, "interval": [0.66, 0.82], "episodes": 100,
+                   "outcomes": {"success": 75, "stuck at the wall": 20, "wrong block": 5}},
+        "config": {"model": "dp_cnn", "train": {"lr": 1e-3}},
+        "chunks": {"trace": r.normal(size=(6, 5, 8, 2)), "xy": (0, 1), "executed": (1, 5),
+                   "labels": [f"k = {5 - k}" for k in range(6)],
+                   "observation": r.integers(0, 256, (12, 12, 3), np.uint8), "extent": (-1, 1, 1, -1)},
+        "rollouts": [{"frames": r.integers(0, 256, (7, 10, 14, 3), np.uint8), "success": True, "seed": 3},
+                     {"path": r.normal(size=(9, 2)), "success": False, "outcome": "stuck at the wall"}],
+        "samples": {"trace": r.normal(size=(4, 30, 2)), "labels": list("abcd"),
+                    "data": r.normal(size=(50, 2)), "field_extent": (-2, 2),
+                    "field": np.broadcast_to(r.normal(size=(5, 5, 2)), (4, 5, 5, 2))},
+    }
+
+
+def other_content(seed=0):
+    """The same, with the other kinds of chunks and samples: curves beside a picture, images."""
+    r = np.random.default_rng(seed)
+    given = content(seed)
+    given["chunks"] |= {"xy": None, "extent": None}
+    given["samples"] = {"trace": r.uniform(-1, 1, (4, 9, 3, 6, 6)), "labels": list("abcd"),
+                        "data": r.uniform(-1, 1, (5, 3, 6, 6))}
+    return given
+
+
+def test_one_file_that_loads_nothing(tmp_path):
+    page, _ = write(tmp_path, **content())
+    structure = Structure(page)
+    assert structure.ids == "result failures chunks samples rollouts charts config data".split()
+    assert structure.loads == ["data:,"]  # the empty icon
+    assert not re.search(r"https?://|//\w+\.\w+/|@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
+    assert "default-src 'none'" in page
+    assert "{{" not in page.split("<script")[0] and "<!--" not in page
+
+
+def test_empty_report_has_no_sections(tmp_path):
+    page, data = write(tmp_path)
+    assert Structure(page).ids == ["data"]
+    assert data == {"charts": [], "chunks": None, "rollouts": [], "samples": None}
+
+
+def test_text_is_escaped(tmp_path):
+    bad = "</script><b>&\"' {{data}} \\1 <!--result-->"
+    page, data = write(tmp_path, title=bad, config={bad: bad}, result={"outcomes": {bad: 1}},
+                       rollouts=[{"path": [[0, 0], [1, 1]], "success": False, "instruction": bad}])
+    assert "<b>" not in page
+    assert data["rollouts"][0]["instruction"] == bad
+    assert page.count("&lt;/script&gt;&lt;b&gt;&amp;&quot;&#x27; {{data}} \\1 &lt;!--result--&gt;") == 5
+    Structure(page)
+
+
+def test_arrays_and_frames_come_back(tmp_path):
+    given = content()
+    _, data = write(tmp_path, **given)
+    frames = given["rollouts"][0]["frames"]
+    for k in range(len(frames)):
+        np.testing.assert_array_equal(cut(data["rollouts"][0]["frames"], k), frames[k])
+    np.testing.assert_array_equal(cut(data["chunks"]["image"], 0), given["chunks"]["observation"])
+    for packed, want in ((data["rollouts"][1]["path"], given["rollouts"][1]["path"]),
+                         (data["samples"]["points"], given["samples"]["trace"]),
+                         (data["samples"]["field"], given["samples"]["field"])):
+        np.testing.assert_array_equal(unpack(packed), want.astype("f4"))
+    # Chunks are reordered for their colours, in the same way in every state.
+    trace, want = unpack(data["chunks"]["trace"]), given["chunks"]["trace"].astype("f4")
+    order = [next(j for j in range(5) if np.array_equal(want[-1, j], chunk)) for chunk in trace[-1]]
+    assert sorted(order) == list(range(5))
+    np.testing.assert_array_equal(trace, want[:, order])
+
+
+def test_sampled_images(tmp_path):
+    """-1 is black and 1 is white; tile s * N + n is sample n in state s; one channel stays one channel."""
+    trace = np.linspace(-1, 1, 3 * 2)[:, None, None, None].repeat(4, 2).repeat(5, 3).reshape(3, 2, 1, 4, 5)
+    _, data = write(tmp_path, samples={"trace": trace, "labels": ["a", "b", "c"], "data": trace[0]})
+    tiles = np.stack([cut(data["samples"]["images"], k) for k in range(6)])
+    np.testing.assert_array_equal(tiles[:, 0, 0, 0], [0, 51, 102, 153, 204, 255])
+    assert tiles.shape == (6, 4, 5, 1) and data["samples"]["data"]["count"] == 2
+
+
+def test_two_modes_get_the_two_ends_of_the_colours(tmp_path):
+    side = np.array([1, -1, 1, -1, 1, -1])
+    trace = side[:, None, None] + np.random.default_rng(0).normal(0, 0.1, (2, 6, 4, 2))
+    _, data = write(tmp_path, chunks={"trace": trace, "xy": None, "labels": ["noise", "actions"]})
+    signs = np.sign(unpack(data["chunks"]["trace"])[-1, :, 0, 0]).tolist()
+    assert signs in ([1, 1, 1, -1, -1, -1], [-1, -1, -1, 1, 1, 1])
+
+
+def test_the_view_follows_the_picture_and_ignores_what_diverged(tmp_path):
+    trace = np.zeros((2, 4, 3, 3))
+    trace[:, 1] = np.nan
+    trace[:, 2] = np.inf
+    chunks = {"trace": trace, "xy": (0, 2), "labels": ["a", "b"], "extent": (0, 512, 512, 0),
+              "observation": np.zeros((4, 4, 3), np.uint8)}
+    _, data = write(tmp_path, chunks=chunks)
+    left, right, bottom, top = data["chunks"]["view"]
+    assert left < 0 and right > 512 and bottom > 512 and top < 0  # y runs down, as in the picture
+    assert np.isnan(unpack(data["chunks"]["trace"])[0]).sum() == 6
+    for broken in (np.full((2, 4, 3, 3), np.nan), np.zeros((2, 4, 3, 3))):
+        write(tmp_path, chunks=chunks | {"trace": broken, "extent": None})
+        write(tmp_path, chunks=chunks | {"trace": broken, "xy": None})
+
+
+def test_many_states_are_thinned_with_both_ends_kept(tmp_path):
+    trace = np.arange(1000.0)[:, None, None].repeat(2, 2)
+    _, data = write(tmp_path, samples={"trace": trace, "labels": [str(k) for k in range(1000)]})
+    labels = data["samples"]["labels"]
+    assert len(labels) == report.MAX_STATES and (labels[0], labels[-1]) == ("0", "999")
+    assert unpack(data["samples"]["points"])[:, 0, 0].tolist() == [float(k) for k in labels]
+    images = np.zeros((100, 64, 3, 32, 32), np.float32)  # 20 MB of pixels
+    _, data = write(tmp_path, samples={"trace": images, "labels": [""] * 100})
+    assert 10 < len(data["samples"]["labels"]) < 20
+
+
+def test_curves(tmp_path):
+    metrics = [{"step": 20, "loss": 0.5}, {"step": 10, "loss": float("nan")},
+               {"step": 30, "loss": float("inf")}, {"step": 40, "loss": 0.25},
+               {"step": 20, "loss": 0.75},  # logged again after a resume
+               {"step": 40, "success": 0.5, "interval": [0.25, 0.75], "loss_t": [1.0, float("nan")]}]
+    _, data = write(tmp_path, metrics=metrics)
+    loss, success, by_t = data["charts"]
+    assert loss["lines"][0]["x"] == [10, 20, 30, 40] and loss["lines"][0]["y"] == [None, 0.75, None, 0.25]
+    assert loss["lines"][0]["bad"] == [10, 30]
+    assert success["lines"][0]["interval"] == [[0.25, 0.75]]
+    assert [line["y"] for line in by_t["lines"]] == [[1.0], [None]]
+
+
+def test_long_curves_are_means_of_groups(tmp_path):
+    metrics = [{"step": step, "loss": float(step % 2)} for step in range(10 * report.MAX_POINTS)]
+    line = write(tmp_path, metrics=metrics)[1]["charts"][0]["lines"][0]
+    assert set(line["y"]) == {0.5} and len(line["x"]) == report.MAX_POINTS
+    assert line["x"][:2] == [0, 10] and set(line["mean"]) == {0.5}
+
+
+def test_tables(tmp_path):
+    page, _ = write(tmp_path, **content())
+    rows = dict(re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", page))
+    assert rows["success"] == "75 %" and rows["interval"] == "66 % to 82 %" and rows["episodes"] == "100"
+    assert rows["train.lr"] == "0.001" and rows["stuck at the wall"] == "20"
+    assert re.findall(r"<td>(\d+ %)</td><td class=bar", page) == ["80 %", "20 %"]  # of the 25 failures
+
+
+def test_numbers_of_numpy(tmp_path):
+    step, loss = np.int64(7), np.float32(0.5)
+    page, data = write(tmp_path, metrics=[{"step": step, "loss": loss}], result={"success": np.float64(0.5)},
+                       config={"betas": np.array([0.9, 0.95])},
+                       chunks={"trace": np.zeros((2, 1, 3, 2)), "labels": [0, 1], "xy": np.array([0, 1]),
+                               "executed": (np.int64(0), np.int64(2))})
+    assert data["charts"][0]["lines"][0]["x"] == [7] and data["charts"][0]["lines"][0]["y"] == [0.5]
+    assert data["chunks"]["xy"] == [0, 1] and data["chunks"]["executed"] == [0, 2]
+    assert "<td>50 %</td>" in page and "<td>0.9, 0.95</td>" in page
+
+
+def test_a_missing_folder_is_an_oserror(tmp_path):
+    with pytest.raises(OSError):
+        report.write(tmp_path / "nowhere" / "report.html", "run")
+
+
+# In a browser: Chromium driven through chromedriver's WebDriver protocol, which is JSON over HTTP.
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+class Browser:
+    def __init__(self, port, profile):
+        self.root = f"http://127.0.0.1:{port}"
+        arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                     "--disable-dev-shm-usage", "--force-device-scale-factor=2", f"--user-data-dir={profile}"]
+        options = {"goog:chromeOptions": {"binary": CHROMIUM, "args": arguments},
+                   "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self.send("POST", "/session", {"capabilities": {"alwaysMatch": options}})
+        self.root += f"/session/{session['sessionId']}"
+
+    def send(self, method, path, body=None):
+        body = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.root + path, body, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(json.load(error)["value"]["message"]) from None
+
+    def run(self, script):
+        return self.send("POST", "/execute/sync", {"script": script, "args": []})
+
+    def wait(self, script, seconds=20):
+        """Until the script's value is true; -> that value."""
+        end = time.monotonic() + seconds
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, f"still not true after {seconds} s: {script}"
+            time.sleep(0.05)
+        return value
+
+    def press(self, selector, key=None):
+        """A real click on an element, or a key typed into it."""
+        found = self.send("POST", "/element", {"using": "css selector", "value": selector})
+        path = f"/element/{next(iter(found.values()))}"
+        action, body = ("value", {"text": key}) if key else ("click", {})
+        return self.send("POST", f"{path}/{action}", body)
+
+    def emulate(self, command, **params):
+        return self.send("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": params})
+
+    def log(self):
+        return self.send("POST", "/se/log", {"type": "browser"})
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    driver = subprocess.Popen([DRIVER, f"--port={port}"], **quiet)
+    browser = None
+    try:
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        browser = Browser(port, tmp_path_factory.mktemp("profile"))
+        yield browser
+    finally:
+        if browser:
+            browser.send("DELETE", "")  # closes Chromium as well
+        driver.terminate()
+        driver.wait()
+
+
+def pixels(selector):
+    return f"return document.querySelector('{selector}').toDataURL()"
+
+
+@pytest.mark.parametrize("given", [content, other_content])
+def test_slider_and_play_in_a_browser(tmp_path, browser, given):
+    write(tmp_path, **given())
+    # The reply comes after the load event, and that waits for the pictures inside the page.
+    browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
+    for section, last in (("#chunks", 5), ("#samples", 3), ("#rollouts figure", 6)):
+        slider, canvas, button = f"{section} input", f"{section} canvas", f"{section} button"
+        value = f"return document.querySelector('{slider}').value"
+        finished = browser.run(pixels(canvas))
+        assert browser.run(value) == str(last)
+        browser.press(slider, "\ue012")  # left arrow
+        assert browser.run(value) == str(last - 1)
+        assert browser.run(pixels(canvas)) != finished
+        browser.press(slider, "\ue010")  # end
+        assert browser.run(pixels(canvas)) == finished
+        browser.press(button)  # from the last state, so it starts over
+        assert browser.run(f"return document.querySelector('{button}').textContent") == "Pause"
+        browser.wait(f"return document.querySelector('{slider}').value === '{last}' && "
+                     f"document.querySelector('{button}').textContent === 'Play'")
+        assert browser.run(pixels(canvas)) == finished
+    browser.press("#rollouts > .player button")
+    buttons = "[...document.querySelectorAll('#rollouts figure button')]"
+    assert browser.run(f"return {buttons}.map(button => button.textContent)") == ["Pause", "Pause"]
+    reading = "return document.querySelector('#charts output').textContent"
+    assert browser.run(reading).startswith("step 990")
+    browser.press("#charts canvas", "\ue012")
+    assert browser.run(reading).startswith("step 980")
+    assert browser.log() == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_width_and_themes_in_a_browser(tmp_path, browser, theme):
+    """Nothing is wider than a phone; canvases hold device pixels; a change of theme reaches the canvases."""
+    long = "text_without_any_space_" * 5
+    write(tmp_path, title=long, **content() | {"config": {long: long}})
+    browser.emulate("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+    browser.emulate("setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+    browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
+    browser.press("#config summary")
+    assert browser.run("return document.documentElement.scrollWidth") == 360
+    assert browser.run("return innerWidth") == 360
+    canvases = "[...document.querySelectorAll('canvas')]"
+    assert browser.run(f"return {canvases}.every(node => node.width === 2 * node.clientWidth)")
+    ground = browser.run("return getComputedStyle(document.documentElement).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == (theme == "dark")
+    before = browser.run(pixels("#charts canvas"))
+    other = {"light": "dark", "dark": "light"}[theme]
+    browser.emulate("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": other}])
+    browser.wait(f"return document.querySelector('#charts canvas').toDataURL() !== {json.dumps(before)}")
+    assert browser.log() == []
+
+
+def test_broken_and_empty_data_in_a_browser(tmp_path, browser):
+    """Not finite, one state, one point, all zero: the page still draws, without a message in the console."""
+    row = {"step": 0, "loss": np.nan, "lr": 0.0, "val_loss": 2.0, "success": 1.0, "interval": [1.0, 1.0]}
+    write(tmp_path, metrics=[row],
+          chunks={"trace": np.full((1, 1, 4, 2), np.nan), "xy": (0, 1), "labels": ["only"]},
+          samples={"trace": np.zeros((1, 3, 2)), "labels": ["only"], "field": np.zeros((1, 3, 3, 2)),
+                   "field_extent": (-1, 1)}, rollouts=[{"path": np.zeros((1, 2)), "success": True}])
+    browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
+    readings = browser.run("return [...document.querySelectorAll('#charts output')].map(o => o.textContent)")
+    assert readings[0] == "step 0 \u25cf loss not finite; logged values not finite: 1, first at step 0"
+    assert readings[2] == "step 0 \u25cf success 100 % (100 % to 100 %)"
+    write(tmp_path)
+    browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
+    assert browser.log() == []
