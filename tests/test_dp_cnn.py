@@ -1,6 +1,5 @@
-"""dp_cnn.py against the official implementations, against closed forms, and against what its docstring says."""
+"""dp_cnn.py against the official implementations, closed forms, and what it says of itself."""
 import math
-import re
 
 import pytest
 import torch
@@ -10,16 +9,14 @@ import dp_cnn
 
 from dp_cnn import PRESETS, Config, DiffusionPolicyCNN, UNet1d, convert_official, official_normalizer
 
-EXECUTED_FROM = {True: -1, False: 0}  # official `oa_step_convention`: executes from step To - 1, or To
 
-
-# -- the official implementations -------------------------------------------------------------------------------------
+# -- the official implementations
 
 
 def unet_config(official, **more):
     """Official constructor arguments of ConditionalUnet1D -> ours."""
-    known = {"input_dim", "global_cond_dim", "diffusion_step_embed_dim", "down_dims", "kernel_size", "n_groups",
-             "cond_predict_scale", "local_cond_dim"}
+    known = {"input_dim", "global_cond_dim", "diffusion_step_embed_dim", "down_dims", "kernel_size",
+             "n_groups", "cond_predict_scale", "local_cond_dim"}
     unknown = {k for k in official if not k.startswith("_")} - known
     assert not unknown, f"constructor arguments that this file cannot build: {unknown}"
     return Config(step_embed_dim=official["diffusion_step_embed_dim"], down_dims=tuple(official["down_dims"]),
@@ -117,21 +114,22 @@ def test_golden_policy(case):
 def lerobot_config(case):
     c = case.config
     official = dict(c["lerobot"])
-    supported = {"n_obs_steps", "horizon", "n_action_steps", "down_dims", "kernel_size", "n_groups", "crop_shape",
-                 "diffusion_step_embed_dim", "use_film_scale_modulation", "spatial_softmax_num_keypoints",
+    supported = {"n_obs_steps", "horizon", "n_action_steps", "down_dims", "kernel_size", "n_groups",
+                 "crop_shape", "diffusion_step_embed_dim", "use_film_scale_modulation",
+                 "spatial_softmax_num_keypoints",
                  "use_separate_rgb_encoder_per_camera", "do_mask_loss_for_padding", "prediction_type"}
     assert set(official) <= supported, f"LeRobot arguments that cannot be built: {set(official) - supported}"
-    return Config(action_dim=c["action_dim"], state_dim=c["state_dim"] + c.get("env_dim", 0), n_cameras=c["n_cams"],
-                  image_size=tuple(c["image_hw"]), obs="image" if c["n_cams"] else "lowdim",
-                  horizon=official["horizon"], n_obs_steps=official["n_obs_steps"],
-                  n_action_steps=official["n_action_steps"], down_dims=tuple(official["down_dims"]),
-                  kernel_size=official["kernel_size"], n_groups=official["n_groups"],
-                  step_embed_dim=official["diffusion_step_embed_dim"],
-                  film_scale=official["use_film_scale_modulation"],
-                  resnet_widths=tuple(c.get("resnet_widths", (64, 128, 256, 512))),
-                  n_keypoints=official["spatial_softmax_num_keypoints"], crop_size=tuple(official["crop_shape"] or ()),
-                  share_encoder=not official["use_separate_rgb_encoder_per_camera"],
-                  prediction_type={"epsilon": "eps", "sample": "x0"}[official.get("prediction_type", "epsilon")])
+    return Config(
+        action_dim=c["action_dim"], state_dim=c["state_dim"] + c.get("env_dim", 0), n_cameras=c["n_cams"],
+        image_size=tuple(c["image_hw"]), obs="image" if c["n_cams"] else "lowdim",
+        horizon=official["horizon"], n_obs_steps=official["n_obs_steps"],
+        n_action_steps=official["n_action_steps"], down_dims=tuple(official["down_dims"]),
+        kernel_size=official["kernel_size"], n_groups=official["n_groups"],
+        step_embed_dim=official["diffusion_step_embed_dim"], film_scale=official["use_film_scale_modulation"],
+        resnet_widths=tuple(c.get("resnet_widths", (64, 128, 256, 512))),
+        n_keypoints=official["spatial_softmax_num_keypoints"], crop_size=tuple(official["crop_shape"] or ()),
+        share_encoder=not official["use_separate_rgb_encoder_per_camera"],
+        prediction_type={"epsilon": "eps", "sample": "x0"}[official.get("prediction_type", "epsilon")])
 
 
 @golden("dp_cnn.LeRobotDiffusionPolicy")
@@ -155,7 +153,9 @@ def test_golden_lerobot(case):
             case.check(f"out/featmap_{v}", encoder.resnet(encoder.crop(x)))
     cond, _, _ = model.condition(batch)
     emb = config.step_embed_dim
-    columns = [c - emb for c in dp_cnn.lerobot_columns(config, state_dim)[emb:]] if config.n_cameras else slice(None)
+    columns = slice(None)
+    if config.n_cameras:
+        columns = [c - emb for c in dp_cnn.lerobot_columns(config, state_dim)[emb:]]
     assert (cond - case.out["global_cond"][:, columns]).abs().max() <= case.tolerance("out/global_cond")
 
     result = model.loss(batch, noise=case.inp["noise"], t=case.inp["timesteps"])
@@ -182,7 +182,7 @@ def test_golden_lerobot(case):
 def count(**overrides):
     with torch.device("meta"):
         model = DiffusionPolicyCNN(Config(**overrides))
-    return (sum(p.numel() for p in model.unet.parameters()), sum(p.numel() for p in model.encoders.parameters()))
+    return tuple(sum(p.numel() for p in part.parameters()) for part in (model.unet, model.encoders))
 
 
 @pytest.mark.parametrize("preset, overrides, unet, encoder", [
@@ -217,3 +217,263 @@ def test_from_official_names_everything_that_does_not_fit():
         DiffusionPolicyCNN.from_official(official, Config(**PRESETS["lowdim"]))
     for named in ("missing unet.final_out.bias", "left over unet.extra", "unet.mid.0.conv1.bias is (7,)"):
         assert named in str(error.value)
+
+
+# -- closed forms
+
+SMALL = {"down_dims": (16, 32), "step_embed_dim": 16, "action_dim": 2, "state_dim": 3, "horizon": 8,
+         "n_action_steps": 4}
+
+
+def small_batch(config, B=4, n=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    n = config.n_obs_loaded if n is None else n
+    return {"actions": torch.rand(B, config.pred_horizon, config.action_dim, generator=g) * 2 - 1,
+            "action_mask": torch.ones(B, config.pred_horizon, dtype=torch.bool),
+            "state": torch.randn(B, n, config.state_dim, generator=g)}
+
+
+def test_schedule_is_the_squared_cosine():
+    K = 100
+    alpha_bar = dp_cnn.cosine_alpha_bar(K).double()
+    f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    for t in (0, 1, 17, 50, 98):
+        assert alpha_bar[t].item() == pytest.approx(f((t + 1) / K) / f(0), rel=1e-4)
+    # The last beta would be 1: it is clipped, so that a trace of the data is left.
+    assert (alpha_bar[99] / alpha_bar[98]).item() == pytest.approx(1 - 0.999, rel=1e-3)
+
+
+def test_loss_noises_as_q_says():
+    """x_t that reaches the network has mean sqrt(alpha_bar) x0 and variance 1 - alpha_bar; the loss is the mean
+    squared distance of what the network says from the noise."""
+    config = Config(**SMALL)
+    model = DiffusionPolicyCNN(config)
+    seen = []
+    model.unet.forward = lambda x, film: seen.append(x) or torch.zeros_like(x)
+    batch = small_batch(config, B=20_000)
+    batch["actions"][:] = 0.5
+    torch.manual_seed(0)
+    loss = model.loss(batch, t=torch.full((20_000,), 30))["loss"]
+    alpha_bar = model.alpha_bar[30].item()
+    assert seen[0].mean().item() == pytest.approx(0.5 * math.sqrt(alpha_bar), abs=5e-3)
+    assert seen[0].var().item() == pytest.approx(1 - alpha_bar, rel=1e-2)
+    assert loss.item() == pytest.approx(1.0, rel=1e-2)  # the mean square of the noise itself
+
+
+class OptimalDenoiser(torch.nn.Module):
+    """What a perfect network would answer if the flattened chunks were N(mean, cov)."""
+
+    def __init__(self, alpha_bar, mean, cov, prediction_type):
+        super().__init__()
+        self.final_out = torch.nn.Linear(1, 1)  # sample() reads the dtype of the weights here
+        self.alpha_bar, self.mean, self.cov = alpha_bar.double(), mean, cov
+        self.prediction_type = prediction_type
+
+    def film(self, t, obs):
+        return [t.expand(len(t), obs.shape[1])]
+
+    def forward(self, x, film):
+        shape, a = x.shape, self.alpha_bar[film[0][0]]
+        delta = x.double().flatten(1) - a.sqrt() * self.mean
+        cov_t = a * self.cov + (1 - a) * torch.eye(len(self.mean), dtype=torch.float64)
+        score = -torch.linalg.solve(cov_t, delta.T).T
+        eps = -(1 - a).sqrt() * score
+        x0 = (x.double().flatten(1) - (1 - a).sqrt() * eps) / a.sqrt()
+        return (eps if self.prediction_type == "eps" else x0).reshape(shape).float()
+
+
+@pytest.mark.parametrize("prediction_type", ["eps", "x0"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("steps, tolerance", [(100, 0.01), (1000, 0.003)])
+def test_sampler_with_the_optimal_denoiser_lands_on_the_data(sampler, steps, tolerance, prediction_type):
+    """Gaussian chunks with correlated steps: mean and covariance come back, closer with finer steps (the
+    posterior variance of [5] is exact for data of one point only; in K = 100 steps that costs a sixth)."""
+    config = Config(**SMALL | {"action_dim": 1, "horizon": 4, "n_action_steps": 2}, sampler=sampler,
+                    prediction_type=prediction_type, n_diffusion_steps=steps)
+    model = DiffusionPolicyCNN(config)
+    mean = torch.tensor([0.1, 0.2, 0.3, -0.2], dtype=torch.float64)
+    root = torch.tensor([[0.2, 0, 0, 0], [0.15, 0.1, 0, 0], [0.1, 0.1, 0.1, 0], [0, -0.1, 0, 0.2]],
+                        dtype=torch.float64)
+    model.unet = OptimalDenoiser(model.alpha_bar, mean, root @ root.T, prediction_type)
+    batch = {"state": torch.zeros(10_000, 2, 3)}
+    chunk = model.sample(batch, steps, generator=torch.Generator().manual_seed(0))
+    x = chunk.flatten(1).double()
+    assert torch.allclose(x.mean(0), mean, atol=0.01)
+    assert torch.allclose(torch.cov(x.T), root @ root.T, atol=tolerance)
+
+
+def test_ddpm_step_is_the_posterior_and_the_papers_alpha_gamma_form():
+    """One reverse step from x_t, with x0 known: c1 x0 + c2 x_t, equal to Bayes' rule on the two Gaussians
+    q(x_{t-1} | x0), q(x_t | x_{t-1}), and to alpha (x_t - gamma eps) [5]."""
+    config = Config(**SMALL, sampler="ddpm", prediction_type="x0")
+    model = DiffusionPolicyCNN(config)
+    a = model.alpha_bar.double()
+    K = config.n_diffusion_steps
+    x0, start = torch.rand(1, 8, 2) - 0.5, torch.randn(1, 8, 2)
+    model.unet.forward = lambda x, film: x0
+    trace, no_noise = [], [torch.zeros(1, 8, 2)] * (K - 1)
+    model.sample({"state": torch.zeros(1, 2, 3)}, K, noise=start, trace=trace, step_noise=no_noise)
+    for t in (90, 40, 1):
+        before, after = trace[K - 2 - t].double(), trace[K - 1 - t].double()
+        beta = 1 - a[t] / a[t - 1]
+        precision = (1 - beta) / beta + 1 / (1 - a[t - 1])
+        bayes = ((1 - beta).sqrt() / beta * before + a[t - 1].sqrt() / (1 - a[t - 1]) * x0) / precision
+        eps = (before - a[t].sqrt() * x0) / (1 - a[t]).sqrt()
+        gradient_form = (before - beta / (1 - a[t]).sqrt() * eps) / (1 - beta).sqrt()
+        assert torch.allclose(after, bayes, atol=1e-5)
+        assert torch.allclose(after, gradient_form, atol=1e-5)
+
+
+def test_ddim_with_a_perfect_guess_returns_the_data_in_any_number_of_steps():
+    config = Config(**SMALL, sampler="ddim")
+    model = DiffusionPolicyCNN(config)
+    x0, eps = torch.rand(1, 8, 2) - 0.5, torch.randn(1, 8, 2)
+    model.unet.forward = lambda x, film: eps
+    for steps in (1, 7, 10, 100):
+        top = model.alpha_bar[(steps - 1) * (100 // steps)]
+        start = top.sqrt() * x0 + (1 - top).sqrt() * eps
+        chunk = model.sample({"state": torch.zeros(1, 2, 3)}, steps, noise=start)
+        assert torch.allclose(chunk, x0, atol=2e-3 if top < 1e-3 else 1e-5)
+
+
+# -- meaning
+
+
+@pytest.mark.parametrize("conditioning", ["global", "inpaint"])
+def test_padded_actions_change_neither_loss_nor_gradient(conditioning):
+    config = Config(**SMALL, conditioning=conditioning)
+    batch = small_batch(config)
+    batch["action_mask"][1, 3:] = batch["action_mask"][2, :2] = False
+    gradients = []
+    for filler in (0.0, 5.0):
+        torch.manual_seed(0)
+        model = DiffusionPolicyCNN(config)
+        # A convolution sees its neighbours, so a padded step may enter as input; what is predicted for it may
+        # not enter the loss. The network is replaced by one without neighbours to see the loss alone.
+        model.unet.forward = lambda x, film: x * model.unet.final_out.bias.mean() + film[0].mean()
+        filled = batch | {"actions": torch.where(batch["action_mask"][..., None], batch["actions"], filler)}
+        torch.manual_seed(1)
+        result = model.loss(filled)
+        result["loss"].backward()
+        gradients.append((result["loss"].item(), model.unet.final_out.bias.grad.clone()))
+    assert gradients[0][0] == gradients[1][0]
+    assert torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_loss_is_the_mean_over_real_steps():
+    config = Config(**SMALL)
+    model = DiffusionPolicyCNN(config)
+    model.unet.forward = lambda x, film: torch.zeros_like(x)
+    batch = small_batch(config)
+    batch["action_mask"][0, 2:] = False
+    noise = torch.randn(4, 8, 2)
+    result = model.loss(batch, noise=noise, t=torch.tensor([0, 5, 50, 99]))
+    real = torch.cat([noise[0, :2].flatten(), noise[1:].flatten()])
+    assert result["loss"].item() == pytest.approx(real.square().mean().item(), rel=1e-6)
+    assert result["per_sample"][0].item() == pytest.approx(noise[0, :2].square().mean().item(), rel=1e-6)
+    assert result["t"][0] == 0 and result["t"][3] == 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_inpainted_observations_stand_clean_in_every_input_of_the_network(sampler):
+    config = Config(**SMALL, conditioning="inpaint", sampler=sampler)
+    model = DiffusionPolicyCNN(config).eval()
+    batch = small_batch(config, n=2)
+    inputs, forward = [], model.unet.forward
+    model.unet.forward = lambda x, film: inputs.append(x) or forward(x, film)
+    chunk = model.sample(batch, steps=10, generator=torch.Generator().manual_seed(0))
+    assert chunk.shape == (4, 8, 2) and len(inputs) == 10
+    for x in inputs:
+        assert torch.equal(x[:, :2, 2:], batch["state"])  # the To observed steps, behind 2 action dimensions
+    moved = batch | {"state": batch["state"] + 1}
+    other = model.sample(moved, 10, generator=torch.Generator().manual_seed(0))
+    assert (other - chunk).abs().max() > 1e-3
+
+
+def test_only_the_observed_steps_condition_the_chunk():
+    config = Config(**SMALL)
+    model = DiffusionPolicyCNN(config).eval()
+    batch = small_batch(config, n=8)
+    later = {"state": batch["state"].clone()}
+    later["state"][:, 2:] += 10
+    draw = lambda b: model.sample(b, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(batch), draw(later))
+    later["state"][:, 1] += 10
+    assert not torch.equal(draw(batch), draw(later))
+
+
+def test_sampling_is_the_same_one_at_a_time_and_in_bfloat16_nearly():
+    config = Config(**SMALL)
+    model = DiffusionPolicyCNN(config).eval()
+    batch, noise = small_batch(config), torch.randn(4, 8, 2)
+    together = model.sample(batch, noise=noise)
+    one = lambda i: model.sample({"state": batch["state"][i:i + 1]}, noise=noise[i:i + 1])
+    alone = torch.cat([one(i) for i in range(4)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    half = model.to(torch.bfloat16).sample(batch, noise=noise)
+    assert (half - together).abs().max() < 0.1 and half.dtype == torch.float32
+
+
+def test_spatial_softmax_finds_the_bright_spot():
+    module = dp_cnn.SpatialSoftmax(1, 1)
+    torch.nn.init.constant_(module.conv.weight, 100.0)
+    image = torch.zeros(1, 1, 5, 9)
+    image[0, 0, 1, 6] = 1
+    assert torch.allclose(module(image)[0, 0], torch.tensor([6 / 4 - 1, 1 / 2 - 1]), atol=1e-5)  # x, then y
+
+
+def test_crops_random_in_training_centre_in_evaluation():
+    config = Config(**SMALL, n_cameras=1, obs="image", image_size=(20, 24), crop_size=(16, 16),
+                    resnet_widths=(16, 16, 16, 16), n_keypoints=4)
+    encoder = dp_cnn.ImageEncoder(config)
+    y, x = torch.meshgrid(torch.arange(20), torch.arange(24), indexing="ij")
+    image = torch.stack([y, x, y * 0]).expand(500, -1, -1, -1)
+    crops = encoder.train().crop(image)
+    corner = crops[:, :2, 0, 0]
+    assert torch.equal(crops[:, 0], (corner[:, 0, None] + torch.arange(16))[:, :, None].expand(-1, -1, 16))
+    assert set(corner[:, 0].tolist()) == set(range(5)) and set(corner[:, 1].tolist()) == set(range(9))
+    assert encoder.eval().crop(image)[0, :2, 0, 0].tolist() == [2, 4]
+
+
+def test_each_camera_has_an_encoder_of_its_own():
+    config = Config(**SMALL, n_cameras=2, obs="image", image_size=(32, 32), resnet_widths=(16, 16, 16, 16),
+                    n_keypoints=4)
+    model = DiffusionPolicyCNN(config)
+    images = torch.zeros(4, 2, 2, 3, 32, 32, dtype=torch.uint8)
+    images[:, :, 0, :, :8], images[:, :, 1, :, :, 20:] = 255, 200  # one sees a bright top, one a bright side
+    batch = small_batch(config) | {"images": images}
+    model.loss(batch)["loss"].backward()
+    assert len(model.encoders) == 2 and all(p.grad is not None for p in model.parameters())
+    swapped = batch | {"images": batch["images"].flip(2)}
+    assert not torch.allclose(model.encode(batch), model.encode(swapped))
+    with pytest.raises(ValueError, match="n_cameras = 2"):
+        model.loss(batch | {"images": batch["images"][:, :, :1]})
+
+
+def test_documented_shapes():
+    config = Config(**SMALL)
+    model = DiffusionPolicyCNN(config)
+    film = model.unet.film(torch.zeros(5, 1), torch.zeros(1, 3, 6))  # 5 steps, batch 3, To * S = 6
+    assert [f.shape for f in film] == [(5, 3, 2 * b.conv1.out_channels) for b in model.unet.blocks()]
+    assert model.unet(torch.zeros(3, 8, 2), [f[0] for f in film]).shape == (3, 8, 2)
+    trace = []
+    chunk = model.sample(small_batch(config), steps=7, trace=trace)
+    assert chunk.shape == (4, 8, 2) and len(trace) == 7 and torch.equal(trace[-1], chunk)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"horizon": 9}, "cannot be halved"), ({"n_obs_steps": 9}, "n_obs_steps 9"),
+    ({"n_action_steps": 8}, "n_action_steps 8"),
+    ({"kernel_size": 4}, "odd"), ({"down_dims": (12, 20)}, "groups"), ({"crop_size": (99, 9)}, "larger"),
+    ({"conditioning": "film"}, "conditioning 'film'"), ({"sampler_steps": 0}, "sampler steps 0"),
+    ({"conditioning": "inpaint", "pred_action_steps_only": True}, "global"),
+])
+def test_impossible_configurations_are_refused_in_one_line(change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Config(**SMALL | change)
+    assert "\n" not in str(error.value)
+
+
+def test_main_learns_both_ways_round_the_obstacle():
+    clear, up = dp_cnn.main(steps=150)
+    assert clear > 0.8 and 0.25 < up < 0.75

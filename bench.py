@@ -1,0 +1,192 @@
+"""What a model file costs: `python bench.py --model dp_cnn --preset lowdim` prints one JSON line.
+
+    step_ms, data_ms     one training step (loss, backward, AdamW, EMA) and the fetching of its batch
+    samples_per_s        batch_size / step
+    gflops               arithmetic per second achieved in forward and backward, by torch's FLOP counter
+    sample_ms            {sampler and steps: milliseconds for one chunk (or image, or point) at batch 1}
+    bf16_error           with --dtype bfloat16: largest difference from the float32 chunk, normalised units
+    peak_mb              largest memory of the process (CPU) or of the device (CUDA)
+
+Medians over repetitions after a warm-up; the numbers mean something on an idle machine only. --regression
+trains the regression baseline of the built-in task instead: the network of dp_cnn.py, asked for the mean.
+"""
+import copy
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import dp_cnn
+import train
+from options import Options, Parser, load_module, make_config, parse_set, pick_device, run
+
+
+def random_demos(config, folder):
+    """A file of random demonstrations with the shapes of `config`: fetching is then measured as it is."""
+    rng, path = np.random.default_rng(0), Path(folder) / "random.hdf5"
+    with h5py.File(path, "w") as f:
+        f.create_group("data").attrs["fps"] = 10.0
+        for i in range(20):
+            demo = f.create_group(f"data/demo_{i}")
+            demo.attrs["num_samples"] = 100
+            demo["actions"] = rng.uniform(-1, 1, (100, config.action_dim)).astype(np.float32)
+            demo["obs/state"] = rng.uniform(-1, 1, (100, config.state_dim)).astype(np.float32)
+            for v in range(config.n_cameras):
+                demo[f"obs/camera_{v}"] = rng.integers(0, 256, (100, *config.image_size, 3), dtype=np.uint8)
+    return path
+
+
+def random_items(config, device, folder):
+    """Items as train.py sees them, for the shapes of `config`."""
+    if hasattr(config, "data_shape"):
+        x, label = torch.randn(1000, *config.data_shape), torch.randint(max(1, config.n_classes), (1000,))
+        return data.Samples("random", x, label if config.n_classes else None, None)
+    demos = data.open_demos(random_demos(config, folder), obs=getattr(config, "obs", "image"),
+                            text=hasattr(config, "text_len"))
+    return data.Windows(demos, data.fit_normalizer(demos), config.pred_horizon, config.n_obs_steps,
+                        config.first_action, config.n_obs_loaded, getattr(config, "text_len", 0),
+                        device=device)
+
+
+def median_ms(function, device, repeat):
+    """Median time of function() in milliseconds, after two calls that do not count."""
+    times = []
+    for _ in range(repeat + 2):
+        began = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return round(statistics.median(times[2:]) * 1e3, 3)
+
+
+def time_training(model, batch, device, dtype, compile, repeat):
+    """-> (milliseconds of a training step, floating point operations of its forward and backward)"""
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.param_groups(0.0), lr=1e-4, fused=device.type in ("cuda", "cpu"))
+    loss_step = train.LossStep(model)
+    loss_step = torch.compile(loss_step) if compile else loss_step
+
+    def step():
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = loss_step(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.001)
+
+    step_ms = median_ms(step, device, repeat)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(batch)["loss"].backward()
+    model.zero_grad()
+    return step_ms, counter.get_total_flops()
+
+
+def time_sampling(model, batch, device, dtype, repeat):
+    """-> ({sampler: milliseconds at batch 1}, {sampler: error of bfloat16 weights} or {})"""
+    batch = {k: v[:1] for k, v in batch.items()}
+    fast = copy.deepcopy(model).to(dtype)
+    sample_ms, error = {}, {}
+    for name, sampler, steps in samplers(model.config):
+        for m in (model, fast):
+            m.config = dataclasses.replace(m.config, **({"sampler": sampler} if sampler else {}))
+        sample_ms[name] = median_ms(lambda: fast.sample(batch, steps=steps), device, max(3, repeat // 3))
+        if dtype != torch.float32:
+            chunks = [m.sample(batch, steps, generator=torch.Generator().manual_seed(0))
+                      for m in (model, fast)]
+            error[name] = round((chunks[0] - chunks[1]).abs().max().item(), 5)
+    return sample_ms, error
+
+
+def bench(options, repeat):
+    device, dtype = pick_device(options.device, options.dtype)
+    module = load_module(options.model)
+    config = make_config(module, options, {})
+    torch.manual_seed(0)
+    model = module.Model(config).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        stream = data.batches(random_items(config, device, folder), options.batch_size, seed=0)
+        data_ms = median_ms(lambda: next(stream), device, repeat)
+        batch = {k: v.to(device) for k, v in next(stream)[1].items()}
+    step_ms, flops = time_training(model, batch, device, dtype, options.compile, repeat)
+    sample_ms, error = time_sampling(model.eval(), batch, device, dtype, repeat)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    return {"model": options.model, "preset": options.preset, "device": device.type,
+            "parameters": sum(p.numel() for p in model.parameters()), "batch_size": options.batch_size,
+            "dtype": str(dtype).removeprefix("torch."), "compile": options.compile,
+            "threads": torch.get_num_threads(), "step_ms": step_ms, "data_ms": data_ms,
+            "samples_per_s": round(options.batch_size / step_ms * 1e3, 1),
+            "gflops": round(flops / step_ms / 1e6, 1), "sample_ms": sample_ms, "bf16_error": error,
+            "peak_mb": round(peak)}
+
+
+def samplers(config):
+    """(name, value of config.sampler or None, steps) of what is timed."""
+    if getattr(config, "sampler", None) in ("ddim", "ddpm"):
+        K = config.n_diffusion_steps
+        return [("ddim 10", "ddim", 10), (f"ddpm {K}", "ddpm", K)]
+    return [(f"{config.sampler_steps} steps", None, config.sampler_steps)]
+
+
+class Regression(dp_cnn.DiffusionPolicyCNN):
+    """The same network, data and time line without diffusion: the chunk is regressed from the observation by
+    mean squared error. Where demonstrations go two ways it answers with their mean."""
+
+    def predict(self, batch):
+        cond, _, known = self.condition(batch)
+        nothing = cond.new_zeros(len(cond), *known.shape)
+        return self.unet(nothing, self.unet.film(cond.new_zeros(len(cond)), cond))
+
+    def loss(self, batch, noise=None, t=None):
+        error = ((self.predict(batch) - batch["actions"]) ** 2).mean(-1) * batch["action_mask"]
+        per_sample = error.detach().sum(1) / batch["action_mask"].sum(1).clamp(min=1)
+        return {"loss": error.sum() / batch["action_mask"].sum(), "per_sample": per_sample,
+                "t": torch.zeros_like(per_sample)}
+
+    @torch.no_grad()
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
+        chunk = self.predict(batch)
+        if trace is not None:
+            trace.append(chunk)
+        return chunk
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.partition("\n")[0])
+    defaults = Options()
+    for name in ("model", "preset", "device", "dtype", "out"):
+        parser.add_argument(f"--{name}", default=getattr(defaults, name))
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=10, help="repetitions of what is timed")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--regression", action="store_true", help="train the regression baseline on tabletop")
+    args = vars(parser.parse(argv if argv is not None else sys.argv[1:]))
+    args["set"] = parse_set(args["set"])
+    repeat, regression = args.pop("repeat"), args.pop("regression")
+    options = Options(**args)
+    if not regression:
+        print(json.dumps(bench(options, repeat)))
+        return
+    module = types.SimpleNamespace(**vars(dp_cnn) | {"Model": Regression})
+    recipe = dp_cnn.RECIPES["tiny"]
+    options = dataclasses.replace(options, model="dp_cnn", out=options.out or "out/regression", **recipe)
+    train.train(options, module)
+
+
+if __name__ == "__main__":
+    run(main)
