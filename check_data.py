@@ -3,7 +3,7 @@
     python data.py FILE_OR_FOLDER       demonstrations in HDF5, or images in .npz or HDF5
 
 What it lists under "must be mended" training refuses (open_demos raises the first such line); what stands
-under "worth a look" it takes as it is. Exit status 2, with one line, only if there is nothing that can be read.
+under "worth a look" it takes as it is. Exit status 2, with one line, only if nothing can be read.
 """
 import argparse
 import collections
@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data import Normalizer
+from data import Normalizer, tabletop_file
 from episodes import UserError, decode_jpeg, faults, find_files, nonfinite, one_line, open_file, read_episodes
 from image_sets import read_arrays, read_images
 
@@ -26,6 +26,8 @@ def inspect(path):
     """Print the report on a file, a folder or a glob. Raises UserError if there is nothing readable."""
     if holds_images(path):
         return inspect_images(path)
+    if path == "tabletop":
+        path = tabletop_file(cameras=True, rollouts=None, seed=0, cache=None)
     wrong, odd, episodes = [], [], []
     for file in find_files(path):
         try:
@@ -58,7 +60,7 @@ def inspect(path):
 
 
 def read_values(episodes, wrong):
-    """(readable episodes, {key: (N, D) numbers}, {key: (E, H, W, 3) first frames}); adds faults to `wrong`."""
+    """(readable episodes, {key: (N, D) numbers}, {key: (E, H, W, 3) first frames}); adds to `wrong`."""
     readable, numbers, frames = [], collections.defaultdict(list), collections.defaultdict(list)
     camera = lambda array: array.kind in ("camera", "jpeg")
     for e in episodes:
@@ -105,7 +107,7 @@ def report_episodes(path, episodes, odd):
     if len({e.rollout for e in episodes}) == 1:
         odd.append("a single episode: nothing can be held out, record more")
     if any(array.kind == "jpeg" for e in episodes for array in e.obs.values()):
-        odd.append("JPEG frames: red and blue are taken to be swapped, as in ALOHA and RDT; look at a picture")
+        odd.append("JPEG frames: red and blue are taken to be swapped, as in ALOHA and RDT, look at one")
 
 
 def report_key(key, x, array, odd):
@@ -145,7 +147,7 @@ def report_motion(episodes, numbers, odd):
     if idle.mean() > 0.1:
         odd.append(f"{line}: cut these steps, or a policy learns to stand still")
 
-    # The window at t predicts t - TO + 1 .. t - TO + TP. How much of it lies before step 0 or behind step n - 1?
+    # The window at t predicts t - TO + 1 .. t - TO + TP. How much of it is before step 0 or behind n - 1?
     padding = 0
     for n in lengths:
         first = np.arange(n) - TO + 1
@@ -153,7 +155,7 @@ def report_motion(episodes, numbers, odd):
     padding = padding / TP / lengths.sum()
     print(f"  padding       {padding:.1%} of the actions in windows with To {TO}, Tp {TP}")
     if (lengths < TP).any():
-        odd.append(f"{(lengths < TP).sum()} episodes have less than {TP} steps: their windows are mostly padding")
+        odd.append(f"{(lengths < TP).sum()} episodes have less than {TP} steps: mostly padding")
 
 
 def holds_images(path):
@@ -162,7 +164,7 @@ def holds_images(path):
     try:
         with h5py.File(path, "r") as file:
             return "data" not in file and ("x" in file or "x_train" in file)
-    except OSError:
+    except (OSError, RuntimeError):
         return False            # not a file, or a broken one: read_episodes says it better
 
 
@@ -203,7 +205,7 @@ def report_faults(wrong, odd):
 
 def main():
     parser = argparse.ArgumentParser(prog="python data.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("path", help="HDF5 file, folder or glob of demonstrations; .npz or HDF5 of images")
+    parser.add_argument("path", help="HDF5 file, folder or glob; .npz or HDF5 of images; tabletop")
     try:
         inspect(parser.parse_args().path)
     except UserError as error:

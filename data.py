@@ -24,6 +24,7 @@ Images stay there too if they fit; if not, every process opens the files for its
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import os
 import sys
@@ -165,8 +166,8 @@ def keys_of_shape_meta(first, shape_meta):
         if kind not in ("rgb", "low_dim"):
             raise UserError(f"shape_meta: the type of '{key}' is 'rgb' or 'low_dim', not {kind!r}")
         array = first.obs.get(key)
-        if array is None or array.kind == "jpeg":       # `faults` names a missing key; JPEGs are still coded
-            continue
+        if array is None or (kind, array.kind) == ("rgb", "jpeg"):
+            continue                    # `faults` names a missing key; JPEGs show their size once decoded
         has = (3, *array.shape[1:3]) if kind == "rgb" else array.shape[1:] or (1,)
         if shape != has or (kind == "rgb") != (array.kind == "camera"):
             raise UserError(f"shape_meta: '{key}' is {kind} {list(shape)}, but in {first.name} {array.dtype} "
@@ -241,6 +242,7 @@ class Demos:
         if len(set(sizes.values())) > 1:
             raise UserError(f"{first.name}: cameras differ in size, {sizes}: name equal ones in shape_meta")
         self.image_size = next(iter(sizes.values()), None)
+        self.close()
 
     def _read(self, episode, array, lo=None, hi=None):
         # Handles belong to the process that opened them: after a fork, HDF5 would share the file position.
@@ -287,6 +289,12 @@ class Demos:
         spans = [np.arange(self.starts[e], self.starts[e] + self.lengths[e]) for e in episodes]
         return np.concatenate([np.zeros(0, int), *spans])
 
+    def close(self):
+        """Close the files, so that others can write them; what is read next opens them again."""
+        for file in self.files.values():
+            file.close()
+        self.files = {}
+
     def __getstate__(self):                             # a process that is spawned opens files of its own
         return self.__dict__ | {"files": {}}
 
@@ -303,8 +311,7 @@ class Demos:
 
 def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None, val_ratio=None,
                max_train_episodes=None, seed=0, cache=None, memory_gb=4.0):
-    """Open and check demonstrations: -> Demos. Raises UserError for what is wrong with them; notes go to
-    stderr.
+    """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
 
     source       "tabletop", or a path, folder or glob of HDF5
     obs          "lowdim": all float observations, no cameras. "image": cameras, and all float observations
@@ -326,6 +333,10 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None,
     state_keys, camera_keys = choose_keys(found[0], obs, text, shape_meta)
     split = split_episodes(found, val_ratio, max_train_episodes, seed)
     demos = Demos(source, found, state_keys, camera_keys, split, memory_gb)
+    for key in camera_keys if shape_meta else []:
+        if tuple(shape_meta["obs"][key]["shape"]) != (3, *demos.image_size):
+            raise UserError(f"shape_meta: '{key}' is {shape_meta['obs'][key]['shape']}, but the pictures of "
+                            f"{source} are {[3, *demos.image_size]}: correct it")
     if text and not any(demos.instructions):
         demos.notes.append(f"{source} has no instructions, texts are empty: set 'language_instruction'")
     for note in demos.notes:
@@ -347,12 +358,25 @@ def written_aside(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
+        with open(aside, "rb") as written:
+            os.fsync(written.fileno())          # or a power cut could leave the new name with nothing in it
         os.replace(aside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}, make room or take another folder: {one_line(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+@contextlib.contextmanager
+def new_hdf5(path):
+    """An h5py.File to fill, written to `path` as a whole. It grows in memory, because HDF5 does not survive a
+    full disk: it prints an error for every object and may crash."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        yield file
+    with written_aside(path) as aside:
+        aside.write_bytes(buffer.getbuffer())
 
 
 def tabletop_file(cameras, rollouts, seed, cache):
@@ -366,7 +390,7 @@ def tabletop_file(cameras, rollouts, seed, cache):
     if path.exists():
         return path
     print(f"note: generating {rollouts} demonstrations, kept in {path}", file=sys.stderr)
-    with written_aside(path) as aside, h5py.File(aside, "w") as file:
+    with new_hdf5(path) as file:
         data = file.create_group("data")
         names = json.dumps(tabletop.ACTION_NAMES)
         data.attrs.update(format_version=1, fps=float(tabletop.FPS), action_names=names)
@@ -405,8 +429,7 @@ class Windows:
         self.action_steps = torch.arange(first_action, first_action + horizon)
         self.state_steps = torch.arange(n_state_steps or n_obs_steps) - (n_obs_steps - 1)
 
-        # Item i is row i of the flat arrays; its steps are rows i-1, i, i+1, ... kept within first[i] ..
-        # last[i].
+        # Item i is row i of the flat arrays. Its window: rows i-1, i, i+1, ... clamped to first[i], last[i].
         lengths = torch.from_numpy(demos.lengths[self.episodes])
         self.item_episode = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         starts = lengths.cumsum(0) - lengths
@@ -428,6 +451,7 @@ class Windows:
                 self.images = torch.empty((len(rows), *shape), dtype=torch.uint8)
                 for e, start, length in zip(self.episodes, starts.tolist(), lengths.tolist()):
                     self.images[start:start + length] = torch.from_numpy(demos.images(e, 0, length))
+                demos.close()
         held = {name: x for name, x in vars(self).items() if torch.is_tensor(x)}
         all_held = self.images is not None or not demos.camera_keys
         if self.device.type == "cuda" and all_held and \
@@ -481,14 +505,13 @@ def to_device(batch, device):
 
 
 def batches(windows, batch_size, seed, start_step=0, rank=0, world=1, workers=0):
-    """An iterator without end over (indices, batch), for Windows and Samples. UserError if the set is too
-    small.
+    """An iterator without end over (indices, batch), for Windows and Samples.
 
     batch_size is that of one process; there are `world` of them, this is number `rank`. Every epoch goes
     through all items in a new order and drops the rest that does not fill a batch on every rank. The indices
     of step k depend on (seed, k, rank, world) alone: started at start_step=k it goes on as if it had never
     stopped. With workers > 0 that many processes prepare the same batches; that pays only for images that
-    stay in the files.
+    stay in the files. Raises UserError if the set is too small, or a file breaks on the way.
     """
     n = len(windows)
     if batch_size * world > n:
@@ -497,9 +520,17 @@ def batches(windows, batch_size, seed, start_step=0, rank=0, world=1, workers=0)
     stream = index_stream(n, batch_size, seed, start_step, rank, world)
     if not workers or windows.held_on.type != "cpu":
         return ((indices, windows.batch(indices)) for indices in stream)
+    # A generator of its own: the loader draws a seed for its workers, which must not disturb the run's.
     loader = torch.utils.data.DataLoader(BatchByIndices(windows), batch_size=None, sampler=stream,
-                                         num_workers=workers, pin_memory=windows.device.type == "cuda")
-    return ((indices, to_device(batch, windows.device)) for indices, batch in loader)
+                                         num_workers=workers, pin_memory=windows.device.type == "cuda",
+                                         generator=torch.Generator())
+    return (received(indices, batch, windows.device) for indices, batch in loader)
+
+
+def received(indices, batch, device):
+    if isinstance(batch, UserError):
+        raise batch
+    return indices, to_device(batch, device)
 
 
 def index_stream(n, batch_size, seed, start_step, rank, world):
@@ -516,14 +547,18 @@ def index_stream(n, batch_size, seed, start_step, rank, world):
 
 
 class BatchByIndices(torch.utils.data.Dataset):
-    """For DataLoader's workers: an "item" is a whole batch, on the CPU, as a forked process has no GPU."""
+    """For DataLoader's workers: an "item" is a whole batch, on the CPU, as a forked process has no GPU. An
+    error is handed over like a batch, because DataLoader would wrap its one line into a traceback."""
 
     def __init__(self, windows):
         self.windows = copy.copy(windows)
         self.windows.device = torch.device("cpu")
 
     def __getitem__(self, indices):
-        return indices, self.windows.batch(indices)
+        try:
+            return indices, self.windows.batch(indices)
+        except UserError as error:
+            return indices, error
 
 
 if __name__ == "__main__":

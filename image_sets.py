@@ -77,7 +77,7 @@ def shapes(n, rng, size=32):
             "ring": lambda: abs(far - 0.75 * r) - 0.25 * r,
             "cross": lambda: np.minimum(np.maximum(ax - r, ay - 0.3 * r), np.maximum(ax - 0.3 * r, ay - r)),
             "bar": lambda: np.maximum(ax - r, ay - 0.3 * r),
-            "star": lambda: 0.588 * (far * np.cos(turn) - r) + 0.809 * far * np.sin(turn),
+            "star": lambda: 0.328 * (far * np.cos(turn) - r) + 0.944 * far * np.sin(turn),
             "diamond": lambda: 0.707 * (ax + ay - r),
         }[name]()
     cover = np.clip(0.5 - distance, 0, 1)[:, None]                          # (n, 1, H, W)

@@ -254,6 +254,7 @@ def draw(obs, centre, extent, size):
 
 REACH = 0.12                            # the set-point leads the gripper by at most this much
 CLEARANCE = 0.14                        # between the wall and the way-points around it
+DECIDE = 0.3                            # so far before the wall it is decided on which side to pass
 
 
 class Expert:
@@ -290,13 +291,17 @@ class Expert:
         A function of the position alone (no list of way-points to tick off), so that after a push the expert
         goes on from wherever it finds itself.
         """
-        slack = 0.05                                                    # a corner need not be hit exactly
+        n, slack = len(gripper), 0.05                                   # a corner need not be hit exactly
         across = np.where(goal[:, 1] > WALL_Y, 1, -1)                   # which way to pass: up or down
         progress = across * (gripper[:, 1] - WALL_Y)                    # > 0 on the goal's side of it
         outside = self.side * gripper[:, 0] > WALL[0] + CLEARANCE - slack           # free to pass
         passed = (progress > WALL[1] + CLEARANCE - slack) | ((progress > 0) & ~outside)
-        corner_y = WALL_Y + across * np.where(outside, 1, -1) * (WALL[1] + CLEARANCE)
+        corner_y = WALL_Y + across * np.where(outside, WALL[1] + CLEARANCE, -0.1)
         corner = np.column_stack([self.side * (WALL[0] + CLEARANCE), corner_y])
+        # On the way up it first comes straight towards the wall and only then turns to its side: what lies
+        # before the turn looks alike for both, so that a policy cannot tell them apart by where it is.
+        early = (across > 0) & (progress < -DECIDE - slack)
+        corner[early] = np.column_stack([gripper[:, 0], np.full(n, WALL_Y - DECIDE)])[early]
         return np.where(passed[:, None], goal, corner)
 
 
