@@ -117,6 +117,8 @@ class Config:
         check_choice("prediction_type", self.prediction_type, ("eps", "x0"))
         check_choice("sampler", self.sampler, ("ddim", "ddpm"))
         check_choice("obs", self.obs, ("lowdim", "image"))
+        if not self.down_dims:
+            raise ValueError("down_dims is empty: give the channels of one level at least")
         halvings = 2 ** (len(self.down_dims) - 1)
         if self.pred_horizon % halvings:
             raise ValueError(f"horizon {self.pred_horizon} cannot be halved {len(self.down_dims) - 1} times "
@@ -618,7 +620,7 @@ Model = DiffusionPolicyCNN
 PRESETS = {
     # learns the built-in task in minutes on two CPU cores
     "tiny": {},
-    "tiny_image": {"prediction_type": "x0", "obs": "image", "resnet_widths": (16, 32, 64, 128),
+    "tiny_image": {"obs": "image", "resnet_widths": (16, 32, 64, 128),
                    "n_keypoints": 16, "crop_size": (56, 56)},
     # Push-T from keypoints: 65,783,298 parameters
     "lowdim": {"down_dims": (256, 512, 1024), "step_embed_dim": 256, "sampler": "ddpm", "sampler_steps": 100,
@@ -631,7 +633,7 @@ PRESETS = {
 
 # What train.py takes for these presets unless it is told otherwise.
 RECIPES = {
-    "tiny": {"steps": 2000, "batch_size": 128, "lr": 1e-3, "ema_max": 0.999, "eval_every": 500},
+    "tiny": {"steps": 3000, "batch_size": 128, "lr": 1e-3, "ema_max": 0.999, "eval_every": 500},
     "tiny_image": {"steps": 2000, "batch_size": 64, "lr": 1e-3, "ema_max": 0.999, "eval_every": 500},
     "lowdim": {"steps": 220_000, "batch_size": 256, "lr": 1e-4, "warmup": 500},
     "image": {"steps": 500_000, "batch_size": 64, "lr": 1e-4, "warmup": 500},

@@ -127,7 +127,10 @@ def parse_set(items):
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--set {item}: write it as FIELD=VALUE, for example --set horizon=16")
-        pairs[key] = yaml.safe_load(text)
+        try:
+            pairs[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {item}: {text!r} is not a YAML value") from None
     return pairs
 
 
@@ -184,6 +187,8 @@ def check_options(options):
         value = getattr(options, name)
         if not value >= least:
             raise UserError(f"--{name} {value} must be at least {least}")
+    if len(options.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in options.betas):
+        raise UserError(f"--betas {options.betas} must be two numbers of at least 0 and below 1")
     schedules = ("cosine", "linear", "constant", "pi0")
     if options.lr_schedule not in schedules:
         raise UserError(f"--lr_schedule {options.lr_schedule!r} is unknown"
@@ -264,8 +269,13 @@ def run(main):
     """Call main(); a user's mistake becomes one line on stderr and exit status 2."""
     try:
         main()
+        return
     except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = str(e)
+    except OSError as e:  # a disk that is full when metrics or the report are written
+        message = f"cannot write {e.filename or 'to --out'} ({e.strerror or e}): make room or choose another folder"
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    # Printed only here: the progress bar went with the frames of the error, and has ended its line.
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)

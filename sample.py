@@ -358,6 +358,25 @@ def evaluate(policy, environment, episodes, seed, n_rollouts=6, instruction=None
             "rollouts": rollouts}
 
 
+def energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two samples (N, ...): 0 only if their distributions are equal."""
+    x, y = x.flatten(1), y.flatten(1)
+    return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
+
+
+def compare_samples(model, held_out, seed):
+    """How far as many samples as there are held-out items lie from these, {"distance", "floor"}: the floor is the
+    distance between two halves of the data. At most 2000 points or 256 images."""
+    n = min(len(held_out) // 2, 1000 if len(held_out.shape) == 1 else 128)
+    if not n:
+        return {}
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
+    halves = [held_out.batch(order[i * n:(i + 1) * n]) for i in (0, 1)]
+    samples = model.sample(halves[0], generator=torch.Generator().manual_seed(seed)).float()
+    return {"distance": energy_distance(samples, halves[1]["x"]),
+            "floor": energy_distance(halves[0]["x"], halves[1]["x"])}
+
+
 def pictures(model, windows, normalizer, seed, n=32):
     """What the report shows of a model: samples forming out of noise. -> keyword arguments of report.write"""
     trace, generator = [], torch.Generator().manual_seed(seed)

@@ -106,7 +106,9 @@ def prepare_out(options):
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".probe").write_bytes(b"")
-        (out / ".probe").unlink()
+        (out / ".probe").unlink(missing_ok=True)  # another process of this run may have been here first
+        for part in out.glob("checkpoint.pt.*.part"):  # what a killed run left half written
+            part.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"--out {out} cannot be written ({e.strerror or e}); choose another folder") from None
     if (out / "checkpoint.pt").exists() and not options.resume:
@@ -205,8 +207,8 @@ def stop_if_not_finite(losses, first_step, options, windows, rank, world, out):
                           rank, world)
     names = sorted({name for _ in range(options.grad_accum) for name in windows.episode(next(stream)[0])})
     shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    raise UserError(f"the loss of step {first_step + bad} is {losses[bad]}; its batch holds {shown}. The "
-                    f"last checkpoint in {out} is intact: check the data (python data.py FILE) or lower --lr")
+    raise UserError(f"loss or gradient of step {first_step + bad + 1} is {losses[bad]}; its batch holds {shown}. "
+                    f"The last checkpoint in {out} is intact: check the data (python data.py FILE) or lower --lr")
 
 
 def train(options, module):
@@ -219,6 +221,8 @@ def train(options, module):
         if device.type == "cuda":
             torch.cuda.set_device(device)
     out = prepare_out(options)
+    if world > 1:
+        dist.barrier()  # all have looked before one writes
 
     # Data, model, optimiser. The data decide the shapes in the model's Config.
     facts, make_windows, description, normalizer = open_data(options, module)
@@ -240,6 +244,8 @@ def train(options, module):
     if options.resume:
         start, seconds = resume(out / "checkpoint.pt", options, config, model, ema, optimizer, device)
         rows = read_metrics(out / "metrics.jsonl", up_to=start)
+    stream = data.batches(windows, options.batch_size, options.seed, start * options.grad_accum, rank, world,
+                          options.workers)
     environment = options.env or None
     if normalizer is not None and (options.data or "tabletop") == "tabletop":
         environment = environment or "tabletop"
@@ -259,6 +265,8 @@ def train(options, module):
 
     def evaluate(step, closed_loop):
         row = {"step": step} | validate(ema, held_out, normalizer, options.seed)
+        if normalizer is None:
+            row |= sample.compare_samples(ema, held_out, options.seed)
         if closed_loop and environment and options.episodes:
             policy = sample.Policy(ema, normalizer, description, device=device, seed=options.seed)
             row |= sample.evaluate(policy, environment, options.episodes, options.seed)
@@ -280,8 +288,6 @@ def train(options, module):
     loss_step = LossStep(model)
     loss_step = torch.compile(loss_step) if options.compile else loss_step
     loss_step = torch.nn.parallel.DistributedDataParallel(loss_step) if world > 1 else loss_step
-    stream = data.batches(windows, options.batch_size, options.seed, start * options.grad_accum, rank, world,
-                          options.workers)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     received = catch_signals()
     losses, data_s, began, since = [], 0.0, time.perf_counter(), start
@@ -321,7 +327,9 @@ def train(options, module):
         if not (logging or saving):
             continue
         values = torch.stack(losses).reshape(-1, options.grad_accum).sum(1).tolist()
-        stop_if_not_finite(values, since, options, windows, rank, world, out)
+        # A gradient can overflow where the loss does not: the weights are then lost, and must not be saved.
+        checked = values[:-1] + [values[-1] + 0 * grad_norm.item()]
+        stop_if_not_finite(checked, since, options, windows, rank, world, out)
         elapsed, n = time.perf_counter() - began, done - since
         seconds += elapsed
         row = {"step": done, "loss": sum(values) / n, "lr": lr, "grad_norm": grad_norm.item(),

@@ -1,0 +1,126 @@
+"""Ours beside the original Diffusion Policy, in one process on one machine. Run by hand, on an idle machine:
+
+    git clone https://github.com/real-stanford/diffusion_policy
+    pip install einops diffusers
+    python tests/compare_original.py diffusion_policy
+
+The same weights, the 65.8 M U-Net of Push-T from keypoints. Prints milliseconds of a training step (loss,
+backward, AdamW, EMA) at batch 64 and 256, and of one chunk at batch 1 with DDIM 10 and DDPM 100: theirs, ours,
+the ratio, the largest difference of the two chunks, and ours in bfloat16.
+"""
+import copy
+import importlib.util
+import statistics
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dp_cnn  # noqa: E402
+
+
+def load_original(folder):
+    """The original's ConditionalUnet1D, without importing the packages that the rest of it needs."""
+    names = ("conv1d_components", "positional_embedding", "conditional_unet1d")
+    package = "diffusion_policy.model.diffusion"
+    for part in ("diffusion_policy", "diffusion_policy.model", package):
+        sys.modules[part] = types.ModuleType(part)
+    for name in names:
+        path = Path(folder) / "diffusion_policy" / "model" / "diffusion" / f"{name}.py"
+        if not path.exists():
+            sys.exit(f"{path} is not there: give the folder of a checkout of real-stanford/diffusion_policy")
+        spec = importlib.util.spec_from_file_location(f"{package}.{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[f"{package}.{name}"] = module
+        spec.loader.exec_module(module)
+    return module.ConditionalUnet1D
+
+
+def median_ms(function, repeat):
+    times = []
+    for _ in range(repeat + 1):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:]) * 1e3
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    from diffusers import DDIMScheduler, DDPMScheduler
+    torch.manual_seed(0)
+    theirs = load_original(sys.argv[1])(input_dim=2, global_cond_dim=40, diffusion_step_embed_dim=256,
+                                        down_dims=[256, 512, 1024], kernel_size=5, cond_predict_scale=True)
+    config = dp_cnn.Config(**dp_cnn.PRESETS["lowdim"])
+    weights = {f"model.{k}": v.clone() for k, v in theirs.state_dict().items()}
+    ours = dp_cnn.DiffusionPolicyCNN.from_official(weights, config)
+    schedule = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'':24}{'original':>12}{'ours':>12}{'ratio':>8}")
+
+    for B in (64, 256):
+        batch = {"state": torch.randn(B, 2, 20), "actions": torch.rand(B, 16, 2) * 2 - 1,
+                 "action_mask": torch.ones(B, 16, dtype=torch.bool)}
+        noiser = DDPMScheduler(**schedule)
+
+        def their_loss():
+            noise, t = torch.randn(B, 16, 2), torch.randint(100, (B,))
+            noisy = noiser.add_noise(batch["actions"], noise, t)
+            pred = theirs(noisy, t, global_cond=batch["state"].flatten(1))
+            return torch.nn.functional.mse_loss(pred, noise)
+
+        rows = []
+        our_loss = lambda: ours.loss(batch)["loss"]
+        for model, loss, fused in ((theirs, their_loss, False), (ours, our_loss, True)):
+            ema = copy.deepcopy(model)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-6, (0.95, 0.999), 1e-8, 1e-6, fused=fused)
+
+            def step():
+                loss().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                with torch.no_grad():
+                    if model is ours:
+                        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.001)
+                    else:  # as ema_model.py does it, parameter by parameter
+                        for average, p in zip(ema.parameters(), model.parameters()):
+                            average.mul_(0.999)
+                            average.add_(p.data, alpha=0.001)
+
+            rows.append(median_ms(step, 5))
+        label = f"training step, batch {B}"
+        print(f"{label:24}{rows[0]:>9.0f} ms{rows[1]:>9.0f} ms{rows[1] / rows[0]:>8.2f}")
+
+    theirs.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
+    ours = dp_cnn.DiffusionPolicyCNN.from_official(weights, config).eval()
+    half = copy.deepcopy(ours).to(torch.bfloat16)
+    state, start = torch.randn(1, 2, 20), torch.randn(1, 16, 2)
+    for name, scheduler, steps in (("ddim", DDIMScheduler, 10), ("ddpm", DDPMScheduler, 100)):
+        scheduler = scheduler(**schedule)
+        ours.config.sampler = half.config.sampler = name
+
+        @torch.no_grad()
+        def their_sample():
+            scheduler.set_timesteps(steps)
+            x, generator = start, torch.Generator().manual_seed(0)
+            for t in scheduler.timesteps:
+                pred = theirs(x, t, global_cond=state.flatten(1))
+                x = scheduler.step(pred, t, x, generator=generator).prev_sample
+            return x
+
+        def our_sample(model):
+            return model.sample({"state": state}, steps, start, torch.Generator().manual_seed(0))
+
+        chunks = [their_sample(), our_sample(ours), our_sample(half)]
+        ms = [median_ms(f, 5) for f in (their_sample, lambda: our_sample(ours), lambda: our_sample(half))]
+        for label, i in ((f"chunk, {name.upper()} {steps}", 1), ("    in bfloat16", 2)):
+            error = (chunks[i] - chunks[0]).abs().max().item()
+            print(f"{label:24}{ms[0]:>9.0f} ms{ms[i]:>9.0f} ms{ms[i] / ms[0]:>8.2f}   differ by {error:.1e}")
+
+
+if __name__ == "__main__":
+    main()
