@@ -273,7 +273,8 @@ def run(main):
     except UserError as e:
         message = str(e)
     except OSError as e:  # a disk that is full when metrics or the report are written
-        message = f"cannot write {e.filename or 'to --out'} ({e.strerror or e}): make room or choose another folder"
+        message = (f"cannot write {e.filename or 'to --out'} ({e.strerror or e}): make room or choose "
+                   f"another folder")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     # Printed only here: the progress bar went with the frames of the error, and has ended its line.

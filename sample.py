@@ -251,6 +251,8 @@ class GymEpisodes:
     """
 
     def __init__(self, n, description, spec):
+        if "id" not in spec:
+            raise UserError("env: names no environment; add its id, for example id: gym_pusht/PushT-v0")
         try:
             import gymnasium
             name = spec["id"]
@@ -262,7 +264,7 @@ class GymEpisodes:
         except ImportError as e:
             raise UserError(f"environment {spec['id']} needs a package: pip install {e.name or 'gymnasium'} "
                             f"(see README, extras)") from None
-        except gymnasium.error.Error as e:
+        except (gymnasium.error.Error, TypeError) as e:  # TypeError: kwargs that it does not take
             raise UserError(f"environment {spec['id']}: {' '.join(str(e).split())}") from None
         wanted = list(description["state_keys"]) + list(description["camera_keys"])
         self.mapping = spec.get("obs") or {k: k for k in wanted}
@@ -286,7 +288,15 @@ class GymEpisodes:
         return self.observe(), reward, self.done.copy(), {"success": success}
 
     def observe(self):
-        return {key: np.stack([pick(obs, where) for obs in self.last]) for key, where in self.mapping.items()}
+        found = {}
+        for key, where in self.mapping.items():
+            try:
+                found[key] = np.stack([pick(obs, where) for obs in self.last])
+            except (KeyError, TypeError, ValueError, AttributeError):
+                has = ", ".join(self.last[0]) if isinstance(self.last[0], dict) else "one array"
+                raise UserError(f"env: obs: {key}: {where!r} is not in the environment's observation "
+                                f"({has}); write NAME, NAME[FROM:TO] or {{pose: .., points: ..}}") from None
+        return found
 
     def frame(self, i, obs):
         picture = self.envs[i].render()
@@ -365,8 +375,8 @@ def energy_distance(x, y):
 
 
 def compare_samples(model, held_out, seed):
-    """How far as many samples as there are held-out items lie from these, {"distance", "floor"}: the floor is the
-    distance between two halves of the data. At most 2000 points or 256 images."""
+    """Energy distance of samples to held-out data, and of two halves of the data as its floor: {"distance",
+    "floor"}. At most 1000 points or 128 images each."""
     n = min(len(held_out) // 2, 1000 if len(held_out.shape) == 1 else 128)
     if not n:
         return {}
@@ -377,25 +387,36 @@ def compare_samples(model, held_out, seed):
             "floor": energy_distance(halves[0]["x"], halves[1]["x"])}
 
 
-def pictures(model, windows, normalizer, seed, n=32):
+def pictures(model, windows, normalizer, description, seed, n=32):
     """What the report shows of a model: samples forming out of noise. -> keyword arguments of report.write"""
     trace, generator = [], torch.Generator().manual_seed(seed)
     if normalizer is None:
-        reference = windows.batch(torch.arange(min(1000 if len(windows.shape) == 1 else 64, len(windows))))
-        model.sample({k: v[:500] for k, v in reference.items()}, generator=generator, trace=trace)
+        points = len(windows.shape) == 1
+        reference = windows.batch(torch.arange(min(1000 if points else 64, len(windows))))
+        first = {k: v[:500 if points else 25] for k, v in reference.items()}
+        model.sample(first, generator=generator, trace=trace)
         states = torch.stack(trace).float().cpu().numpy()
         return {"samples": {"trace": states, "labels": [f"step {k + 1}" for k in range(len(states))],
                             "data": reference["x"].cpu().numpy()}}
-    index = torch.randint(len(windows), (1,), generator=generator)
-    batch = windows.batch(index.expand(n))
+    # Of 16 observations the one whose chunks differ most: there the policy has to choose.
+    batch = windows.batch(torch.randint(len(windows), (16,), generator=generator).repeat_interleave(4))
+    spread = model.sample(batch, generator=generator).unflatten(0, (16, 4)).std(1).flatten(1).mean(1)
+    batch = {k: v[4 * spread.argmax()].expand(n, *v.shape[1:]) for k, v in batch.items()}
     model.sample(batch, generator=generator, trace=trace)
-    states = normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()  # (S, n, Tp, A)
+    states = normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()   # (S, n, Tp, A)
     now = -model.config.first_action
-    chunks = {"trace": states, "xy": (0, 1) if states.shape[-1] >= 2 else None, "extent": None,
-              "observation": None, "executed": (now, now + model.config.n_action_steps),
+    chunks = {"trace": states, "xy": (0, 1) if states.shape[-1] >= 2 else None, "observation": None,
+              "executed": (now, now + model.config.n_action_steps),
               "labels": [f"step {k + 1}" for k in range(len(trace))]}
     if "images" in batch:
         chunks["observation"] = batch["images"][0, -1, 0].permute(1, 2, 0).cpu().numpy()
+    if description["source"] == "tabletop":  # seen from above, in the units of the actions
+        chunks["extent"] = (-1, 1, -1, 1)
+        if "images" not in batch:
+            state = normalizer.unnormalize("state", batch["state"][:1, model.config.n_obs_steps - 1].cpu())
+            parts = state.split(list(description["state_keys"].values()), dim=1)
+            chunks["observation"] = tabletop.render(
+                {k: v.numpy() for k, v in zip(description["state_keys"], parts)}, 96)["agentview_image"][0]
     return {"chunks": chunks}
 
 
@@ -455,7 +476,7 @@ def environment_of(args, checkpoint):
         return "tabletop"
     if not args.env and not env:
         raise UserError("the run names no environment: add --env tabletop, or --env with a Gymnasium id")
-    return env if env and args.env in ("", env["id"]) else {"id": args.env}
+    return env if env and args.env in ("", env.get("id")) else {"id": args.env}
 
 
 if __name__ == "__main__":

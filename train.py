@@ -207,8 +207,8 @@ def stop_if_not_finite(losses, first_step, options, windows, rank, world, out):
                           rank, world)
     names = sorted({name for _ in range(options.grad_accum) for name in windows.episode(next(stream)[0])})
     shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    raise UserError(f"loss or gradient of step {first_step + bad + 1} is {losses[bad]}; its batch holds {shown}. "
-                    f"The last checkpoint in {out} is intact: check the data (python data.py FILE) or lower --lr")
+    raise UserError(f"loss or gradient of step {first_step + bad + 1} is {losses[bad]}; its batch: {shown}. "
+                    f"The last checkpoint in {out} is intact: check the data (data.py FILE) or lower --lr")
 
 
 def train(options, module):
@@ -365,11 +365,13 @@ def train(options, module):
         log(row)
         result = {"model": options.model, "preset": options.preset, "parameters": n_parameters,
                   "train_seconds": round(seconds, 1), "device": device.type} | row
+        result.pop("loss_t", None)  # drawn as a curve
         sample.write_json(out / "result.json", result)
-        pictures = sample.pictures(ema, held_out if len(held_out) else windows, normalizer, options.seed)
+        pictures = sample.pictures(ema, held_out if len(held_out) else windows, normalizer, description,
+                                   options.seed)
         report.write(out / "report.html", f"{options.model} ({options.preset})", rows, result,
                      dataclasses.asdict(config), rollouts=rollouts, **pictures)
-        print(json.dumps({k: v for k, v in result.items() if k != "loss_t"}))
+        print(json.dumps(result))
         print(f"wrote checkpoint.pt, metrics.jsonl, result.json and report.html to {out}")
     if world > 1:
         dist.barrier()

@@ -5,7 +5,7 @@
     python tests/compare_original.py diffusion_policy
 
 The same weights, the 65.8 M U-Net of Push-T from keypoints. Prints milliseconds of a training step (loss,
-backward, AdamW, EMA) at batch 64 and 256, and of one chunk at batch 1 with DDIM 10 and DDPM 100: theirs, ours,
+backward, AdamW, EMA) at batch 64 and 256, and of a chunk at batch 1 with DDIM 10 and DDPM 100: theirs, ours,
 the ratio, the largest difference of the two chunks, and ours in bfloat16.
 """
 import copy

@@ -1,7 +1,8 @@
 """Reads the golden cases: what the official implementations computed with random weights.
 
 A case is one .npz in GOLDEN_DIR (default: tests/golden). Its `meta` names the official class (`family`), the
-constructor arguments (`config`) and, for every array, how far float32 lies from a float64 run of the same code.
+constructor arguments (`config`) and, for every array, how far float32 lies from a float64 run of the same
+code.
 """
 import json
 import os
@@ -16,7 +17,8 @@ GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golde
 
 
 class Case:
-    """One case: `sd` (official state_dict), `inp`, `out`, `grad`, `grad_in`: dicts of tensors; `meta`, `config`."""
+    """One case: `sd` (official state_dict), `inp`, `out`, `grad`, `grad_in`: dicts of tensors; `meta`,
+    `config`."""
 
     def __init__(self, path):
         self.name = Path(path).stem
@@ -38,9 +40,10 @@ class Case:
         return max(10 * deviation, 2e-5 * rms, 1e-6)
 
     def check(self, key, got, atol=None):
-        """Assert that `got` equals the array `key` ("out/loss", "grad/...", "grad_in/...") within its tolerance."""
+        """Assert that `got` equals the array `key` ("out/loss", "grad/...", "grad_in/...") within its
+        tolerance."""
         want = self._reference(key)
-        assert got.shape == want.shape, f"{self.name} {key}: shape {tuple(got.shape)}, official {tuple(want.shape)}"
+        assert got.shape == want.shape, f"{self.name} {key}: {tuple(got.shape)}, official {tuple(want.shape)}"
         error = (got.detach().double() - want.double()).abs().max().item() if want.numel() else 0.0
         limit = self.tolerance(key) if atol is None else atol
         assert error <= limit, f"{self.name} {key}: differs by {error:.2e}, allowed {limit:.2e}"
@@ -58,7 +61,8 @@ def rule_weight(rule, key):
 
 
 def golden(*families):
-    """Parametrise a test over all cases of these families: `@golden("dp_cnn.ConditionalUnet1D")` gives `case`."""
+    """Parametrise a test over all cases of these families: `@golden("dp_cnn.ConditionalUnet1D")` gives
+    `case`."""
     paths = []
     for path in sorted(GOLDEN_DIR.glob("*.npz")):
         with np.load(path, allow_pickle=False) as z:

@@ -244,8 +244,8 @@ def test_schedule_is_the_squared_cosine():
 
 
 def test_loss_noises_as_q_says():
-    """x_t that reaches the network has mean sqrt(alpha_bar) x0 and variance 1 - alpha_bar; the loss is the mean
-    squared distance of what the network says from the noise."""
+    """x_t that reaches the network has mean sqrt(alpha_bar) x0 and variance 1 - alpha_bar; the loss is the
+    mean squared distance of what the network says from the noise."""
     config = Config(**SMALL)
     model = DiffusionPolicyCNN(config)
     seen = []
