@@ -1,0 +1,155 @@
+"""What holds for the project as a whole: the shape of a model file, its independence, tags, names, links."""
+import ast
+import dataclasses
+import importlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import options
+
+ROOT = Path(options.__file__).parent
+MODELS = [name for name in options.MODELS if (ROOT / f"{name}.py").exists()]
+FILES = sorted(path for pattern in ("*", "tests/*", "configs/*", ".ci/*") for path in ROOT.glob(pattern)
+               if path.suffix in (".py", ".md", ".yaml", ".txt") or path.parent.name == ".ci")
+named = lambda path: str(path.relative_to(ROOT))
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+@each_model
+def test_equations_of_the_docstring_are_tagged_in_the_code(name):
+    text = source(name)
+    docstring = ast.get_docstring(ast.parse(text), clean=False)
+    stated = [int(n) for n in re.findall(r"^ +\[(\d+)\]", docstring, re.M)]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    tagged = {int(n) for comment in comments for n in re.findall(r"(?<![\w\])])\[(\d+)\]", comment)}
+    assert stated == list(range(1, len(stated) + 1)) and stated, f"{name}.py numbers its equations {stated}"
+    assert not set(stated) - tagged, f"{name}.py: no line carries {sorted(set(stated) - tagged)}"
+    assert not tagged - set(stated), f"{name}.py: the docstring does not have {sorted(tagged - set(stated))}"
+
+
+@each_model
+def test_a_model_file_imports_torch_numpy_and_the_standard_library(name):
+    """At its top. A function may ask for an optional package, but none for a file of this project."""
+    def imported(nodes):
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield node.module.split(".")[0] if not node.level else "."
+
+    tree = ast.parse(source(name))
+    assert set(imported(tree.body)) <= set(sys.stdlib_module_names) | {"torch", "numpy"}
+    assert not set(imported(ast.walk(tree))) & {".", "tests", *(path.stem for path in ROOT.glob("*.py"))}
+
+
+@each_model
+def test_a_model_file_alone_in_a_folder_runs(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", f"import {name}; {name}.main(steps=2)"], cwd=tmp_path,
+                          env=alone | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d.*expect|expect.*\d", done.stdout, re.S), "it prints a number and the one to expect"
+
+
+@each_model
+def test_a_model_file_offers_what_train_and_sample_use(name):
+    module = importlib.import_module(name)
+    for method in ("loss", "sample", "param_groups"):
+        assert callable(getattr(module.Model, method)), method
+    assert callable(module.main) and module.PRESETS["tiny"] is not None
+    for preset, overrides in module.PRESETS.items():
+        assert isinstance(module.Config(**overrides), module.Config), preset
+    known = {field.name for field in dataclasses.fields(options.Options)}
+    for preset, recipe in getattr(module, "RECIPES", {}).items():
+        assert preset in module.PRESETS and not set(recipe) - known, preset
+
+
+@each_model
+def test_the_parts_of_a_model_file_stand_in_the_order_of_all(name):
+    text = source(name)
+    lines = text.splitlines()
+    at = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            at[node.name] = node.lineno
+            if node.name == "Config":
+                fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            at[node.targets[0].id] = node.lineno
+            if node.targets[0].id == "Model":
+                at["its class"] = at[node.value.id]
+    order = ["Config", "its class", "Model", "PRESETS", "main"]
+    assert sorted(order, key=at.__getitem__) == order
+    bare = [field.target.id for field in fields if not lines[field.lineno - 2].strip().startswith("#")]
+    assert not bare, f"{name}.Config: without a comment above (meaning, unit, source): {bare}"
+
+
+def test_what_has_the_same_name_in_two_model_files_is_the_same_or_says_how_it_differs():
+    versions = {}                                   # {name: {text: (file, docstring)}}
+    for name in MODELS:
+        text = source(name)
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name not in ("Config", "main"):
+                part = ast.get_source_segment(text, node)
+                versions.setdefault(node.name, {})[part] = (name, ast.get_docstring(node) or "")
+    silent = {part: [file for file, docstring in found.values() if "differ" not in docstring]
+              for part, found in versions.items()}
+    silent = {part: files for part, files in silent.items() if len(files) > 1}
+    assert not silent, f"different texts of the same name: {silent}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_lines_and_paths(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        where = f"{named(path)}:{number}"
+        if path.suffix != ".md":                    # a table row cannot be broken
+            assert len(line) <= 110, f"{where} has {len(line)} columns"
+        path_of_a_machine = re.search(r"(?<![\w.])/(?:work|home|root|tmp|Users)/", line)
+        assert not path_of_a_machine, f"{where}: a path of one machine"
+        assert line == line.rstrip(), f"{where} ends in blanks"
+
+
+def commands():
+    """The command lines of README.md, continued lines joined."""
+    if not (ROOT / "README.md").exists():
+        return []
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_files_that_the_readme_names_are_there():
+    if not (ROOT / "README.md").exists():
+        pytest.skip("README.md is not there")
+    text = (ROOT / "README.md").read_text()
+    mentioned = set(re.findall(r"\b((?:configs/|tests/)?\w[\w-]*\.(?:py|yaml|txt))\b", text))
+    links = {target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?:|#", target)}
+    absent = sorted(name for name in mentioned | links if not (ROOT / name).exists())
+    assert mentioned and not absent, f"README.md names {absent}"
+
+
+trainings = [argv[2:] for argv in commands() if argv[:2] == ["python", "train.py"]]
+
+
+@pytest.mark.parametrize("argv", trainings, ids=" ".join)
+def test_training_commands_of_the_readme_are_understood(argv, monkeypatch):
+    monkeypatch.chdir(ROOT)                         # --config is a path of the repository
+    chosen, _ = options.parse_options(argv)
+    module = options.load_module(chosen.model)
+    assert chosen.preset in module.PRESETS
+    assert not set(chosen.set) - {field.name for field in dataclasses.fields(module.Config)}

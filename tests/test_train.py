@@ -1,0 +1,817 @@
+"""train.py and options.py: the loop against the official one, resuming, and all a user can get wrong."""
+import dataclasses
+import errno
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from golden_cases import golden
+
+import data
+import dp_cnn
+import options
+import sample
+import train
+
+ROOT = Path(train.__file__).parent
+# A network of a few thousand weights on a short horizon: a step takes milliseconds.
+TINY = ("down_dims=[16, 32]", "step_embed_dim=16", "horizon=8", "n_action_steps=4", "n_diffusion_steps=20",
+        "prediction_type=x0")
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch, tmp_path):
+    """The training loop takes over the signals; generated sets belong into a folder of the test."""
+    monkeypatch.setenv("ACTION_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# -- a small set and a small run -----------------------------------------------------------------------------
+
+
+def write_demos(path, episodes=6, length=14, action_dim=2, seed=0, change=None):
+    """Demonstrations of a point that heads for a goal. State: agent_pos (2), goal (2), number (1) of the
+    episode. change(i, actions, obs) may spoil episode i before it is written."""
+    rng = np.random.default_rng(seed)
+    with h5py.File(path, "w") as file:
+        file.create_group("data").attrs["fps"] = 10.0
+        for i in range(episodes):
+            place, goal = rng.uniform(-1, 1, (2, 2))
+            places = goal + (place - goal) * 0.8 ** np.arange(length + i + 1)[:, None]
+            actions = np.tile(places[1:], 2)[:, :action_dim].astype(np.float32)
+            obs = {"agent_pos": places[:-1], "goal": np.tile(goal, (length + i, 1)),
+                   "number": np.full((length + i, 1), i)}
+            obs = {key: x.astype(np.float32) for key, x in obs.items()}
+            if change:
+                actions, obs = change(i, actions, obs)
+            group = file.create_group(f"data/demo_{i}")
+            group["actions"] = actions
+            for key, x in obs.items():
+                group[f"obs/{key}"] = x
+    return path
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    return write_demos(tmp_path_factory.mktemp("demos") / "tiny.hdf5")
+
+
+def command(demos, out, *more, **chosen):
+    """Arguments of a run of 8 steps that logs every step and saves at steps 0, 3, 6 and 8; None: without this
+    flag."""
+    chosen = {"model": "dp_cnn", "data": demos, "out": out, "steps": 8, "batch_size": 8, "lr": 1e-3,
+              "warmup": 2, "log_every": 1, "checkpoint_every": 3, "eval_every": 4, "episodes": 0,
+              "device": "cpu"} | chosen
+    chosen = {name: str(value) for name, value in chosen.items() if value is not None}
+    flags = [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    return flags + [word for field in TINY for word in ("--set", field)] + list(more)
+
+
+def read_rows(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(out, reference):
+    """Weights, average, optimiser and what was logged of two runs are equal, to the last bit."""
+    a, b = sample.read_checkpoint(out), sample.read_checkpoint(reference)
+    flat = lambda x: {(): x} if not isinstance(x, (dict, list)) else {
+        (key, *rest): leaf for key, part in (x.items() if isinstance(x, dict) else enumerate(x))
+        for rest, leaf in flat(part).items()}
+    for part in ("step", "weights", "ema", "optimizer", "normalizer"):
+        mine, other = flat(a[part]), flat(b[part])
+        assert mine.keys() == other.keys()
+        for key in mine:
+            equal = torch.equal if torch.is_tensor(mine[key]) else lambda x, y: x == y
+            assert equal(mine[key], other[key]), f"{part} {key}"
+    kept = ("step", "loss", "lr", "grad_norm", "val_loss", "loss_t", "action_error")
+    mine, other = ([{k: row[k] for k in kept if k in row} for row in read_rows(o)] for o in (out, reference))
+    assert mine == other
+
+
+@pytest.fixture(scope="module")
+def whole(demos, tmp_path_factory):
+    """{grad_accum: folder of a run that nothing interrupted}."""
+    folders = {n: tmp_path_factory.mktemp("whole") / str(n) for n in (1, 2)}
+    for n, folder in folders.items():
+        train.main(command(demos, folder, grad_accum=n))
+    return folders
+
+
+class Crash(Exception):
+    pass
+
+
+def at_step(monkeypatch, wanted, act):
+    """Let the loop do act() in the middle of optimiser step `wanted` (the first is 0); grad_accum 1."""
+    real = train.seed_step
+
+    def seed_step(seed, step, rank):
+        real(seed, step, rank)
+        if step == wanted:
+            act()
+    monkeypatch.setattr(train, "seed_step", seed_step)
+
+
+def raiser(error):
+    def act(*args, **kwargs):
+        raise error
+    return act
+
+
+# -- the official implementations ----------------------------------------------------------------------------
+
+
+@golden("train.EMAModel")
+def test_golden_ema(case):
+    for variant, settings in case.config["variants"].items():
+        decays = torch.tensor([train.ema_decay(k, **settings) for k in range(case.config["n"])])
+        case.check(f"out/decay_{variant}", decays)
+        if f"decay_long_{variant}" in case.out:
+            steps = [0, 1, 2, 3, *(10 ** k for k in range(1, len(case.out[f"decay_long_{variant}"]) - 3))]
+            decays = torch.tensor([train.ema_decay(k, **settings) for k in steps])
+            case.check(f"out/decay_long_{variant}", decays)
+
+
+@golden("train.lr_schedules")
+def test_golden_lr_schedules(case):
+    warmup, total = case.config["warmup"], case.config["total"]
+    for official in ("cosine", "linear", "constant_with_warmup"):
+        if official in case.out:
+            ours = official.removesuffix("_with_warmup")
+            factors = [train.lr_factor(k, warmup, total, ours) for k in range(len(case.out[official]))]
+            case.check(f"out/{official}", torch.tensor(factors))
+    if "pi0" in case.out:
+        c = case.config["pi0"]
+        rates = [c["peak_lr"] * train.lr_factor(k, c["num_warmup_steps"], c["num_decay_steps"], "pi0",
+                                                final=c["decay_lr"] / c["peak_lr"])
+                 for k in range(len(case.out["pi0"]))]
+        case.check("out/pi0", torch.tensor(rates), atol=1e-6 * c["peak_lr"])
+
+
+class GivenBatch:
+    """A data set that consists of one batch."""
+
+    def __init__(self, batch):
+        self.rows = batch
+
+    def __len__(self):
+        return len(self.rows["actions"])
+
+    def batch(self, indices):
+        return {key: x[indices] for key, x in self.rows.items()}
+
+
+@golden("train.steps")
+def test_golden_steps(case, monkeypatch, tmp_path):
+    """The loop of train.py itself, from official weights, on given batches, noise and t: losses, gradient
+    norms, learning rates, and the weights and their average at the end are the official ones."""
+    name = case.config["policy_family"].split(".")[0]
+    if not (ROOT / f"{name}.py").exists():
+        pytest.skip(f"{name}.py is not there")
+    module, helpers = importlib.import_module(name), importlib.import_module(f"test_{name}")
+    config, n = helpers.policy_config(case), case.config["n"]
+    given = zip(case.inp["obs"], case.inp["action"])
+    batches = [helpers.official_batch(case, config, *pair) for pair in given]
+    A = config.action_dim
+    one, zero = ({key: torch.full((d,), float(v)) for key, d in (("actions", A), ("state", config.state_dim))}
+                 for v in (1, 0))
+    unscaled = data.Normalizer("minmax", one, zero, {}, {})
+    rows, none = GivenBatch(batches[0]), GivenBatch({"actions": ()})
+    opened = dataclasses.asdict(config), lambda *_: [rows, none], {"source": "given"}, unscaled
+    monkeypatch.setattr(train, "open_data", lambda *_: opened)
+    monkeypatch.setattr(data, "batches", lambda *_: ((None, batch) for batch in batches))
+    draws, loss = iter(zip(case.inp["noise"], case.inp["timesteps"])), module.Model.loss
+    monkeypatch.setattr(module.Model, "loss", lambda self, batch: loss(
+        self, batch, *(next(draws) if torch.is_grad_enabled() else ())))  # without gradient: the first look
+
+    optim, ema = dict(case.config["optim"]), dict(case.config["ema"])
+    assert optim.pop("eps", 1e-8) == 1e-8
+    no_flags = {k: ema.pop(k) for k in ("inv_gamma", "min_value", "update_after_step") if k in ema}
+    monkeypatch.setattr(train, "ema_decay", functools.partial(train.ema_decay, **no_flags))
+    torch.save(case.sd, tmp_path / "official.pt")
+    flags = {"model": name, "data": "given", "init": tmp_path / "official.pt", "out": tmp_path / "out",
+             "steps": n, "warmup": case.config["warmup"], "lr_schedule": "cosine", "lr": optim.pop("lr"),
+             "weight_decay": optim.pop("weight_decay"), "ema_power": ema.pop("power"),
+             "ema_max": ema.pop("max_value"), "clip": 0, "log_every": 1, "eval_every": 0, "episodes": 0,
+             "device": "cpu"}
+    betas = optim.pop("betas")
+    assert not optim and not ema, f"settings that this test cannot make: {optim}, {ema}"
+    argv = [word for k, v in flags.items() for word in (f"--{k}", v)]
+    train.main([str(word) for word in [*argv, "--betas", *betas]])
+
+    logged = [row for row in read_rows(tmp_path / "out") if "loss" in row]
+    for official, ours in {"losses": "loss", "grad_norm": "grad_norm", "lr": "lr"}.items():
+        case.check(f"out/{official}", torch.tensor([row[ours] for row in logged]))
+    checkpoint = sample.read_checkpoint(tmp_path / "out")
+    start = module.Model.from_official(case.sd, config).state_dict()
+    for official, ours in {"final": "weights", "ema": "ema"}.items():
+        # Only some of the official weights are stored: these replace the first ones, and are looked at.
+        stored = {k.partition("/")[2]: v for k, v in case.out.items() if k.startswith(f"{official}/")}
+        end = module.Model.from_official(case.sd | stored, config).state_dict()
+        compared = {key: end[key] != start[key] for key in end}
+        assert sum(moved.any().item() for moved in compared.values()) >= len(stored) > 0
+        for key, moved in compared.items():
+            error = (end[key] - checkpoint[ours][key])[moved].abs()
+            assert not len(error) or error.max() <= 1e-4, f"{case.name} {official} {key}"
+
+
+# -- what the loop does --------------------------------------------------------------------------------------
+
+
+def test_loss_falls_on_a_set_that_can_be_learned(demos, tmp_path):
+    train.main(command(demos, tmp_path, steps=60, batch_size=32, lr=3e-3, eval_every=30))
+    rows = read_rows(tmp_path)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
+    held_out = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in held_out] == [30, 60]
+    assert held_out[1]["val_loss"] < held_out[0]["val_loss"]
+    assert held_out[1]["action_error"] < held_out[0]["action_error"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["val_loss"] == held_out[1]["val_loss"] and result["model"] == "dp_cnn"
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+class Oracle(torch.nn.Module):
+    """Stands in for a policy: its loss at t is t, its actions are 0.25 off (normalised) where they are
+    executed, and nonsense elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.config = dp_cnn.Config(horizon=8, n_action_steps=4, down_dims=(16, 32))
+
+    def loss(self, batch):
+        t = torch.rand(len(batch["actions"]))
+        return {"loss": t.mean(), "per_sample": t, "t": t}
+
+    def sample(self, batch, generator=None):
+        chunk = batch["actions"] + 100
+        chunk[:, 1:5] = torch.where(batch["action_mask"][:, 1:5, None], batch["actions"][:, 1:5] + 0.25, 1e6)
+        return chunk
+
+
+def test_validation_measures_executed_actions_in_units_of_the_data(demos):
+    found = data.open_demos(demos)
+    normalizer = data.fit_normalizer(found)
+    windows = data.Windows(found, normalizer, 8, 2, -1, split="valid")
+    row = train.validate(Oracle(), windows, normalizer, seed=0)
+    half_range = 1 / normalizer.scale["actions"]                    # one normalised unit in units of the data
+    assert row["action_error"] == pytest.approx(0.25 * half_range.mean().item(), rel=1e-4)
+    assert len(row["loss_t"]) == 10
+    for tenth, value in enumerate(row["loss_t"]):                   # the loss at t is t
+        assert value is None or tenth / 10 <= value <= (tenth + 1) / 10
+    assert row["val_loss"] == pytest.approx(0.5, abs=0.1)
+    assert train.validate(Oracle(), windows, normalizer, seed=0) == row
+
+
+def test_gradient_accumulation_equals_the_larger_batch(demos, tmp_path, monkeypatch):
+    """With full masks, and with noise that belongs to an item, not to its place in a batch."""
+    real = dp_cnn.Model.loss
+
+    def loss(self, batch):
+        batch = batch | {"action_mask": torch.ones_like(batch["action_mask"])}
+        number = batch["actions"].flatten(1).sum(1) + batch["state"].flatten(1).sum(1)
+        noise = torch.sin(1e3 * batch["actions"] + 1e2 * number[:, None, None])
+        return real(self, batch, noise=noise, t=(1e3 * number.abs()).long() % self.config.n_diffusion_steps)
+
+    monkeypatch.setattr(dp_cnn.Model, "loss", loss)
+    for name, batch_size, grad_accum in (("one", 16, 1), ("four", 4, 4)):
+        train.main(command(demos, tmp_path / name, steps=4, batch_size=batch_size, grad_accum=grad_accum))
+    one, four = ([row for row in read_rows(tmp_path / name) if "loss" in row] for name in ("one", "four"))
+    for a, b in zip(one, four):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert one[0]["loss"] != pytest.approx(one[1]["loss"], rel=1e-2)
+
+
+def test_lr_of_every_step_is_what_the_schedule_says(whole):
+    logged = [row["lr"] for row in read_rows(whole[1]) if "lr" in row]
+    assert logged[:3] == pytest.approx([0, 5e-4, 1e-3])             # two steps of warm-up
+    assert logged[5] == pytest.approx(5e-4)                         # half way down: 3 of 6 steps
+    assert logged == sorted(logged[:3]) + sorted(logged[3:], reverse=True)
+
+
+# A process of two: trains, and keeps its weights and what it drew.
+ONE_OF_TWO = """
+import os, sys, torch, train
+class LossStep(train.LossStep):
+    def __init__(self, model):
+        super().__init__(model)
+        kept.update(weights=model.state_dict(), seen=[], seeds=[])
+    def forward(self, batch):
+        kept["seen"].append(batch["state"].clone())
+        kept["seeds"].append(torch.initial_seed())
+        return super().forward(batch)
+kept, train.LossStep = {}, LossStep
+train.main(sys.argv[2:])
+torch.save(kept, os.path.join(sys.argv[1], "rank" + os.environ["RANK"] + ".pt"))
+"""
+
+
+def test_two_processes_end_with_the_same_weights(demos, tmp_path):
+    (tmp_path / "one.py").write_text(ONE_OF_TWO)
+    argv = [str(tmp_path / "one.py"), str(tmp_path), *command(demos, tmp_path / "out", steps=3, eval_every=0)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, *argv], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    refuses = re.search("gloo|rendezvous|socket|bind", done.stderr, re.I) and "train.py" not in done.stderr
+    if done.returncode and refuses:
+        pytest.skip(f"two processes cannot talk to each other here: {done.stderr[-300:]}")
+    assert done.returncode == 0, done.stderr
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+    assert not any(torch.equal(x, y) for x, y in zip(a["seen"], b["seen"]))    # batches and noise of their own
+    assert len({*a["seeds"], *b["seeds"]}) == 6
+    start = sample.read_checkpoint(tmp_path / "out")
+    assert start["step"] == 3 and all(torch.equal(a["weights"][k], start["weights"][k]) for k in a["weights"])
+
+
+# -- stopped and resumed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 7])
+def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one(step, demos, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, step, raiser(Crash))
+        train.main(command(demos, tmp_path))
+    assert sample.read_checkpoint(tmp_path)["step"] == step // 3 * 3
+    train.main(command(demos, tmp_path, "--resume"))
+    assert_same_run(tmp_path, whole[1])
+
+
+def test_resumed_with_gradient_accumulation(demos, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 2 * 5 + 1, raiser(Crash))                    # the second batch of step 5
+        train.main(command(demos, tmp_path, grad_accum=2))
+    train.main(command(demos, tmp_path, "--resume", grad_accum=2))
+    assert_same_run(tmp_path, whole[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(number, demos, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), number))
+        train.main(command(demos, tmp_path))
+    assert stopped.value.code == 128 + number
+    assert "stopped after step 5" in capsys.readouterr().out.splitlines()[-1]
+    assert sample.read_checkpoint(tmp_path)["step"] == 5
+    train.main(command(demos, tmp_path, "--resume"))
+    assert_same_run(tmp_path, whole[1])
+
+
+def test_a_half_written_line_of_metrics_is_tolerated(demos, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 4, raiser(Crash))
+        train.main(command(demos, tmp_path))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 0.1')
+    train.main(command(demos, tmp_path, "--resume"))
+    assert_same_run(tmp_path, whole[1])
+
+
+def test_interrupted_in_its_evaluation_it_evaluates_when_resumed(demos, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(sample, "write_json", raiser(Crash))
+        train.main(command(demos, tmp_path))
+    train.main(command(demos, tmp_path, "--resume"))
+    mine, other = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path, whole[1]))
+    assert mine | {"train_seconds": 0} == other | {"train_seconds": 0}
+
+
+# A run that stops for good: in the middle of a step, or with half a checkpoint on the disk.
+HANG = """
+import os, sys, time, torch, train
+def hang():
+    print("hanging", flush=True)
+    time.sleep(100)
+seed, save = train.seed_step, torch.save
+def seed_step(*numbers):
+    if where == "step" and numbers[1] == 5:
+        hang()
+    seed(*numbers)
+def half(content, path):
+    save(content, path)
+    if where == "save" and content["step"] == 6:
+        os.truncate(path, os.path.getsize(path) // 2)
+        hang()
+where, train.seed_step, torch.save = sys.argv[1], seed_step, half
+train.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_killed_and_resumed(where, demos, whole, tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", HANG, where, *command(demos, tmp_path)], cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        for line in run.stdout:
+            if line == "hanging\n":
+                break
+    finally:
+        run.kill()                                                  # SIGKILL: nothing can be tidied up
+    assert run.wait() == -signal.SIGKILL
+    assert len(list(tmp_path.glob("*.part"))) == (where == "save")
+    assert sample.read_checkpoint(tmp_path)["step"] == 3
+    train.main(command(demos, tmp_path, "--resume"))
+    assert_same_run(tmp_path, whole[1])
+    assert not list(tmp_path.glob("*.part"))                        # what was half written is not left behind
+
+
+def test_exit_status_of_a_terminated_process(demos, tmp_path):
+    argv = command(demos, tmp_path, steps=10**6, eval_every=0, checkpoint_every=10**6)
+    run = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        for _ in range(600):
+            if (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").stat().st_size:
+                break
+            time.sleep(0.1)
+        run.terminate()
+        out, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    assert "--resume" in out.splitlines()[-1]
+    assert sample.read_checkpoint(tmp_path)["step"] == read_rows(tmp_path)[-1]["step"] > 0
+
+
+# -- losses that are not finite ------------------------------------------------------------------------------
+
+
+def refused(capsys, main, *named):
+    """main() ends with exit status 2 and one line on stderr, which holds each of `named` and is returned.
+    Beside it stand at most notes and the progress bar."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        options.run(main)
+    text = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in text
+    lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", text)]
+    lines = [line for line in lines if line and not line.startswith("note:") and "step/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{Path(sys.argv[0]).name}: "), text
+    for part in named:
+        assert str(part) in lines[0], lines[0]
+    return lines[0]
+
+
+def loss_that_breaks(where, number, kept):
+    """dp_cnn's loss, but NaN (`where` "loss") or with a NaN gradient (`where` "gradient") in training step
+    `number`; the episodes of that batch go to `kept`."""
+    real, steps = dp_cnn.Model.loss, itertools.count(1)
+
+    def loss(self, batch):
+        result = real(self, batch)
+        if torch.is_grad_enabled() and next(steps) == number:
+            kept.extend(batch["state"][:, -1, 4].tolist())          # the episode's number, normalised
+            broken = result["loss"] * math.nan
+            finite = result["loss"].detach() + (broken - broken).nan_to_num()
+            result["loss"] = broken if where == "loss" else finite
+        return result
+    return loss
+
+
+def test_a_loss_that_is_not_finite_names_step_and_episodes(demos, tmp_path, monkeypatch, capsys):
+    kept = []
+    monkeypatch.setattr(dp_cnn.Model, "loss", loss_that_breaks("loss", 5, kept))
+    line = refused(capsys, lambda: train.main(command(demos, tmp_path, log_every=2)), "step 5 is nan")
+    normalizer = data.Normalizer.from_state(sample.read_checkpoint(tmp_path)["normalizer"])
+    low, scale = normalizer.stats["state"]["min"][4], normalizer.scale["state"][4]
+    numbers = sorted({round(((y + 1) / scale + low).item()) for y in kept})
+    assert re.findall(r"tiny.hdf5:demo_(\d+)", line) == [str(n) for n in numbers]
+    model, checkpoint = sample.load_model(tmp_path)                 # the last good checkpoint is whole
+    assert checkpoint["step"] == 3
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_weights_that_are_not_finite_are_never_saved(demos, tmp_path, monkeypatch, capsys):
+    """The loss of a step can be finite and its gradient not: the weights are then lost as it is saved."""
+    monkeypatch.setattr(dp_cnn.Model, "loss", loss_that_breaks("gradient", 6, []))
+    refused(capsys, lambda: train.main(command(demos, tmp_path)), "step 6")
+    checkpoint = sample.read_checkpoint(tmp_path)
+    assert checkpoint["step"] == 3
+    assert all(w.isfinite().all() for w in checkpoint["weights"].values())
+
+
+# -- flags, YAML and recipes ---------------------------------------------------------------------------------
+
+
+def resolved(*argv):
+    chosen, explicit = options.parse_options(["--model", "dp_cnn", *argv])
+    return options.with_recipe(chosen, explicit, dp_cnn)
+
+
+def test_flags_win_over_yaml_and_yaml_over_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setitem(dp_cnn.RECIPES, "tiny", {"lr": 0.5, "steps": 7, "batch_size": 3})
+    (tmp_path / "c.yaml").write_text("lr: 25e-2\nsteps: 5\nbetas: [0.5, 0.75]\n"
+                                     "set: {horizon: 8, down_dims: [16]}\n")
+    assert resolved().lr == 0.5 and resolved().seed == options.Options().seed
+    chosen = resolved("--config", str(tmp_path / "c.yaml"), "--steps", "4", "--set", "horizon=12")
+    assert (chosen.lr, chosen.steps, chosen.batch_size, chosen.betas) == (0.25, 4, 3, (0.5, 0.75))
+    assert chosen.set == {"horizon": 12, "down_dims": [16]}
+    # A flag that happens to equal the default still wins over the recipe.
+    assert resolved("--steps", str(options.Options().steps)).steps == options.Options().steps
+
+
+def test_set_wins_over_the_data_and_the_data_over_the_preset():
+    chosen = resolved("--set", "state_dim=7", "--set", "n_groups=4", "--set", "down_dims=[32, 64]")
+    config = options.make_config(dp_cnn, chosen, {"action_dim": 5, "state_dim": 9, "not_a_field": 1})
+    assert (config.action_dim, config.state_dim, config.n_groups, config.down_dims) == (5, 7, 4, (32, 64))
+    preset = dp_cnn.Config(**dp_cnn.PRESETS["tiny"])
+    assert config.prediction_type == preset.prediction_type
+
+
+@pytest.mark.parametrize("text, value", [
+    ("horizon=32", 32), ("film_scale=false", False), ("sampler=ddpm", "ddpm"),
+    ("crop_size=[48, 48]", (48, 48))])
+def test_set_reads_values_as_the_fields_type(text, value):
+    config = options.make_config(dp_cnn, resolved("--set", text), {})
+    assert getattr(config, text.partition("=")[0]) == value
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_yaml_of_the_project_is_read(path):
+    content = yaml.safe_load(path.read_text())
+    if not (ROOT / f"{content['model']}.py").exists():
+        pytest.skip(f"{content['model']}.py is not there")
+    chosen, explicit = options.parse_options(["--config", str(path)])
+    module = options.load_module(chosen.model)
+    assert explicit >= set(content) - {"set"}
+    facts, meta = {}, content.get("shape_meta")
+    if meta:                                                        # what the data would say
+        cameras = [m["shape"] for m in meta["obs"].values() if m.get("type") == "rgb"]
+        facts = {"action_dim": meta["action"]["shape"][0], "n_cameras": len(cameras)}
+        facts |= {"image_size": tuple(cameras[0][1:])} if cameras else {}
+    config = options.make_config(module, options.with_recipe(chosen, explicit, module), facts)
+    assert all(getattr(config, field) == (tuple(v) if isinstance(v, list) else v)
+               for field, v in content.get("set", {}).items())
+
+
+# -- what a user can get wrong -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--model", "dp_cn"], ["dp_cn", "did you mean 'dp_cnn'"]),
+    (["--model", ""], ["--model is needed", "dp_cnn"]),
+    (["--preset", "tinny"], ["tinny", "did you mean 'tiny'"]),
+    (["--batchsize", "8"], ["--batchsize", "did you mean 'batch_size'"]),
+    (["--steps", "many"], ["steps", "'many'"]),
+    (["--steps", "-1"], ["--steps -1"]),
+    (["--batch_size", "0"], ["--batch_size 0"]),
+    (["--batch_size", "99999"], ["batch_size 99999", "lower it"]),
+    (["--lr", "nan"], ["--lr nan"]),
+    (["--betas", "0.9"], ["betas"]),
+    (["--betas", "2", "3"], ["betas"]),
+    (["--lr_schedule", "cosin"], ["did you mean 'cosine'"]),
+    (["--normalizer", "minmx"], ["did you mean 'minmax'"]),
+    (["--dtype", "float16"], ["float16"]),
+    (["--device", "tpu"], ["tpu"]),
+    (["--val_ratio", "2"], ["val_ratio"]),
+    (["--set", "n_obs_step=2"], ["n_obs_step", "did you mean 'n_obs_steps'"]),
+    (["--set", "horizon"], ["FIELD=VALUE"]),
+    (["--set", "horizon=sixteen"], ["horizon = 'sixteen'", "int"]),
+    (["--set", "horizon=true"], ["horizon = True", "int"]),
+    (["--set", "down_dims=16"], ["down_dims = 16", "tuple"]),
+    (["--set", "down_dims=[16"], ["down_dims"]),
+    (["--set", "down_dims=[]"], ["down_dims"]),
+    (["--set", "horizon=9"], ["horizon 9 cannot be halved", "multiple of 2"]),
+    (["--set", "sampler=dpm"], ["'dpm'", "ddpm"]),
+    (["--set", "sampler_steps=21"], ["21"]),
+    (["--init", "missing.safetensors"], ["missing.safetensors"]),
+    (["--data", "missing.hdf5"], ["missing.hdf5"]),
+    (["--config", "missing.yaml"], ["missing.yaml"]),
+    (["--resume"], ["checkpoint.pt"]),
+], ids=lambda x: "-".join(x).strip("-") if isinstance(x, list) and x[0].startswith("--") else "")
+def test_wrong_flags(argv, named, demos, tmp_path, capsys):
+    refused(capsys, lambda: train.main(command(demos, tmp_path / "out", *argv)), *named)
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("text, named", [
+    ("batchsize: 8", ["batchsize", "did you mean 'batch_size'"]),
+    ("batch_size: many", ["batch_size = 'many'", "int"]),
+    ("steps: 1.5", ["steps = 1.5", "int"]),
+    ("lr: fast", ["lr = 'fast'", "float"]),
+    ("betas: 0.9", ["betas = 0.9", "tuple"]),
+    ("betas: [0.9]", ["betas"]),
+    ("set: {horizont: 8}", ["did you mean 'horizon'"]),
+    ("set: 3", ["set = 3"]),
+    ("preset: [tiny]", ["preset = ['tiny']"]),
+    ("just words", ["KEY: VALUE"]),
+    ("steps: [1, 2", ["not valid YAML"]),
+    ("shape_meta: {obs: {agent_poss: {shape: [2]}}}", ["did you mean 'agent_pos'"]),
+    ("shape_meta: {obs: {agent_pos: {shape: [3]}}}", ["agent_pos", "[3]", "[2]"]),
+    ("shape_meta: {obs: [agent_pos]}", ["shape_meta"]),
+])
+def test_wrong_yaml(text, named, demos, tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_text(text)
+    no_flag = {key: None for key in re.findall(r"^(\w+):", text)}   # it would win over the YAML
+    argv = command(demos, tmp_path / "out", "--config", str(tmp_path / "wrong.yaml"), **no_flag)
+    refused(capsys, lambda: train.main(argv), *named)
+
+
+def test_cuda_without_one(demos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    argv = command(demos, tmp_path, device="cuda")
+    refused(capsys, lambda: train.main(argv), "--device cuda", "--device cpu")
+
+
+def cut_actions(i, actions, obs):
+    return (actions[:1], {k: x[:1] for k, x in obs.items()}) if i == 2 else (actions, obs)
+
+
+def nan_in_actions(i, actions, obs):
+    actions[3, 0] = np.nan if i == 2 else actions[3, 0]
+    return actions, obs
+
+
+def no_goal(i, actions, obs):
+    return actions, {k: x for k, x in obs.items() if k != "goal" or i != 2}
+
+
+@pytest.mark.parametrize("change, named", [
+    (cut_actions, ["demo_2", "1 step"]), (nan_in_actions, ["demo_2", "step 3"]),
+    (no_goal, ["demo_2", "no 'goal'"])])
+def test_wrong_episodes(change, named, tmp_path, capsys):
+    path = write_demos(tmp_path / "spoilt.hdf5", change=change)
+    refused(capsys, lambda: train.main(command(path, tmp_path / "out")), *named)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "folder"])
+def test_files_that_hold_no_demonstrations(kind, demos, tmp_path, capsys):
+    path = tmp_path / ("nothing" if kind == "folder" else "wrong.hdf5")
+    if kind == "folder":
+        path.mkdir()
+    else:
+        half = demos.read_bytes()[:demos.stat().st_size // 2]
+        path.write_bytes({"truncated": half, "text": b"no HDF5\n" * 100, "empty": b""}[kind])
+    refused(capsys, lambda: train.main(command(path, tmp_path / "out")), path.name)
+
+
+def test_two_files_with_different_shapes(tmp_path, capsys):
+    (tmp_path / "both").mkdir()
+    write_demos(tmp_path / "both" / "a.hdf5", action_dim=2)
+    write_demos(tmp_path / "both" / "b.hdf5", action_dim=4)
+    argv = command(tmp_path / "both", tmp_path / "out")
+    refused(capsys, lambda: train.main(argv), "b.hdf5:demo_0", "(4,)", "(2,)")
+
+
+# -- folders and checkpoints that must not be lost -----------------------------------------------------------
+
+
+@pytest.fixture
+def finished(demos, whole, tmp_path):
+    """A copy of a finished run."""
+    return shutil.copytree(whole[1], tmp_path / "finished")
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+
+def test_an_existing_run_is_not_overwritten(demos, finished, capsys):
+    before = contents(finished)
+    refused(capsys, lambda: train.main(command(demos, finished)), finished, "--resume")
+    assert contents(finished) == before
+
+
+def test_resumed_with_another_configuration(demos, finished, capsys):
+    before = contents(finished)
+    refused(capsys, lambda: train.main(command(demos, finished, "--resume", "--set", "n_obs_steps=3")),
+            "n_obs_steps was 2, is 3")
+    assert contents(finished) == before
+
+
+def spoil(run, **changes):
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(content | changes, run / "checkpoint.pt")
+
+
+def test_a_checkpoint_of_another_model(demos, finished, capsys):
+    spoil(finished, model="dp_transformer")
+    before = contents(finished)
+    refused(capsys, lambda: train.main(command(demos, finished, "--resume")), "dp_transformer", "dp_cnn")
+    assert contents(finished) == before
+
+
+def test_a_checkpoint_of_a_newer_format(demos, finished, capsys):
+    spoil(finished, format=sample.FORMAT + 1)
+    before = contents(finished)
+    refused(capsys, lambda: train.main(command(demos, finished, "--resume")),
+            f"format {sample.FORMAT + 1}", "update the code")
+    assert contents(finished) == before
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch.save", "inside a checkpoint", "cut short", "text"])
+def test_what_is_no_checkpoint_is_refused_and_never_unpickled(kind, demos, finished, tmp_path, capsys):
+    path, trace = finished / "checkpoint.pt", tmp_path / "was_run"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"format": 1, "x": Evil(trace)}, protocol=2))
+    elif kind == "torch.save":
+        torch.save(Evil(trace), path)
+    elif kind == "inside a checkpoint":
+        spoil(finished, extra=Evil(trace))
+    elif kind == "cut short":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        path.write_text("weights")
+    before = contents(finished)
+    line = refused(capsys, lambda: train.main(command(demos, finished, "--resume")), "not a checkpoint")
+    assert refused(capsys, lambda: sample.main([str(finished)])) == line
+    assert refused(capsys, lambda: train.main(command(demos, tmp_path / "new", init=path)), "--init")
+    assert contents(finished) == before and not trace.exists()
+
+
+def test_an_out_folder_that_cannot_be_written(demos, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")                    # permissions would not stop root
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused(capsys, lambda: train.main(command(demos, out)), f"--out {out}")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def limit_file_size(size):
+    """From now on the kernel refuses to let any file grow beyond `size` bytes, as it does on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def until_full(main):
+    """main(), but whatever happens, the limit ends with it: pytest has files to write as well."""
+    def run():
+        try:
+            main()
+        finally:
+            limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    return run
+
+
+def test_a_full_disk_loses_no_checkpoint(demos, whole, tmp_path, monkeypatch, capsys):
+    """torch's own writer meets the end of the disk half way through the checkpoint of step 6."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: limit_file_size(50_000))
+        refused(capsys, until_full(lambda: train.main(command(demos, tmp_path))),
+                "cannot write", "checkpoint.pt", "make room", "torch.save")
+    assert sample.read_checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.part"))
+    train.main(command(demos, tmp_path, "--resume"))
+    assert_same_run(tmp_path, whole[1])
+
+
+def test_a_disk_full_at_the_last_moment(demos, tmp_path, monkeypatch, capsys):
+    """The file system notices only when the file is flushed."""
+    at_step(monkeypatch, 5, lambda: monkeypatch.setattr(
+        os, "fsync", raiser(OSError(errno.ENOSPC, "No space left on device"))))
+    refused(capsys, lambda: train.main(command(demos, tmp_path)), "No space left on device", "checkpoint.pt")
+    assert sample.read_checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.part"))
+
+
+def test_a_disk_too_full_for_a_line_of_metrics(demos, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 3, lambda: limit_file_size(0))
+    refused(capsys, until_full(lambda: train.main(command(demos, tmp_path))), "--out", "make room")
+    assert sample.read_checkpoint(tmp_path)["step"] == 3
+
+
+# -- the README ----------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_own_data_example(tmp_path):
+    """The text of the README, run as it stands, writes a set that can be trained on."""
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    found = re.search(r"^#+[^\n]*\bown data\b.*?```python\n(.*?)```", text, re.S | re.M | re.I)
+    if not found:
+        pytest.skip("README.md has no example under a heading with 'own data'")
+    subprocess.run([sys.executable, "-c", found[1]], cwd=tmp_path, check=True, timeout=120,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})
+    written, = tmp_path.glob("*.hdf5")
+    train.main(command(written, tmp_path / "out", steps=2))
+    checkpoint = sample.read_checkpoint(tmp_path / "out")
+    assert checkpoint["step"] == 2 and checkpoint["data"]["episode_names"][0].startswith(written.name)
