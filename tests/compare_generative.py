@@ -6,7 +6,7 @@ Prints, per training loop, the energy distance of its samples to new data (mean 
 seeds, with that of new data to new data as the floor) and its training steps per second. Theirs are the loops
 of their examples: torchcfm's notebook for points (points made as needed, Adam, nothing else), torchcfm's
 CIFAR-10 script (DataLoader, clipping, schedule, moving average of the weights), diffusers' "Train a diffusion
-model" (DataLoader, AdamW, clipping, schedule, the loss read every step). Ours do the same as train.py does it:
+model" (DataLoader, AdamW, clipping, schedule, the loss read every step). Ours do it as train.py does:
 data in memory and a batch one gather, fused AdamW, averages by foreach, nothing read while training.
 """
 import os

@@ -341,7 +341,7 @@ def test_two_processes_end_with_the_same_weights(demos, tmp_path):
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
-    assert not any(torch.equal(x, y) for x, y in zip(a["seen"], b["seen"]))    # batches and noise of their own
+    assert not any(torch.equal(x, y) for x, y in zip(a["seen"], b["seen"]))     # own batches, own noise
     assert len({*a["seeds"], *b["seeds"]}) == 6
     start = sample.read_checkpoint(tmp_path / "out")
     assert start["step"] == 3 and all(torch.equal(a["weights"][k], start["weights"][k]) for k in a["weights"])
