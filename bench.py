@@ -51,7 +51,8 @@ def random_items(config, device, folder):
     """Items as train.py sees them, for the shapes of `config`."""
     if hasattr(config, "data_shape"):
         x, label = torch.randn(1000, *config.data_shape), torch.randint(max(1, config.n_classes), (1000,))
-        return data.Samples("random", x, label if config.n_classes else None, None)
+        label = label.numpy() if config.n_classes else None
+        return data.Samples("random", x, label, range(config.n_classes))
     demos = data.open_demos(random_demos(config, folder), obs=getattr(config, "obs", "image"),
                             text=hasattr(config, "text_len"))
     return data.Windows(demos, data.fit_normalizer(demos), config.pred_horizon, config.n_obs_steps,
@@ -175,15 +176,17 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--regression", action="store_true", help="train the regression baseline on tabletop")
+    parser.add_argument("--steps", type=int, default=0, help="of --regression; default: as dp_cnn")
     args = vars(parser.parse(argv if argv is not None else sys.argv[1:]))
     args["set"] = parse_set(args["set"])
-    repeat, regression = args.pop("repeat"), args.pop("regression")
+    repeat, regression, steps = args.pop("repeat"), args.pop("regression"), args.pop("steps")
     options = Options(**args)
     if not regression:
         print(json.dumps(bench(options, repeat)))
         return
     module = types.SimpleNamespace(**vars(dp_cnn) | {"Model": Regression})
     recipe = dp_cnn.RECIPES["tiny"]
+    recipe = recipe | ({"steps": steps} if steps else {})
     options = dataclasses.replace(options, model="dp_cnn", out=options.out or "out/regression", **recipe)
     train.train(options, module)
 

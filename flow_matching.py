@@ -741,7 +741,7 @@ def main(steps=4000, batch_size=512):
     print(f"samples of a class nearest to its centre: {own.float().mean():.3f}; expect 1")
     log_p = model.log_prob({"x": x}).mean().item()
     best = -math.log(8) - math.log(2 * math.pi * math.e * 0.05**2)            # the blobs do not overlap
-    print(f"mean log-likelihood of data: {log_p:.3f} nats; expect 0.1 less than minus the entropy, {best:.3f}")
+    print(f"mean log-likelihood of data: {log_p:.3f} nats; expect 0.1 below minus the entropy, {best:.3f}")
     # Means over several sets: a single distance between two sets of 2000 varies by as much as it is.
     new = lambda: eight_gaussians(2000)[0]
     distance = sum(energy_distance(x, new()) for x in model.sample({"n": 10000}).split(2000)) / 5

@@ -98,20 +98,17 @@ def load_official(module, config, path):
     """A model with official weights from a .safetensors file (package safetensors) or a plain torch
     state_dict."""
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--init {path}: there is no such file")
     try:
         if path.suffix == ".safetensors":
-            try:
-                from safetensors.torch import load_file
-            except ImportError:
-                raise UserError("reading .safetensors needs a package: pip install safetensors") from None
+            from safetensors.torch import load_file
             state_dict = load_file(path)
         else:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"--init {path}: there is no such file") from None
-    except Exception as e:
+    except ImportError:
+        raise UserError("reading .safetensors needs a package: pip install safetensors") from None
+    except Exception as e:  # either library has types of its own for files that are cut short or foreign
         raise UserError(f"--init {path} cannot be read ({' '.join(str(e).split())[:150]}); it must be a "
                         f".safetensors file or a torch file that holds tensors only") from None
     try:
