@@ -7,6 +7,7 @@
 `act` keeps the last To observations and a queue of actions: when the queue is empty it samples a chunk of Tp
 actions, executes Ta of them, and looks again (receding horizon). The command line runs many episodes at once,
 with the same seeds for every policy, and prints success with its Wilson interval, and the latency of a chunk.
+For a generative model it draws samples and prints their energy distance to held-out data.
 """
 import importlib
 import json
@@ -21,7 +22,7 @@ import yaml
 
 import report
 import tabletop
-from data import Normalizer, UserError, encode_text, written_aside
+from data import Normalizer, UserError, encode_text, open_samples, written_aside
 from options import Parser, hint, load_module, model_config, parse_set, pick_device, run
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
@@ -442,20 +443,26 @@ def main(argv=None):
     model.config = model_config(load_module(checkpoint["model"]), checkpoint["config"] | changes, "--set")
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     title = f"{checkpoint['model']} ({checkpoint['preset']}), step {checkpoint['step']}"
-    if checkpoint["normalizer"] is None:
-        raise UserError(f"{args.run}: {checkpoint['model']} generates samples; see its report.html")
-    normalizer = Normalizer.from_state(checkpoint["normalizer"])
-    environment = environment_of(args, checkpoint)
-    policy = Policy(model, normalizer, checkpoint["data"], device, dtype, args.sampler_steps or None,
-                    args.seed)
     try:
-        result = evaluate(policy, environment, args.episodes, args.seed, instruction=args.instruction)
+        if checkpoint["normalizer"] is None:
+            options = checkpoint["options"]
+            held_out = open_samples(options["data"] or "moons", options["demos"] or None, options["seed"],
+                                    split="valid")
+            model.config.sampler_steps = args.sampler_steps or model.config.sampler_steps
+            result = compare_samples(model, held_out, args.seed)
+            shown = pictures(model, held_out, None, checkpoint["data"], args.seed)
+        else:
+            normalizer = Normalizer.from_state(checkpoint["normalizer"])
+            policy = Policy(model, normalizer, checkpoint["data"], device, dtype, args.sampler_steps or None,
+                            args.seed)
+            result = evaluate(policy, environment_of(args, checkpoint), args.episodes, args.seed,
+                              instruction=args.instruction)
+            shown = {"rollouts": result.pop("rollouts")}
     except ValueError as e:  # sampler steps or an instruction that do not exist
         raise UserError(str(e)) from None
-    rollouts = result.pop("rollouts")
     print(json.dumps(result))
     write_json(folder / "evaluation.json", result)
-    report.write(folder / "evaluation.html", title, (), result, checkpoint["config"], rollouts=rollouts)
+    report.write(folder / "evaluation.html", title, (), result, checkpoint["config"], **shown)
     print(f"wrote {folder}/evaluation.json and evaluation.html")
     return result
 
