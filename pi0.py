@@ -1,0 +1,749 @@
+"""pi0: a vision-language model that draws a robot's next actions with flow matching.
+
+    Kevin Black, Noah Brown, Danny Driess, Adnan Esmail, Michael Equi, Chelsea Finn, Niccolo Fusai, et al.:
+    "pi0: A Vision-Language-Action Flow Model for General Robot Control", arXiv:2410.24164
+    official code: github.com/Physical-Intelligence/openpi, and its port in github.com/huggingface/lerobot
+
+p(A | o): a chunk A of Tp actions, given o = (images, instruction, proprioception). A pretrained
+vision-language model (PaliGemma = SigLIP + Gemma) reads images and instruction. Beside it stands a smaller
+transformer, the action expert, with weights of its own for the state and the noised actions. The two meet in
+the attention of every layer: each token is projected by the weights of its own model, and all of them share
+one attention.
+
+    keys ->          images  text  | state | a_1 ... a_Tp
+    images, text        x      x   |   .   |      .         PaliGemma's weights. Nothing here sees the state
+    -----------------------------------------------------   or the actions: computed once, kept as keys and
+    state               x      x   |   x   |      .         values [6]
+    a_1 ... a_Tp        x      x   |   x   |      x         the expert's; actions see each other both ways
+
+Masked are missing cameras and text padding; such tokens count in no position either.
+
+TIME runs as in openpi, against the paper; released weights depend on it:
+    here      t = 1 noise .. 0 data    x_t = t eps + (1-t) x0            dx/dt = eps - x0, t goes down
+    paper     tau = 1 - t              A^tau = tau A + (1-tau) eps       dA/dtau = A - eps, tau goes up
+The paper prints the target as eps - A and yet integrates upwards with a plus: one of its two signs is ours.
+
+Axes: B items, P prefix tokens, S = 1 + Tp suffix tokens, N queries, M keys, L text codes, V cameras, A action
+dimensions.
+
+    [1]  t = 0.001 + 0.999 b,   b ~ Beta(1.5, 1): density growing as sqrt(b), more practice at noisy times
+    [2]  x_t = t eps + (1 - t) x0,   eps ~ N(0, I)                                             noising
+    [3]  L_flow = mean (v_theta(x_t, t, o) - u_t)^2,   u_t = eps - x0                          flow matching
+    [4]  L_text = - mean log p(l_j | images, l_1 .. l_{j-1}),   L = L_flow + w L_text          one loss
+    [5]  x_{t - dt} = x_t - dt v_theta(x_t, t, o),   dt = 1/10, from t = 1 to 0                Euler
+    [6]  softmax(q [k_prefix, k_suffix]' / sqrt(d)) [v_prefix, v_suffix]                       one attention
+    [7]  RoPE: components (i, i + d/2) of q and k turn by (position) 10000^(-2i/d)
+    [8]  GeGLU: W_down (gelu(W_gate x) * W_up x)
+    [9]  action token = W_2 silu(W_1 [W_in x_t, sin, cos of 2 pi t / period]): time enters here alone
+
+Map: Config | Siglip | Gemma | block_mask, time | Pi0: loss, text, sample, from_official | PRESETS | main.
+
+Differs from the original:
+ 1. The one attention is computed in two parts, prefix first, in training as in sampling. The numbers are the
+    same, since the prefix does not look at the suffix, and several draws of noise and time (n_draws) can
+    share a prefix. Its last layer stops at its keys and values: no action reads more.
+ 2. Steps past the end of an episode are left out of the loss; openpi trains on a repeated last action.
+ 3. openpi's code trains no text. L_text needs a text that is read forwards only, the flow one that is read
+    both ways. So it is a second pass, over a share of the batch: images both ways, text causal (the prefix-LM
+    mask of PaliGemma). The text is shifted by one; code 0, which elsewhere is padding, begins and ends it.
+ 4. Images are not augmented. A camera that a robot lacks is left out, which equals filling and masking it.
+ 5. pi0.5 is left out: it drops the state token and moves time into every norm, an `if` in every block.
+ 6. "tiny" is the published architecture with other numbers: sizes; bytes for text; larger initial queries and
+    keys (else attention starts so even that a few letters drown among image tokens, and the colour that is
+    asked for is not learned); state and actions not padded; 4 draws per observation.
+
+Run alone: `python pi0.py` learns to obey a one-letter instruction, in half a minute on two CPU cores.
+"""
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Config:
+    # -- the data; train.py fills these in
+    # length of one action vector
+    action_dim: int = 3
+    # length of the proprioception
+    state_dim: int = 3
+    # number of cameras, all through one encoder
+    n_cameras: int = 2
+    # height, width of every camera image, pixels
+    image_size: tuple = (64, 64)
+    # -- the timeline, in control steps: the chunk starts now
+    # Tp, predicted steps (paper: H)
+    horizon: int = 16
+    # To, observed steps; pi0 sees the present only
+    n_obs_steps: int = 1
+    # Ta, executed steps
+    n_action_steps: int = 8
+    # -- what the weights are made for
+    # state and actions are padded to this with zeros, so that robots share weights; 0 = no padding
+    padded_dim: int = 0
+    # more cameras than this are refused
+    max_cameras: int = 3
+    # L, longest instruction in codes
+    text_len: int = 40
+    # number of codes; 257 = bytes + 1, 0 is padding
+    vocab_size: int = 257
+    # SentencePiece model file; "" = bytes
+    tokenizer_path: str = ""
+    # -- SigLIP, the image encoder
+    # side of the square that images are fitted into, pixels
+    vit_size: int = 48
+    # side of a patch, pixels
+    patch_size: int = 8
+    # its width
+    vit_width: int = 96
+    # ... layers
+    vit_depth: int = 2
+    # ... hidden width of the MLPs
+    vit_mlp: int = 192
+    # ... and heads
+    vit_heads: int = 4
+    # -- Gemma (prefix) and the action expert (suffix); what meets in the attention is common to both
+    # layers
+    depth: int = 4
+    # query heads
+    n_heads: int = 4
+    # heads of keys and values, each shared by n_heads / n_kv_heads queries
+    n_kv_heads: int = 2
+    # width of a head
+    head_dim: int = 32
+    # width of Gemma
+    width: int = 128
+    # ... and hidden width of its MLPs
+    mlp: int = 256
+    # width of the action expert
+    expert_width: int = 96
+    # ... and hidden width of its MLPs
+    expert_mlp: int = 192
+    # factor on the initial weights of queries and keys; more than 1: attention that starts focused
+    qk_init: float = 3.0
+    # -- training
+    # draws of noise and time per observation
+    n_draws: int = 4
+    # w, weight of the text loss [4]; 0 = flow matching only
+    text_weight: float = 0.1
+    # share of the batch's observations in the text loss
+    text_share: float = 0.125
+    # True: SigLIP and Gemma stay as they are, the expert learns
+    freeze_vlm: bool = False
+    # True: recompute every layer in the backward pass instead of keeping its activations
+    checkpointing: bool = False
+    # -- sampling
+    # Euler steps
+    sampler_steps: int = 10
+
+    def __post_init__(self):
+        if self.n_obs_steps != 1:
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: pi0 has no history")
+        if not 1 <= self.n_action_steps <= self.horizon:
+            raise ValueError(f"n_action_steps {self.n_action_steps} must lie in 1..horizon = {self.horizon}")
+        if not 1 <= self.n_cameras <= self.max_cameras:
+            raise ValueError(f"{self.n_cameras} cameras, but there is room for 1 to {self.max_cameras}: name "
+                             "those to use in shape_meta, or raise max_cameras")
+        for name in ("action_dim", "state_dim"):
+            if 0 < self.padded_dim < getattr(self, name):
+                raise ValueError(f"{name} {getattr(self, name)} is above padded_dim {self.padded_dim}: no "
+                                 "room in released weights; from scratch, set padded_dim=0")
+        if self.text_len < 1 or not self.tokenizer_path and self.vocab_size < 257 and self.text_weight:
+            raise ValueError(f"text_len {self.text_len} must be at least 1, and vocab_size {self.vocab_size} "
+                             "at least 257 for bytes")
+        for name, part in (("vit_size", "patch_size"), ("vit_width", "vit_heads"), ("n_heads", "n_kv_heads")):
+            a, b = getattr(self, name), getattr(self, part)
+            if a % b:
+                raise ValueError(f"{name} {a} must be a multiple of {part} {b}")
+        if self.head_dim % 2 or self.expert_width % 2:
+            raise ValueError(f"head_dim {self.head_dim} and expert_width {self.expert_width} must be even")
+        if self.n_draws < 1 or not 0 < self.text_share <= 1:
+            raise ValueError(f"n_draws {self.n_draws} must be at least 1, text_share {self.text_share} in "
+                             "(0, 1]")
+        check_euler_steps(self.sampler_steps)
+
+    @property
+    def pred_horizon(self):
+        """Number of actions in a batch and in a sampled chunk."""
+        return self.horizon
+
+    @property
+    def first_action(self):
+        """Step of the chunk's first action, counted from now."""
+        return 0
+
+    @property
+    def n_obs_loaded(self):
+        """Observed steps in a training batch."""
+        return self.n_obs_steps
+
+    def encode_text(self, text):
+        """An instruction as codes, int64 (text_len,), 0 = padding: its UTF-8 bytes + 1, or the pieces of
+        tokenizer_path in the form PaliGemma was trained on, with a beginning and a line end."""
+        if self.tokenizer_path:
+            pieces, text = tokenizer(self.tokenizer_path), text.strip().replace("_", " ").replace("\n", " ")
+            if pieces.vocab_size() > self.vocab_size:
+                raise ValueError(f"{self.tokenizer_path} has {pieces.vocab_size()} pieces, vocab_size is "
+                                 f"{self.vocab_size}")
+            codes = [pieces.bos_id()] + pieces.encode(text) + pieces.encode("\n")
+        else:
+            codes = [byte + 1 for byte in text.encode()]
+        if len(codes) > self.text_len:
+            raise ValueError(f"the instruction {text!r} has {len(codes)} codes, more than text_len "
+                             f"{self.text_len}: shorten it or raise text_len")
+        return torch.tensor(codes + [0] * (self.text_len - len(codes)))
+
+    def decode_text(self, codes):
+        """The text of one row of codes; what is no text (padding, half a character) is dropped."""
+        codes = [int(c) for c in codes if c > 0]
+        if self.tokenizer_path:
+            return tokenizer(self.tokenizer_path).decode(codes)
+        return bytes(c - 1 for c in codes).decode(errors="ignore")
+
+
+@functools.lru_cache
+def tokenizer(path):
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ValueError("tokenizer_path needs a package: pip install sentencepiece") from None
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=path)
+    except (OSError, RuntimeError) as e:
+        raise ValueError(f"tokenizer_path {path} cannot be read ({' '.join(str(e).split())})") from None
+
+
+def check_euler_steps(steps):
+    if steps < 1:
+        raise ValueError(f"sampler steps {steps} must be at least 1")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# SigLIP: a vision transformer whose patches become words
+
+
+def fit_images(images, size):
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size) in [-1, 1]: as large as fits, the rest black. As in
+    openpi's PyTorch code: bilinear, no antialiasing, an odd row or column of black at the bottom or right."""
+    H, W = images.shape[-2:]
+    ratio = max(H, W) / size
+    h, w = int(H / ratio), int(W / ratio)
+    if (h, w) != (H, W):
+        images = F.interpolate(images, (h, w), mode="bilinear", align_corners=False)
+    top, left = (size - h) // 2, (size - w) // 2
+    return F.pad(images, (left, size - w - left, top, size - h - top)) * 2 - 1
+
+
+def run(layer, recompute, *inputs):
+    """layer(*inputs); recompute: its activations are not kept for the gradient but computed again."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
+
+
+class SiglipLayer(nn.Module):
+    """Pre-norm transformer block with biases everywhere. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, mlp, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        h = attention(q, k, v)                                                  # (B, H, N, d)
+        x = x + self.out(h.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+
+
+class Siglip(nn.Module):
+    """Images (B, 3, size, size) in [-1, 1] -> one token per patch (B, N, D); no class token, no pooling."""
+
+    def __init__(self, size, patch_size, width, depth, mlp, n_heads, checkpointing=False):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.patch = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.position = nn.Parameter(torch.empty((size // patch_size) ** 2, width))
+        self.layers = nn.ModuleList([SiglipLayer(width, mlp, n_heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images):
+        x = self.patch(images).flatten(2).transpose(1, 2)                       # (B, N, D)
+        x = x + self.position
+        for layer in self.layers:
+            x = run(layer, self.checkpointing, x)
+        return self.norm(x)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Gemma: the same class is PaliGemma's language model and, narrower, the action expert
+
+# Added to logits of masked keys. Finite, so that a row in which everything is masked (a padded query, which
+# nobody reads) is even and not NaN.
+MASKED = -2.3819763e38
+
+
+def attention(q, k, v, bias=None):
+    """softmax(q k' / sqrt(d) + bias) v over the last two axes: (..., N, d), (..., M, d) -> (..., N, d)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, bias)
+    # On a CPU the backward pass of the fused kernel takes four times as long in bfloat16.
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT
+    logits = logits if bias is None else logits + bias.to(logits.dtype)
+    return torch.softmax(logits, dim=-1, dtype=logits.dtype) @ v
+
+
+class GemmaNorm(nn.Module):
+    """x / sqrt(mean x^2) * (1 + weight), computed in float32."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), 1e-6).to(x.dtype)
+
+
+def rope_angles(positions, head_dim):
+    """(cos, cos) and (-sin, sin) of the angles in [7] at positions (B, N), each (B, N, 1, head_dim)."""
+    frequency = 10000 ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    angle = positions[:, :, None, None] * frequency                             # (B, N, 1, d / 2)
+    return torch.cat([angle.cos(), angle.cos()], dim=-1), torch.cat([-angle.sin(), angle.sin()], dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (i, i + d/2) of x (B, N, H, d). Other code bases pair neighbours, (2i, 2i + 1)."""
+    x32 = x.float()
+    return (x32 * cos + x32.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)  # [7]
+
+
+class GemmaLayer(nn.Module):
+    """One layer of one set of weights. (B, N, D) -> (B, N, D), and keys and values for later tokens."""
+
+    def __init__(self, width, mlp, config):
+        super().__init__()
+        H, K, d = config.n_heads, config.n_kv_heads, config.head_dim
+        self.n_kv_heads, self.head_dim = K, d
+        self.norm1 = GemmaNorm(width)
+        self.q = nn.Linear(width, H * d, bias=False)
+        self.k = nn.Linear(width, K * d, bias=False)
+        self.v = nn.Linear(width, K * d, bias=False)
+        self.o = nn.Linear(H * d, width, bias=False)
+        self.norm2 = GemmaNorm(width)
+        self.gate = nn.Linear(width, mlp, bias=False)
+        self.up = nn.Linear(width, mlp, bias=False)
+        self.down = nn.Linear(mlp, width, bias=False)
+
+    def keys_values(self, h, rope):
+        """Normed tokens (B, N, D) -> k, v, each (B, K, N, d)."""
+        k, v = (f(h).unflatten(-1, (-1, self.head_dim)) for f in (self.k, self.v))
+        return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, rope, bias, past=None):
+        B, N, D = x.shape
+        h = self.norm1(x)
+        k, v = self.keys_values(h, rope)                                        # (B, K, N, d)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, K, M, d)
+        q = rotate(self.q(h).unflatten(-1, (-1, self.head_dim)), *rope)         # (B, N, H, d)
+        # Grouped queries: H / K heads share a key-value head. They are lined up as if they were more
+        # queries of it, so that keys and values are never copied.
+        q = q.unflatten(2, (self.n_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, K, H/K N, d)
+        h = attention(q, k, v, bias)                                            # [6]
+        h = h.unflatten(2, (-1, N)).permute(0, 3, 1, 2, 4).flatten(2)           # (B, N, H d)
+        x = x + self.o(h)
+        h = self.norm2(x)
+        x = x + self.down(F.gelu(self.gate(h), approximate="tanh") * self.up(h))  # [8]
+        return x, (k, v)
+
+
+class Gemma(nn.Module):
+    def __init__(self, width, mlp, config):
+        super().__init__()
+        self.head_dim, self.group = config.head_dim, config.n_heads // config.n_kv_heads
+        self.checkpointing = config.checkpointing
+        self.layers = nn.ModuleList([GemmaLayer(width, mlp, config) for _ in range(config.depth)])
+        self.norm = GemmaNorm(width)
+
+    def forward(self, x, mask, positions, past=None, cache_only=False):
+        """x (B, N, D); mask (B, N, M) bool, True = query may see key; positions (B, N); past: keys and values
+        of every layer, which stand before x's own. cache_only: nobody reads the output, only the cache.
+        -> ((B, N, D) or None, keys and values of every layer, `past` included)"""
+        B, N, D = x.shape
+        rope = rope_angles(positions, self.head_dim)
+        bias = torch.where(mask, 0.0, MASKED).to(x.dtype)                       # (B, N, M)
+        bias = bias[:, None].repeat(1, 1, self.group, 1)                        # (B, 1, H/K N, M)
+        cache = []
+        for i, layer in enumerate(self.layers):
+            if cache_only and i + 1 == len(self.layers):
+                return None, cache + [layer.keys_values(layer.norm1(x), rope)]
+            x, keys_values = run(layer, self.checkpointing, x, rope, bias, past[i] if past else None)
+            cache.append(keys_values)
+        return self.norm(x), cache
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def block_mask(valid, starts):
+    """Who may see whom: valid (B, N) bool, starts (N,) with 1 where a block begins -> (B, N, N) bool, [query,
+    key]. A token sees its own block both ways and all blocks before it; padding neither sees nor is seen."""
+    block = starts.cumsum(0)
+    return (block[:, None] >= block) & valid[:, None, :] & valid[:, :, None]
+
+
+def time_embedding(t, dim):
+    """Sinusoids of t in [0, 1], (B,) -> (B, dim) float32, sines first: periods from 0.004 to 4, which
+    differs from ddpm.py's. In float64, as the released code: with a period that short the last bit of a
+    float32 angle is seen in the result."""
+    exact = torch.float32 if t.device.type == "mps" else torch.float64
+    period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0, 1, dim // 2, dtype=exact, device=t.device)
+    angle = t[:, None].to(exact) * (2 * math.pi / period)                               # [9]
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+
+
+def sample_time(n, device):
+    """n times of [1]. Beta(1.5, 1) has the distribution function b^1.5, which is inverted here."""
+    return 0.001 + 0.999 * torch.rand(n, device=device) ** (1 / 1.5)            # [1]
+
+
+def randn(shape, generator, device):
+    """Drawn where the generator lives: a CPU generator gives the same numbers on every device."""
+    source = generator.device if generator else device
+    return torch.randn(shape, generator=generator, device=source).to(device)
+
+
+class Pi0(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.vision = Siglip(c.vit_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_mlp, c.vit_heads,
+                             c.checkpointing)
+        self.projector = nn.Linear(c.vit_width, c.width)
+        self.embed = nn.Embedding(c.vocab_size, c.width)  # and the text head: a logit per row
+        self.vlm = Gemma(c.width, c.mlp, c)
+        self.expert = Gemma(c.expert_width, c.expert_mlp, c)
+        self.state_proj = nn.Linear(c.padded_dim or c.state_dim, c.expert_width)
+        self.action_in_proj = nn.Linear(c.padded_dim or c.action_dim, c.expert_width)
+        self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
+        self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
+        self.action_out_proj = nn.Linear(c.expert_width, c.padded_dim or c.action_dim)
+        self.init_weights(self)
+        for part in (self.vision, self.projector, self.embed, self.vlm):
+            part.requires_grad_(not c.freeze_vlm)
+        if not c.text_weight:  # then nothing reads these (difference 1), and DDP would wait for gradients
+            last = self.vlm.layers[-1]
+            for part in (last.q, last.o, last.norm2, last.gate, last.up, last.down, self.vlm.norm):
+                part.requires_grad_(False)
+
+    @torch.no_grad()
+    def init_weights(self, module):
+        """Set every weight inside `module`: as torch does by itself, but for what has no rule of its own, and
+        for queries and keys."""
+        for m in module.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
+                m.reset_parameters()
+            elif isinstance(m, GemmaNorm):
+                m.weight.zero_()
+            elif isinstance(m, nn.Embedding):
+                m.weight.normal_(std=m.embedding_dim ** -0.5)
+            elif isinstance(m, Siglip):
+                m.position.normal_(std=m.position.shape[1] ** -0.5)
+        for m in module.modules():
+            if isinstance(m, GemmaLayer):
+                m.q.weight.mul_(self.config.qk_init)
+                m.k.weight.mul_(self.config.qk_init)
+
+    def embed_images(self, batch):
+        """-> tokens of all cameras (B, V n, D), which of them are real (B, V n)."""
+        images = batch["images"]                                                # (B, 1, V, 3, H, W)
+        B, To, V = images.shape[:3]
+        if V != self.config.n_cameras:
+            raise ValueError(f"images of {V} cameras given, n_cameras = {self.config.n_cameras} expected")
+        images = images[:, -1].flatten(0, 1)                                    # (B V, 3, H, W)
+        if not images.is_floating_point():  # float images are taken as fitted and scaled already
+            images = fit_images(images.float() / 255, self.config.vit_size)
+        x = self.vision(images.to(self.projector.weight.dtype))                 # (B V, n, D_vit)
+        x = self.projector(x).unflatten(0, (B, V))                              # (B, V, n, D)
+        seen = batch.get("image_mask", torch.ones(B, V, dtype=torch.bool, device=x.device))
+        return x.flatten(1, 2), seen.repeat_interleave(x.shape[2], dim=1)
+
+    def embed_text(self, text):
+        """(B, L) -> (B, L, D). Gemma scales its words by sqrt(D); image tokens come unscaled."""
+        if text.shape[1] > self.config.text_len:
+            raise ValueError(f"text of {text.shape[1]} codes given, at most text_len = "
+                             f"{self.config.text_len} expected")
+        return self.embed(text) * self.config.width ** 0.5
+
+    def encode(self, batch, images, seen):
+        """What an observation leaves for the actions to attend to: keys and values of every layer, and which
+        prefix tokens are real, (B, P)."""
+        text = batch["text"]                                                    # (B, L)
+        x = torch.cat([images, self.embed_text(text)], dim=1)                   # (B, P, D)
+        valid = torch.cat([seen, batch.get("text_mask", text > 0)], dim=1)      # (B, P)
+        mask = block_mask(valid, torch.zeros(x.shape[1], dtype=torch.int, device=x.device))  # one block
+        _, cache = self.vlm(x, mask, valid.cumsum(1) - 1, cache_only=True)
+        return cache, valid
+
+    def embed_suffix(self, state, x_t, t):
+        """State token and action tokens: (B, S_dim), (B, Tp, A), (B,) -> (B, 1 + Tp, D)."""
+        dtype = self.action_in_proj.weight.dtype
+        state = self.state_proj(state.to(dtype))[:, None]                       # (B, 1, D)
+        h = self.action_in_proj(x_t.to(dtype))                                  # (B, Tp, D)
+        time = time_embedding(t, h.shape[-1]).to(h.dtype)[:, None].expand_as(h)
+        h = self.action_time_mlp_in(torch.cat([h, time], dim=-1))
+        return torch.cat([state, self.action_time_mlp_out(F.silu(h))], dim=1)   # [9]
+
+    def velocity(self, cache, valid, state, x_t, t):
+        """v_theta: the expert reads what `encode` kept and its own tokens. -> (B, Tp, A) float32"""
+        x = self.embed_suffix(state, x_t, t)                                    # (B, S, D)
+        B, S, D = x.shape
+        P = valid.shape[1]
+        starts = torch.zeros(P + S, dtype=torch.int, device=x.device)
+        starts[P:P + 2] = 1  # the state begins a block, the first action begins the last one
+        mask = block_mask(F.pad(valid, (0, S), value=True), starts)[:, P:]      # (B, S, P + S)
+        positions = valid.sum(1, keepdim=True) + torch.arange(S, device=x.device)
+        x, _ = self.expert(x, mask, positions, past=cache)
+        return self.action_out_proj(x[:, 1:]).float()
+
+    def pad(self, x):
+        """State or actions with the zeros that a shared action space needs."""
+        return F.pad(x, (0, max(0, self.config.padded_dim - x.shape[-1])))
+
+    def loss(self, batch, noise=None, t=None):
+        """Flow matching on the actions that are real, plus the weighted cross-entropy of the instruction.
+
+        batch: actions (B, Tp, A), action_mask (B, Tp), state (B, 1, S), images (B, 1, V, 3, H, W), text (B,
+        L); and where not every camera and every code above 0 is real, image_mask (B, V), text_mask (B, L).
+        noise (n B, Tp, padded A) and t (n B,), all items once, then again: drawn when not given. Time: t = 1
+        is noise, t = 0 data (paper: tau = 1 - t). Padded dimensions count, as in openpi.
+        -> {"loss": (), "flow": (), "text": (), "per_sample": (n B,) of the flow, "t": (n B,)}
+        """
+        x0, mask = self.pad(batch["actions"]), batch["action_mask"]             # (B, Tp, A), (B, Tp)
+        B, n = len(x0), self.config.n_draws if noise is None else len(noise) // len(x0)
+        draws = lambda x: x if n == 1 else x.repeat(n, *[1] * (x.ndim - 1))     # (B, ...) -> (n B, ...)
+        x0, mask = draws(x0), draws(mask)
+        noise = torch.randn_like(x0) if noise is None else noise
+        t = sample_time(n * B, x0.device) if t is None else t
+
+        images, seen = self.embed_images(batch)
+        cache, valid = self.encode(batch, images, seen)
+        cache, valid = [(draws(k), draws(v)) for k, v in cache], draws(valid)
+        state = draws(self.pad(batch["state"][:, -1]))
+        x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * x0            # [2]
+        u_t = noise - x0
+        v_t = self.velocity(cache, valid, state, x_t, t)
+        error = ((v_t - u_t) ** 2).mean(-1) * mask                              # (n B, Tp)
+        flow = error.sum() / mask.sum()                                         # [3]
+        result = {"loss": flow, "flow": flow.detach(), "t": t,
+                  "per_sample": error.detach().sum(1) / mask.sum(1).clamp(min=1)}
+        if self.config.text_weight and not self.config.freeze_vlm:
+            few = math.ceil(B * self.config.text_share)
+            text = self.text_loss(images[:few], seen[:few], batch["text"][:few])
+            result |= {"loss": flow + self.config.text_weight * text, "text": text.detach()}  # [4]
+        return result
+
+    def text_logits(self, images, seen, text):
+        """What code j of the text (B, L) may be, by images and the codes before it: (B, L, vocab) float32."""
+        L, P = text.shape[1], images.shape[1]
+        x = torch.cat([images, self.embed_text(F.pad(text[:, :-1], (1, 0)))], dim=1)  # (B, P + L, D)
+        valid = F.pad(seen, (0, L), value=True)
+        starts = (torch.arange(P + L, device=x.device) >= P).int()  # every code is a block of its own: causal
+        x, _ = self.vlm(x, block_mask(valid, starts), valid.cumsum(1) - 1)
+        return (x[:, P:] @ self.embed.weight.T).float()
+
+    def text_loss(self, images, seen, text):
+        """Mean cross-entropy, nats per code, of the instruction (B, L) and the 0 that ends it."""
+        logits = self.text_logits(images, seen, text)                           # (B, L, vocab)
+        real = F.pad(text > 0, (1, 0), value=True)[:, :-1]  # as far as the first padding
+        error = F.cross_entropy(logits.transpose(1, 2), text, reduction="none")  # (B, L)
+        return (error * real).sum() / real.sum()                                # [4]
+
+    @torch.no_grad()
+    def complete_text(self, batch, prompt):
+        """An instruction for the images, the likeliest code each time, from how it begins, (B, any) -> codes
+        (B, L). In a row of the prompt, the first 0 is where the model takes over."""
+        images, seen = self.embed_images(batch)
+        text = F.pad(prompt, (0, self.config.text_len - prompt.shape[1]))
+        given, going = text > 0, torch.ones(len(text), dtype=torch.bool, device=text.device)
+        for j in range(text.shape[1]):
+            code = self.text_logits(images, seen, text)[:, j].argmax(-1)        # (B,)
+            text[:, j] = torch.where(given[:, j], text[:, j], code * going)
+            going &= text[:, j] > 0                                             # 0 ends a text
+        return text
+
+    @torch.no_grad()
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
+        """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
+
+        batch: state, images, text as in `loss`. steps: Euler steps, default config.sampler_steps. noise (B,
+        Tp, padded A): where to start, drawn from `generator` when not given. trace: receives (B, Tp, A) after
+        every step.
+        """
+        A = self.config.action_dim
+        steps = self.config.sampler_steps if steps is None else steps
+        check_euler_steps(steps)
+        cache, valid = self.encode(batch, *self.embed_images(batch))
+        state = self.pad(batch["state"][:, -1])
+        B, device = len(state), state.device
+        shape = (B, self.config.horizon, self.config.padded_dim or A)
+        x_t = randn(shape, generator, device) if noise is None else noise.float()
+        for k in range(steps):
+            # Counted from the step's number; a time that is summed up drifts by enough to be seen (see [9]).
+            t = torch.full((B,), 1 - k / steps, device=device)
+            x_t = x_t - 1 / steps * self.velocity(cache, valid, state, x_t, t)  # [5]
+            if trace is not None:
+                trace.append(x_t[..., :A])
+        return x_t[..., :A]
+
+    def param_groups(self, weight_decay):
+        """The original decays every parameter alike."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+
+    @classmethod
+    def from_official(cls, state_dict, config):
+        """A policy with released weights: pi0 in openpi's PyTorch layout or LeRobot's (now or early 2025), or
+        PaliGemma alone, beside which the action expert starts fresh.
+
+        config must describe it (PRESETS["pi0"]). The tensors become the parameters as they are, nothing is
+        copied. Strict: one ValueError names every key that is missing, left over or has another shape. Not
+        read: the expert's unused text head, and the other name of the tied embedding.
+        """
+        weights = convert_official(state_dict)
+        with torch.device("meta"):
+            model = cls(config)
+        want = model.state_dict()
+        if "embed.weight" in weights and not any(k.startswith(ACTION_PARTS) for k in weights):
+            # PaliGemma alone; the last rows of its table are spare.
+            like = weights["embed.weight"] = weights["embed.weight"][:config.vocab_size]
+            for name in ACTION_PARTS:
+                part = getattr(model, name).to_empty(device=like.device).to(like.dtype)
+                model.init_weights(part)
+                weights |= {f"{name}.{k}": v for k, v in part.state_dict().items()}
+        problems = [f"missing {k}" for k in want if k not in weights]
+        problems += [f"left over {k}" for k in weights if k not in want]
+        problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
+                     for k in want if k in weights and weights[k].shape != want[k].shape]
+        if problems:
+            raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems)}")
+        model.load_state_dict(weights, assign=True)
+        return model
+
+
+# What PaliGemma does not have.
+ACTION_PARTS = ("expert", "state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out",
+                "action_out_proj")
+# Official names -> ours, applied in this order: prefixes of the layouts, SigLIP, Gemma, the time MLP.
+RENAMES = [
+    (r"^model\.", ""), (r"^paligemma_with_expert\.", ""), (r"^paligemma\.", ""), (r"^model\.", ""),
+    (r"^gemma_expert\.(model\.)?", "expert."), (r"^language_model\.(model\.)?", "vlm."),
+    (r"^vlm\.embed_tokens\.", "embed."), (r"^vlm\.lm_head\.", "lm_head."),
+    (r"^multi_modal_projector\.linear\.", "projector."), (r"^vision_tower\.vision_model\.", "vision."),
+    (r"\.embeddings\.patch_embedding\.", ".patch."),
+    (r"\.embeddings\.position_embedding\.weight", ".position"),
+    (r"\.encoder\.layers\.", ".layers."), (r"\.post_layernorm\.", ".norm."),
+    (r"\.layer_norm([12])\.", r".norm\1."), (r"\.self_attn\.out_proj\.", ".out."),
+    (r"\.self_attn\.([qkvo])_proj\.", r".\1."), (r"\.mlp\.(fc[12])\.", r".\1."),
+    (r"\.mlp\.(gate|up|down)_proj\.", r".\1."), (r"\.input_layernorm\.", ".norm1."),
+    (r"\.post_attention_layernorm\.", ".norm2."), (r"^time_mlp_", "action_time_mlp_"),
+]
+# The expert's text head, and normalisers that early LeRobot files carry.
+NOT_WEIGHTS = re.compile(r"^expert\.lm_head\.|^(un)?normalize_")
+
+
+def convert_official(state_dict):
+    """Rename the keys of an official state_dict (what is renamed differs from file to file). Its embedding
+    may stand under either of its two names."""
+    weights = {}
+    for key, value in state_dict.items():
+        for pattern, ours in RENAMES:
+            key = re.sub(pattern, ours, key)
+        if not NOT_WEIGHTS.search(key):
+            weights[key] = value
+    head = weights.pop("lm_head.weight", None)
+    return weights if head is None else {"embed.weight": head} | weights
+
+
+Model = Pi0
+
+PRESETS = {
+    # Learns the built-in task on two CPU cores.
+    "tiny": {},
+    # The released size: 3,238,048,528 parameters, of which 311,464,960 in the expert
+    "pi0": {"horizon": 50, "n_action_steps": 50, "padded_dim": 32, "action_dim": 32, "state_dim": 32,
+            "n_cameras": 3, "image_size": (224, 224), "text_len": 48, "vocab_size": 257152,
+            "vit_size": 224, "patch_size": 14, "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304,
+            "vit_heads": 16, "depth": 18, "n_heads": 8, "n_kv_heads": 1, "head_dim": 256, "width": 2048,
+            "mlp": 16384, "expert_width": 1024, "expert_mlp": 4096, "qk_init": 1.0, "n_draws": 1,
+            "text_weight": 0.0},
+}
+RECIPES = {
+    "tiny": {"steps": 5000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
+             "weight_decay": 1e-3, "ema_max": 0.995, "demos": 800, "dtype": "bfloat16"},
+    # openpi's fine-tuning
+    "pi0": {"steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
+            "betas": (0.9, 0.95), "weight_decay": 1e-10, "ema_max": 0.99, "normalizer": "meanstd"},
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def two_lamps(n, config, generator):
+    """n scenes with a red and a blue square, one left, one right; "r" or "b" asks for one of them, and the
+    actions go there. -> batch, the side that is asked for (n,): -1 left, 1 right"""
+    red_side, colour = torch.randint(2, (2, n), generator=generator)
+    images = torch.zeros(n, 1, 1, 3, 16, 16, dtype=torch.uint8)
+    for side in (0, 1):
+        channel = torch.where(red_side == side, 0, 2)
+        images[torch.arange(n), 0, 0, channel, 4:12, 8 * side + 2:8 * side + 6] = 255
+    side = torch.where(colour == 0, red_side, 1 - red_side) * 2.0 - 1
+    texts = torch.stack([config.encode_text(letter) for letter in "rb"])
+    s = torch.linspace(0, 1, config.horizon)
+    batch = {"images": images, "text": texts[colour], "state": torch.zeros(n, 1, 1),
+             "actions": torch.stack([side[:, None] * s, s.expand(n, -1)], dim=-1),
+             "action_mask": torch.ones(n, config.horizon, dtype=torch.bool)}
+    return batch, side
+
+
+def main(steps=500):
+    """Train on two_lamps; print how many sampled chunks end where they were asked to."""
+    torch.manual_seed(0)
+    config = Config(action_dim=2, state_dim=1, n_cameras=1, image_size=(16, 16), horizon=8, text_len=2,
+                    vit_size=16, patch_size=8, vit_width=48, vit_depth=1, vit_mlp=96, depth=2, width=64,
+                    mlp=128, expert_width=64, expert_mlp=128)
+    model = Pi0(config)
+    optimizer = torch.optim.AdamW(model.param_groups(1e-3), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        batch, _ = two_lamps(32, config, generator)
+        losses = model.loss(batch)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step:5d}  flow {losses['flow']:.4f}  text {losses['text']:.4f}")
+    model.eval()
+    batch, side = two_lamps(500, config, generator)
+    chunk = model.sample(batch)                                                 # (500, 8, 2)
+    right = ((chunk[:, -1, 0] - side).abs() < 0.3).float().mean().item()
+    print(f"chunks that end where they were asked to: {100 * right:.1f} % (expected: at least 95; 50 without "
+          f"reading)")
+    return right
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,747 @@
+"""pi0.py against the official implementation, against closed forms, and against what its docstring says."""
+
+import math
+import os
+import re
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_cases import GOLDEN_DIR, Case, golden, manifest
+
+import pi0
+from pi0 import PRESETS, Config, Pi0, block_mask, convert_official
+
+# -- the official implementation ---------------------------------------------------------------------------
+
+
+def official_config(case):
+    """The case's description of PI0Pytorch -> ours."""
+    c = {k: v for k, v in case.config.items() if not k.startswith("_")}
+    unknown = set(c) - {
+        "vlm",
+        "expert",
+        "vit",
+        "patch_size",
+        "image",
+        "vocab",
+        "lang_len",
+        "chunk",
+        "dim",
+        "n_cams",
+        "steps",
+    }
+    assert not unknown, f"arguments that this file cannot build: {unknown}"
+    (width, depth, mlp, *heads), (expert_width, *_), vit = c["vlm"], c["expert"], c["vit"]
+    assert c["expert"][1] == depth and c["expert"][3:] == heads, "the two models meet in every layer"
+    return Config(
+        action_dim=c["dim"],
+        state_dim=c["dim"],
+        padded_dim=c["dim"],
+        n_cameras=c["n_cams"],
+        max_cameras=c["n_cams"],
+        image_size=(c["image"], c["image"]),
+        horizon=c["chunk"],
+        n_action_steps=1,
+        text_len=c["lang_len"],
+        vocab_size=c["vocab"],
+        vit_size=c["image"],
+        patch_size=c["patch_size"],
+        vit_width=vit[0],
+        vit_depth=vit[1],
+        vit_mlp=vit[2],
+        vit_heads=vit[3],
+        depth=depth,
+        n_heads=heads[0],
+        n_kv_heads=heads[1],
+        head_dim=heads[2],
+        width=width,
+        mlp=mlp,
+        expert_width=expert_width,
+        expert_mlp=c["expert"][2],
+        n_draws=1,
+        text_weight=0.0,
+        sampler_steps=c["steps"],
+    )
+
+
+def official_batch(case, **inputs):
+    inp = case.inp | inputs
+    cameras = range(case.config["n_cams"])
+    return {
+        "images": torch.stack([inp[f"image_{v}"] for v in cameras], dim=1)[:, None],
+        "image_mask": torch.stack([inp[f"image_mask_{v}"] for v in cameras], dim=1),
+        "text": inp["lang_tokens"],
+        "text_mask": inp["lang_mask"],
+        "state": inp["state"][:, None],
+        "actions": inp["actions"],
+        "action_mask": torch.ones(inp["actions"].shape[:2], dtype=torch.bool),
+    }
+
+
+def one_attention(model, batch, x_t, t):
+    """The velocity as the paper draws it: prefix, state and actions side by side in one sequence, every layer
+    one attention over all of it, no cache. -> (velocity, mask (B, N, N), positions (B, N))"""
+    images, seen = model.embed_images(batch)
+    prefix = torch.cat([images, model.embed_text(batch["text"])], dim=1)
+    suffix = model.embed_suffix(model.pad(batch["state"][:, -1]), x_t, t)
+    P, S = prefix.shape[1], suffix.shape[1]
+    valid = F.pad(torch.cat([seen, batch.get("text_mask", batch["text"] > 0)], dim=1), (0, S), value=True)
+    mask, positions = block_mask(valid, torch.tensor([0] * P + [1, 1] + [0] * (S - 2))), valid.cumsum(1) - 1
+    rope = pi0.rope_angles(positions, model.config.head_dim)
+    group = model.config.n_heads // model.config.n_kv_heads
+    streams = [prefix, suffix]
+    for layers in zip(model.vlm.layers, model.expert.layers):
+        normed = [layer.norm1(x) for layer, x in zip(layers, streams)]
+        q, k, v = (
+            torch.cat([getattr(layer, name)(h) for layer, h in zip(layers, normed)], dim=1).unflatten(
+                -1, (-1, model.config.head_dim)
+            )
+            for name in "qkv"
+        )
+        q, k = pi0.rotate(q, *rope), pi0.rotate(k, *rope)
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+        logits = torch.einsum("bnhd,bmhd->bhnm", q, k) / model.config.head_dim**0.5
+        weights = torch.where(mask[:, None], logits, pi0.MASKED).softmax(-1)
+        out = torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2).split([P, S], dim=1)
+        streams = [x + layer.o(o) for layer, x, o in zip(layers, streams, out)]
+        for i, layer in enumerate(layers):
+            h = layer.norm2(streams[i])
+            streams[i] = streams[i] + layer.down(F.gelu(layer.gate(h), approximate="tanh") * layer.up(h))
+    return model.action_out_proj(model.expert.norm(streams[1])[:, 1:]), mask, positions
+
+
+@golden("pi0.PI0Pytorch")
+def test_golden(case):
+    model = Pi0.from_official(case.sd, official_config(case))
+    inputs = {k: case.inp[k].clone().requires_grad_() for k in ("state", "actions", "noise")}
+    batch, t = official_batch(case, **inputs), case.inp["time"]
+    images, seen = model.embed_images(batch)
+    case.check("out/prefix_embs", torch.cat([images, model.embed_text(batch["text"])], dim=1))
+    case.check("out/time_emb", pi0.time_embedding(t, model.config.expert_width))
+    case.check("out/suffix_embs", model.embed_suffix(inputs["state"], case.out["x_t"], t))
+    cache, valid = model.encode(batch, images, seen)
+    v_t = model.velocity(cache, valid, inputs["state"], case.out["x_t"], t)
+    case.check("out/v_t", v_t)
+    case.check("out/loss_elements", (v_t - (inputs["noise"] - inputs["actions"])) ** 2)
+    result = model.loss(batch, noise=inputs["noise"], t=t)
+    case.check("out/loss", result["loss"])
+    assert torch.allclose(result["per_sample"], case.out["loss_elements"].mean((1, 2)), rtol=1e-4)
+
+    result["loss"].backward()
+    ours = {k: p.grad for k, p in model.named_parameters()}
+    for key, want in case.grad.items():
+        ((name, _),) = convert_official({key: want}).items()
+        case.check(f"grad/{key}", ours[name])
+    for name in case.grad_in:
+        case.check(f"grad_in/{name}", inputs[name].grad)
+
+    with torch.no_grad():
+        joint, mask, positions = one_attention(model, batch, case.out["x_t"], t)
+    case.check("out/v_t", joint)
+    assert torch.equal(mask, case.out["att_mask"]) and torch.equal(positions, case.out["position_ids"])
+
+    trace = []
+    chunk = model.sample(batch, steps=case.config["steps"], noise=case.inp["init_noise"], trace=trace)
+    # Two official ways to count time differ by 8e-5 here; ours is LeRobot's, which made these numbers.
+    case.check("out/samples", chunk)
+    case.check("out/sample_trace", torch.stack(trace))
+    case.check("out/samples_uncached", chunk)
+
+
+@golden("pi0.preprocess_images")
+def test_golden_images(case):
+    for k in range(len(case.config["hw"])):
+        case.check(f"out/image_{k}", pi0.fit_images(case.inp[f"image_{k}"], case.config["S"]))
+    config = Config(action_dim=1, state_dim=case.config["state_dim"], padded_dim=case.config["dim"])
+    case.check("out/state", small(config).pad(case.inp["state"]))
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def meta(name, rename=lambda k: k):
+    keys, n = manifest(name)
+    return {rename(k): torch.empty(shape, device="meta") for k, shape in keys.items()}, n
+
+
+def test_the_published_size_has_the_published_parameters():
+    with torch.device("meta"):
+        model = Pi0(Config(**PRESETS["pi0"]))
+    assert parameters(model) == 3_238_048_528
+    parts = [model.vision, model.projector, model.embed, model.vlm, model.expert]
+    assert [parameters(p) for p in parts] == [412_442_352, 2_361_344, 526_647_296, 1_981_884_416, 311_464_960]
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_released_weights_load_on_the_meta_device(prefix):
+    official, _ = meta("pi0_base", lambda k: prefix + k)
+    model = Pi0.from_official(official, Config(**PRESETS["pi0"]))
+    assert parameters(model) == 3_238_048_528
+    tied = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+    del official[prefix + tied], official[f"{prefix}paligemma_with_expert.gemma_expert.lm_head.weight"]
+    assert parameters(Pi0.from_official(official, Config(**PRESETS["pi0"]))) == 3_238_048_528
+
+
+@pytest.mark.parametrize("published_2024", [False, True])
+def test_paligemma_alone_loads_and_the_expert_starts_fresh(published_2024):
+    def rename(key):
+        if published_2024:
+            key = key.removeprefix("model.").replace("language_model.", "language_model.model.")
+            key = key.replace("lm_head.", "language_model.lm_head.")
+        return key
+
+    official, _ = meta("paligemma_3b_224", rename)
+    model = Pi0.from_official(official, Config(**PRESETS["pi0"] | {"freeze_vlm": True}))
+    assert parameters(model) == 3_238_048_528
+    trained = sum(p.numel() for p in model.param_groups(0.0)[0]["params"])
+    assert trained == 311_464_960 + 3_248_160  # expert and its projections
+
+
+def early_layout(key):
+    """LeRobot's names of early 2025 for openpi's."""
+    key = key.replace("paligemma.lm_head", "paligemma.language_model.lm_head")
+    key = key.replace("paligemma.model.language_model.", "paligemma.language_model.model.")
+    return "model." + key.replace("paligemma.model.", "paligemma.")
+
+
+@golden("pi0.PI0Pytorch")
+def test_every_layout_gives_the_same_model_without_a_copy(case):
+    config = official_config(case)
+    want = Pi0.from_official(case.sd, config).state_dict()
+    normalizer = {"normalize_inputs.buffer_observation_state.mean": torch.zeros(3)}
+    early = {early_layout(k): v for k, v in case.sd.items()} | normalizer
+    assert all(".model.vision_tower" not in k for k in early)
+    for layout in ({f"model.{k}": v for k, v in case.sd.items()}, early):
+        got = Pi0.from_official(layout, config).state_dict()
+        assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+        held = {v.data_ptr() for v in layout.values()}
+        assert all(v.data_ptr() in held for v in got.values())
+
+
+@golden("pi0.PI0Pytorch")
+def test_a_fresh_expert_beside_loaded_weights(case):
+    config = official_config(case)
+    vlm = {k: v for k, v in case.sd.items() if ".paligemma." in k}
+    torch.manual_seed(0)
+    model = Pi0.from_official(vlm, config)
+    loaded = Pi0.from_official(case.sd, config)
+    assert torch.equal(model.vlm.layers[0].q.weight, loaded.vlm.layers[0].q.weight)
+    gate = model.expert.layers[0].gate.weight
+    assert gate.std().item() == pytest.approx(gate.shape[1] ** -0.5, rel=0.1)
+    assert torch.isfinite(model.loss(official_batch(case))["loss"])
+
+
+def test_from_official_names_everything_that_does_not_fit():
+    official, _ = meta("pi0_base")
+    del official["action_out_proj.bias"]
+    official["extra"] = torch.empty(3, device="meta")
+    official["state_proj.bias"] = torch.empty(7, device="meta")
+    with pytest.raises(ValueError) as error:
+        Pi0.from_official(official, Config(**PRESETS["pi0"]))
+    for named in (
+        "missing action_out_proj.bias",
+        "left over extra",
+        "state_proj.bias is (7,) and should be (1024,)",
+    ):
+        assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# -- what the tests below are made of
+
+SMALL = {
+    "action_dim": 2,
+    "state_dim": 3,
+    "n_cameras": 2,
+    "image_size": (12, 16),
+    "horizon": 5,
+    "n_action_steps": 3,
+    "text_len": 9,
+    "vit_size": 16,
+    "patch_size": 8,
+    "vit_width": 16,
+    "vit_depth": 1,
+    "vit_mlp": 24,
+    "vit_heads": 2,
+    "depth": 2,
+    "head_dim": 8,
+    "width": 32,
+    "mlp": 48,
+    "expert_width": 24,
+    "expert_mlp": 32,
+    "n_draws": 1,
+}
+
+
+def small(config=None, seed=0, **changes):
+    torch.manual_seed(seed)
+    if config is not None:
+        changes |= {k: getattr(config, k) for k in ("action_dim", "state_dim", "padded_dim")}
+    return Pi0(Config(**SMALL | changes)).eval()
+
+
+def small_batch(config, B=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    V, (H, W) = config.n_cameras, config.image_size
+    text = torch.stack([config.encode_text(w) for w in ("red", "the blue", "")])[torch.arange(B) % 3]
+    return {
+        "actions": torch.rand(B, config.horizon, config.action_dim, generator=g) * 2 - 1,
+        "action_mask": torch.ones(B, config.horizon, dtype=torch.bool),
+        "text": text,
+        "state": torch.randn(B, 1, config.state_dim, generator=g),
+        "images": torch.randint(256, (B, 1, V, 3, H, W), generator=g, dtype=torch.uint8),
+    }
+
+
+def velocity(model, batch, x_t, t):
+    with torch.no_grad():
+        cache, valid = model.encode(batch, *model.embed_images(batch))
+        return model.velocity(cache, valid, model.pad(batch["state"][:, -1]), x_t, t)
+
+
+class KnownVelocity:
+    """Stands in for the network: v(x_t, t), and keeps what it was asked."""
+
+    def __init__(self, model, v):
+        self.v, self.seen = v, []
+        model.velocity = self
+
+    def __call__(self, cache, valid, state, x_t, t):
+        self.seen.append((x_t, t))
+        return self.v(x_t, t)
+
+
+# -- closed forms
+
+
+def test_time_is_distributed_as_the_shifted_beta():
+    torch.manual_seed(0)
+    t = pi0.sample_time(200_000, "cpu").double()
+    a, b = 1.5, 1.0
+    assert t.mean().item() == pytest.approx(0.001 + 0.999 * a / (a + b), abs=2e-3)
+    assert t.var().item() == pytest.approx(0.999**2 * a * b / ((a + b) ** 2 * (a + b + 1)), rel=0.02)
+    assert 0.001 <= t.min() and t.max() <= 1
+    for q in (0.1, 0.5, 0.9):  # P(beta < x) = x^1.5
+        assert (t < 0.001 + 0.999 * q).double().mean().item() == pytest.approx(q**1.5, abs=5e-3)
+
+
+def test_the_ends_of_the_path_are_exactly_noise_and_data():
+    model = small()
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 2)
+    known = KnownVelocity(model, lambda x, t: torch.zeros_like(x))
+    model.loss(batch, noise=noise, t=torch.tensor([1.0, 0.0, 0.25]))
+    ((x_t, t),) = known.seen
+    assert torch.equal(x_t[0], noise[0]) and torch.equal(x_t[1], batch["actions"][1])
+    assert torch.allclose(x_t[2], 0.25 * noise[2] + 0.75 * batch["actions"][2])
+
+
+def test_the_loss_is_zero_for_the_target_and_sampling_it_leads_from_noise_to_data():
+    """The sign: with v = eps - x0, what the loss asks for, the sampler ends on x0, in one step or many."""
+    model = small(text_weight=0.0)
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 2)
+    KnownVelocity(model, lambda x, t: noise - batch["actions"])
+    assert model.loss(batch, noise=noise)["loss"] == 0
+    for steps in (1, 3, 10):
+        assert torch.allclose(model.sample(batch, steps, noise=noise), batch["actions"], atol=1e-6)
+
+
+def test_time_runs_from_one_to_the_last_step_before_zero():
+    model = small()
+    known = KnownVelocity(model, lambda x, t: t[:, None, None] * torch.ones_like(x))
+    start = torch.randn(3, 5, 2)
+    end = model.sample(small_batch(model.config), 10, noise=start)
+    assert [t[0].item() for _, t in known.seen] == pytest.approx([1 - k / 10 for k in range(10)])
+    assert torch.allclose(end, start - 0.55, atol=1e-6)  # the sum of 0.1 * (1 - k / 10)
+
+
+def test_gaussian_chunks_come_back():
+    """x0 ~ N(m, s^2) has the velocity E[eps - x0 | x_t] in closed form: m + (t - (1-t) s^2) / var * (x_t -
+    (1-t) m) with m negated in front; many Euler steps carry N(0, 1) onto N(m, s^2)."""
+    m, s = 0.4, 0.3
+    model = small(horizon=2, n_action_steps=1)
+
+    def v(x, t):
+        t = t[:, None, None]
+        return -m + (t - (1 - t) * s**2) / (t**2 + (1 - t) ** 2 * s**2) * (x - (1 - t) * m)
+
+    KnownVelocity(model, v)
+    chunk = model.sample(small_batch(model.config, B=4000), 200, generator=torch.Generator().manual_seed(0))
+    assert chunk.mean().item() == pytest.approx(m, abs=0.01)
+    assert chunk.std().item() == pytest.approx(s, rel=0.03)
+
+
+def test_loss_is_the_mean_over_real_steps_and_padded_dimensions():
+    model = small(padded_dim=4, text_weight=0.0)
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 4)
+    KnownVelocity(model, lambda x, t: torch.zeros_like(x))
+    batch["action_mask"][0, 2:] = False
+    result = model.loss(batch, noise=noise, t=torch.tensor([0.5, 0.2, 0.9]))
+    u = noise - F.pad(batch["actions"], (0, 2))
+    real = torch.cat([u[0, :2].flatten(), u[1:].flatten()])
+    assert result["loss"].item() == pytest.approx(real.square().mean().item(), rel=1e-5)
+    assert result["per_sample"][0].item() == pytest.approx(u[0, :2].square().mean().item(), rel=1e-5)
+    assert torch.equal(result["t"], torch.tensor([0.5, 0.2, 0.9]))
+
+
+def test_rope_turns_by_the_difference_of_positions_and_keeps_lengths():
+    q, k = torch.randn(2, 1, 1, 1, 8)
+    turn = lambda x, p: pi0.rotate(x, *pi0.rope_angles(torch.tensor([[p]]), 8))
+    product = lambda a, b: (turn(q, a) * turn(k, b)).sum()
+    assert torch.allclose(product(3, 1), product(103, 101), atol=1e-4)
+    assert not torch.allclose(product(3, 1), product(4, 1), atol=1e-4)
+    assert torch.allclose(turn(q, 7).norm(), q.norm())
+    # At position p the pair (0, 4) turns by p, the slowest pair (3, 7) by p / 1000.
+    x = torch.eye(8)[[0, 3]][None, :, None]  # (1, 2, 1, 8)
+    x = pi0.rotate(x, *pi0.rope_angles(torch.tensor([[2, 2]]), 8))[0, :, 0]
+    assert torch.allclose(x[0, [0, 4]], torch.tensor([math.cos(2), math.sin(2)]))
+    assert torch.allclose(x[1, [3, 7]], torch.tensor([math.cos(0.002), math.sin(0.002)]))
+
+
+def test_images_keep_their_aspect_and_are_scaled_to_one():
+    image = torch.ones(1, 3, 12, 16)  # white, wider than high
+    fitted = pi0.fit_images(image, 8)[0, 0]  # 6 white rows between two black ones
+    assert torch.equal(fitted[:, 0], torch.tensor([-1, 1, 1, 1, 1, 1, 1, -1.0]))
+
+
+# -- meaning
+
+
+def test_the_mask_is_the_picture_in_the_docstring():
+    valid = torch.tensor([[True, True, False, True, True, True]])
+    mask = block_mask(valid, torch.tensor([0, 0, 0, 1, 1, 0]))[0].int().tolist()
+    assert mask == [
+        [1, 1, 0, 0, 0, 0],  # image
+        [1, 1, 0, 0, 0, 0],  # text
+        [0, 0, 0, 0, 0, 0],  # padding
+        [1, 1, 0, 1, 0, 0],  # state
+        [1, 1, 0, 1, 1, 1],  # two actions
+        [1, 1, 0, 1, 1, 1],
+    ]
+
+
+def test_who_sees_whom():
+    """Each part is changed in turn; what may not see it stays the same to the last bit."""
+    model = small()
+    batch, x_t, t = small_batch(model.config), torch.randn(3, 5, 2), torch.tensor([0.2, 0.5, 0.9])
+    outputs = []
+    model.expert.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
+
+    def suffix(batch, x_t):
+        velocity(model, batch, x_t, t)
+        return outputs[-1]  # (B, 1 + Tp, D): state, actions
+
+    base = suffix(batch, x_t)
+    one = x_t.clone()
+    one[:, 4] += 1
+    moved = (suffix(batch, one) - base).abs().amax((0, 2))
+    assert moved[0] == 0 and (moved[1:] > 1e-4).all()  # the last action: seen by the first, not by the state
+    moved = (suffix(batch | {"state": batch["state"] + 1}, x_t) - base).abs().amax((0, 2))
+    assert (moved > 1e-4).all()
+    other = batch | {"text": model.config.encode_text("blue").expand(3, -1)}
+    assert ((suffix(other, x_t) - base).abs().amax((1, 2)) > 1e-4).all()
+    cache, _ = model.encode(batch, *model.embed_images(batch))  # takes no state and no actions
+    changed, _ = model.encode(other, *model.embed_images(batch))
+    images = 2 * (16 // 8) ** 2
+    assert not torch.equal(cache[-1][0][:, :, :images], changed[-1][0][:, :, :images])  # images see the text
+
+
+def test_a_masked_camera_and_padded_text_cannot_change_anything():
+    model = small()
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 2)
+    batch["image_mask"] = torch.tensor([[True, False]] * 3)
+    base = model.sample(batch, noise=noise)
+    junk = batch | {"images": batch["images"].clone()}
+    junk["images"][:, :, 1] = 255 - junk["images"][:, :, 1]
+    assert torch.equal(model.sample(junk, noise=noise), base)
+    padded = batch | {"text_mask": batch["text"] > 0}
+    padded["text"] = torch.where(batch["text"] > 0, batch["text"], 77)
+    assert torch.equal(model.sample(padded, noise=noise), base)
+    # A camera that is not there at all counts like one that is masked, and so does text cut to its length.
+    model.config.n_cameras = 1
+    less = batch | {
+        "images": batch["images"][:, :, :1],
+        "image_mask": torch.ones(3, 1, dtype=torch.bool),
+        "text": batch["text"][:, :8],
+    }
+    assert torch.allclose(model.sample(less, noise=noise), base, atol=1e-5)
+
+
+def test_cached_sampling_equals_computing_everything_again():
+    model = small(n_kv_heads=2)
+    batch, x_t = small_batch(model.config), torch.randn(3, 5, 2)
+    chunk = model.sample(batch, 10, noise=x_t)
+    with torch.no_grad():
+        for k in range(10):
+            x_t = x_t - one_attention(model, batch, x_t, torch.full((3,), 1 - k / 10))[0] / 10
+    assert torch.allclose(chunk, x_t, atol=1e-5)
+
+
+def test_draws_that_share_a_prefix_are_so_many_losses():
+    model = small(n_draws=3)
+    batch, noise, t = small_batch(model.config), torch.randn(9, 5, 2), torch.rand(9)
+    shared = model.loss(batch, noise=noise, t=t)
+    alone = [model.loss(batch, noise=noise[i : i + 3], t=t[i : i + 3])["flow"] for i in (0, 3, 6)]
+    assert shared["flow"].item() == pytest.approx(sum(alone).item() / 3, rel=1e-5)
+    torch.manual_seed(1)
+    assert model.loss(batch)["per_sample"].shape == (9,)
+
+
+def test_time_enters_through_the_action_tokens_only():
+    model = small()
+    state, x = torch.randn(2, 3), torch.randn(2, 5, 2)
+    early, late = (model.embed_suffix(state, x, torch.full((2,), t)) for t in (0.9, 0.1))
+    assert torch.equal(early[:, 0], late[:, 0]) and ((early[:, 1:] - late[:, 1:]).abs().amax(-1) > 1e-3).all()
+
+
+def test_sampling_is_the_same_one_at_a_time_and_nearly_so_in_bfloat16():
+    model = small()
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 2)
+    together = model.sample(batch, noise=noise)
+    one = lambda i: model.sample({k: v[i : i + 1] for k, v in batch.items()}, noise=noise[i : i + 1])
+    assert torch.allclose(together, torch.cat([one(i) for i in range(3)]), atol=1e-5)
+    half = model.to(torch.bfloat16).sample(batch, noise=noise)
+    assert (half - together).abs().max() < 0.15 and half.dtype == torch.float32
+
+
+def test_recomputed_activations_give_the_same_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = small(checkpointing=checkpointing).train()
+        batch = small_batch(model.config)
+        model.loss(batch, noise=torch.ones(3, 5, 2), t=torch.tensor([0.1, 0.5, 0.8]))["loss"].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_what_learns():
+    """Everything by default; without the text loss not the parts that only it reads; frozen, the expert
+    alone."""
+    for changes, idle in (
+        ({}, r"^$"),
+        ({"text_weight": 0.0}, r"^vlm\.(norm|layers\.1\.(q|o|norm2|gate|up|down))\."),
+        ({"freeze_vlm": True}, r"^(vision|projector|embed|vlm)\."),
+    ):
+        model = small(**changes).train()
+        result = model.loss(small_batch(model.config))
+        result["loss"].backward()
+        for name, p in model.named_parameters():
+            assert (p.grad is None) == (not p.requires_grad) == bool(re.match(idle, name)), name
+        listed = sum(p.numel() for p in model.param_groups(0.1)[0]["params"])
+        assert listed == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert ("text" in result) == (not changes)
+
+
+# -- text
+
+
+def test_text_is_causal_and_reads_images():
+    model = small()
+    batch = small_batch(model.config)
+    images, seen = model.embed_images(batch)
+    text = batch["text"]
+    base = model.text_logits(images, seen, text)  # (3, 9, 257)
+    changed = text.clone()
+    changed[:, 4] = 99
+    moved = (model.text_logits(images, seen, changed) - base).abs().amax((0, 2))
+    assert (moved[:5] == 0).all() and (moved[5:] > 1e-4).all()  # code 4 is an input from 5 on
+    moved = (model.text_logits(images.flip(0), seen, text) - base).abs().amax((1, 2))
+    assert moved[0] > 1e-4 and moved[2] > 1e-4
+
+
+def test_text_loss_counts_each_code_and_the_end():
+    """With even logits the loss is log(vocab); with the right answer certain it is 0, whatever the padding
+    says."""
+    model = small()
+    batch = small_batch(model.config)
+    model.text_logits = lambda images, seen, text: torch.zeros(*text.shape, 257)
+    assert model.text_loss(None, None, batch["text"]).item() == pytest.approx(math.log(257), rel=1e-5)
+    certain = F.one_hot(batch["text"], 257) * 100.0
+    certain[0, 4:] = 0  # "red" ends at 3; padding from 4 on
+    model.text_logits = lambda images, seen, text: certain
+    assert model.text_loss(None, None, batch["text"]).item() == pytest.approx(0, abs=1e-6)
+    certain[0, 3] = 0  # the end of "red" counts
+    n = 4 + 9 + 1
+    assert model.text_loss(None, None, batch["text"]).item() == pytest.approx(math.log(257) / n, rel=1e-5)
+
+
+def test_the_text_head_learns_what_the_picture_shows_and_completes_it():
+    model = small(text_share=1.0).train()
+    config = model.config
+    words = ["red", "blue"]
+    batch = small_batch(config, B=8)
+    batch["text"] = torch.stack([config.encode_text(words[i % 2]) for i in range(8)])
+    batch["images"][:] = 0
+    batch["images"][::2, :, :, 0], batch["images"][1::2, :, :, 2] = 255, 255
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        result = model.loss(batch)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        optimizer.step()
+        losses.append(result["text"].item())
+        assert result["loss"].item() == pytest.approx(result["flow"].item() + 0.1 * losses[-1], rel=1e-4)
+    assert losses[-1] < 0.05 * losses[0]
+    model.eval()
+    two = {k: v[:2] for k, v in batch.items()}
+    read = lambda prompt: [config.decode_text(c) for c in model.complete_text(two, prompt)]
+    assert read(torch.zeros(2, 0, dtype=torch.int64)) == words
+    assert read(config.encode_text("bl")[None, :2].expand(2, -1))[1] == "blue"  # the picture that is blue
+
+
+def test_bytes_and_back_and_what_is_too_long():
+    config = Config(text_len=8)
+    codes = config.encode_text("gr\u00fcn")
+    assert codes.tolist() == [104, 115, 196, 189, 111, 0, 0, 0] and config.decode_text(codes) == "gr\u00fcn"
+    with pytest.raises(ValueError, match="9 codes, more than text_len 8"):
+        config.encode_text("nine byte")
+
+
+def test_sentencepiece_text_has_paligemmas_form(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="package sentencepiece is an extra")
+    sentences = ["put the red block in the left zone", "put the blue block in the right zone"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(tmp_path / "words"),
+        vocab_size=60,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+    )
+    path = str(tmp_path / "words.model")
+    config = Config(tokenizer_path=path, vocab_size=60, text_len=40)
+    pieces = pi0.tokenizer(path)
+    codes = config.encode_text("  put_the red block\n").tolist()
+    assert codes[0] == 2 and len(codes) == 40
+    real = [c for c in codes if c]
+    assert real == [2] + pieces.encode("put the red block") + pieces.encode("\n")
+    assert config.decode_text(torch.tensor(codes)).strip() == "put the red block"
+    with pytest.raises(ValueError, match="pieces, vocab_size is 9"):
+        Config(tokenizer_path=path, vocab_size=9).encode_text("red")
+
+
+def test_a_tokenizer_file_that_is_not_there_is_named():
+    pytest.importorskip("sentencepiece", reason="package sentencepiece is an extra")
+    with pytest.raises(ValueError, match="nowhere.model"):
+        Config(tokenizer_path="nowhere.model").encode_text("red")
+
+
+# -- bad input, shapes, the file itself
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"n_cameras": 4}, "4 cameras.*1 to 3"),
+        ({"n_cameras": 0}, "0 cameras"),
+        ({"n_obs_steps": 2}, "no history"),
+        ({"padded_dim": 1}, "action_dim 2 is above padded_dim 1"),
+        ({"padded_dim": 2}, "state_dim 3 is above padded_dim 2"),
+        ({"n_action_steps": 6}, "n_action_steps 6"),
+        ({"text_len": 0}, "text_len 0"),
+        ({"vocab_size": 100}, "vocab_size 100"),
+        ({"patch_size": 7}, "vit_size 16 must be a multiple of patch_size 7"),
+        ({"n_kv_heads": 3}, "n_kv_heads 3"),
+        ({"vit_heads": 3}, "vit_heads 3"),
+        ({"head_dim": 7}, "head_dim 7"),
+        ({"n_draws": 0}, "n_draws 0"),
+        ({"sampler_steps": 0}, "sampler steps 0"),
+    ],
+)
+def test_impossible_configurations_are_refused_in_one_line(change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Config(**SMALL | change)
+    assert "\n" not in str(error.value)
+
+
+def test_batches_that_do_not_fit_are_refused():
+    model = small()
+    batch = small_batch(model.config)
+    with pytest.raises(ValueError, match="n_cameras = 2"):
+        model.loss(batch | {"images": batch["images"][:, :, :1]})
+    with pytest.raises(ValueError, match="text_len = 9"):
+        model.sample(batch | {"text": torch.ones(3, 10, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="sampler steps 0"):
+        model.sample(batch, steps=0)
+
+
+def test_documented_shapes():
+    model = small()
+    batch = small_batch(model.config)
+    shapes = {}
+    for name in ("vision", "vlm", "expert"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: shapes.update({name: (args[0].shape, out)})
+        )
+    trace = []
+    chunk = model.sample(batch, steps=7, trace=trace)
+    assert chunk.shape == (3, 5, 2) and len(trace) == 7 and torch.equal(trace[-1], chunk)
+    P, S = 2 * 4 + 9, 1 + 5
+    assert shapes["vision"][0] == (6, 3, 16, 16) and shapes["vision"][1].shape == (6, 4, 16)
+    assert shapes["vlm"][0] == (3, P, 32) and shapes["vlm"][1][0] is None
+    assert shapes["expert"][0] == (3, S, 24) and shapes["expert"][1][0].shape == (3, S, 24)
+    assert [k.shape for k, _ in shapes["vlm"][1][1]] == [(3, 1, P, 8)] * 2
+    assert [v.shape for _, v in shapes["expert"][1][1]] == [(3, 1, P + S, 8)] * 2
+
+
+def test_initial_queries_and_keys_are_as_wide_as_configured():
+    model = small(width=256, n_heads=4, head_dim=64, qk_init=2.0)
+    layer, x = model.vlm.layers[0], torch.randn(500, 256)
+    assert layer.q(x).std().item() == pytest.approx(2.0, rel=0.05)
+    assert layer.k(x).std().item() == pytest.approx(2.0, rel=0.05)
+    assert layer.v(x).std().item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_every_equation_of_the_docstring_is_tagged_in_the_code():
+    head, _, code = open(pi0.__file__).read()[3:].partition('"""')
+    listed = set(re.findall(r"^    \[(\d+)\] ", head, flags=re.M))
+    tagged = set(re.findall(r"#[^\n]*\[(\d+)\]", code))
+    assert listed == tagged == {str(i) for i in range(1, len(listed) + 1)}
+
+
+def test_main_learns_to_read_one_letter():
+    assert pi0.main(steps=200) > 0.9
+
+
+@pytest.mark.skipif(not os.environ.get("PI0_FULL"), reason="set PI0_FULL=1: takes 8 GB and minutes on a CPU")
+def test_the_full_size_samples_a_chunk_on_a_cpu():
+    """Random bfloat16 weights, 3 cameras, 10 steps; prints the seconds and the memory."""
+    import resource
+
+    began = time.perf_counter()
+    config = Config(**PRESETS["pi0"])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = Pi0(config)
+        model = model.to_empty(device="cpu").eval()
+        model.init_weights(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    print(f"\nbuilt in {time.perf_counter() - began:.1f} s, {torch.get_num_threads()} threads")
+    batch = {
+        "images": torch.randint(256, (1, 1, 3, 3, 224, 224), dtype=torch.uint8),
+        "state": torch.zeros(1, 1, 32),
+        "text": torch.randint(1, 257152, (1, 48)),
+    }
+    for _ in range(2):
+        marks = [time.perf_counter()]
+        with torch.no_grad():
+            images, seen = model.embed_images(batch)
+            marks.append(time.perf_counter())
+            model.encode(batch, images, seen)
+            marks.append(time.perf_counter())
+        chunk = model.sample(batch)
+        marks.append(time.perf_counter())
+        images_s, prefix_s, all_s = (b - a for a, b in zip(marks, marks[1:]))
+        steps_s = all_s - images_s - prefix_s
+        print(f"images {images_s:.2f} s, prefix {prefix_s:.2f} s, 10 steps {steps_s:.2f} s, chunk {all_s:.2f} s")
+    print(f"largest memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    assert chunk.shape == (1, 50, 32) and torch.isfinite(chunk).all() and chunk.std() > 0
