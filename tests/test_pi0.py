@@ -742,6 +742,6 @@ def test_the_full_size_samples_a_chunk_on_a_cpu():
         marks.append(time.perf_counter())
         images_s, prefix_s, all_s = (b - a for a, b in zip(marks, marks[1:]))
         steps_s = all_s - images_s - prefix_s
-        print(f"images {images_s:.2f} s, prefix {prefix_s:.2f} s, 10 steps {steps_s:.2f} s, chunk {all_s:.2f} s")
+        print(f"images {images_s:.2f} s, prefix {prefix_s:.2f} s, 10 steps {steps_s:.2f} s, {all_s:.2f} s")
     print(f"largest memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     assert chunk.shape == (1, 50, 32) and torch.isfinite(chunk).all() and chunk.std() > 0

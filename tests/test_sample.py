@@ -471,8 +471,8 @@ def test_closed_loop_success(solved):
 
 
 def test_both_ways_round_the_wall_and_their_mean_into_it(solved):
-    """From one observation, on the way to the middle of the wall with the block in hand: chunks for both sides
-    are drawn, and few touch the wall; their mean, which is what regression would answer, does."""
+    """From one observation, on the way to the middle of the wall with the block in hand: chunks for both
+    sides are drawn, and few touch the wall; their mean, which is what regression would answer, does."""
     n, seed = 64, 0
     while True:                                                     # until the asked block lies in the middle
         _, blocks, asked = tabletop.scene(seed)
@@ -503,7 +503,8 @@ def test_both_ways_round_the_wall_and_their_mean_into_it(solved):
 
 
 def test_a_generative_checkpoint_is_sampled_and_compared_with_held_out_data(tmp_path, capsys):
-    train.main(["--model", "ddpm", "--steps", "2", "--batch_size", "8", "--demos", "400", "--out", str(tmp_path)])
+    short = ["--steps", "2", "--batch_size", "8", "--demos", "400"]
+    train.main(["--model", "ddpm", *short, "--out", str(tmp_path)])
     result = sample.main([str(tmp_path), "--sampler_steps", "5"])
     assert 0 < result["floor"] < result["distance"]      # two steps of training do not reach the data
     assert (tmp_path / "evaluation.html").stat().st_size > 10_000
