@@ -551,6 +551,8 @@ def test_files_are_not_kept_open(tmp_path):
     data.Windows(demos, None, 4, 2, -1)
     with h5py.File(path, "a") as file:                          # raises while anybody reads
         file["data"].attrs["note"] = "still mine"
+    with h5py.File(path) as file:
+        assert file["data"].attrs["note"] == "still mine"
 
 
 def test_written_aside_keeps_what_was_there(tmp_path):
