@@ -2,41 +2,48 @@
 
     git clone https://github.com/real-stanford/diffusion_policy
     pip install einops diffusers
-    python tests/compare_original.py diffusion_policy
+    python tests/compare_original.py diffusion_policy dp_cnn
+    python tests/compare_original.py diffusion_policy dp_transformer
 
-The same weights, the 65.8 M U-Net of Push-T from keypoints. Prints milliseconds of a training step (loss,
-backward, AdamW, EMA) at batch 64 and 256, and of a chunk at batch 1 with DDIM 10 and DDPM 100: theirs, ours,
-the ratio, the largest difference of the two chunks, and ours in bfloat16.
+The same weights, the networks of Push-T from keypoints: the 65.8 M U-Net or the 8.97 M transformer. Prints
+milliseconds of a training step (loss, backward, AdamW, EMA) at batch 64 and 256, and of a chunk at batch 1
+with DDIM 10 and DDPM 100: theirs, ours, the ratio, the largest difference of the two chunks, and ours in
+bfloat16.
 """
 import copy
-import importlib.util
+import importlib
 import statistics
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dp_cnn  # noqa: E402
+import dp_transformer  # noqa: E402
+
+# constructor arguments of config/train_diffusion_{unet,transformer}_lowdim_workspace.yaml
+UNET = {"input_dim": 2, "global_cond_dim": 40, "diffusion_step_embed_dim": 256, "down_dims": [256, 512, 1024],
+        "kernel_size": 5, "cond_predict_scale": True}
+TRANSFORMER = {"input_dim": 2, "output_dim": 2, "horizon": 16, "n_obs_steps": 2, "cond_dim": 20, "n_layer": 8,
+               "n_head": 4, "n_emb": 256, "p_drop_emb": 0.0, "p_drop_attn": 0.01, "causal_attn": True,
+               "time_as_cond": True, "obs_as_cond": True, "n_cond_layers": 0}
 
 
-def load_original(folder):
-    """The original's ConditionalUnet1D, without importing the packages that the rest of it needs."""
-    names = ("conv1d_components", "positional_embedding", "conditional_unet1d")
+def load_original(folder, name):
+    """-> the original's network with random weights, its call (x, t, state) -> prediction, and our module"""
+    sys.path.insert(0, str(folder))
     package = "diffusion_policy.model.diffusion"
-    for part in ("diffusion_policy", "diffusion_policy.model", package):
-        sys.modules[part] = types.ModuleType(part)
-    for name in names:
-        path = Path(folder) / "diffusion_policy" / "model" / "diffusion" / f"{name}.py"
-        if not path.exists():
-            sys.exit(f"{path} is not there: give the folder of a checkout of real-stanford/diffusion_policy")
-        spec = importlib.util.spec_from_file_location(f"{package}.{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[f"{package}.{name}"] = module
-        spec.loader.exec_module(module)
-    return module.ConditionalUnet1D
+    try:
+        if name == "dp_cnn":
+            net = importlib.import_module(f"{package}.conditional_unet1d").ConditionalUnet1D(**UNET)
+            return net, lambda x, t, state: net(x, t, global_cond=state.flatten(1)), dp_cnn
+        module = importlib.import_module(f"{package}.transformer_for_diffusion")
+        net = module.TransformerForDiffusion(**TRANSFORMER)
+        return net, lambda x, t, state: net(x, t, cond=state), dp_transformer
+    except ModuleNotFoundError as e:
+        sys.exit(f"{e}: give the folder of a checkout of real-stanford/diffusion_policy, and install einops")
 
 
 def median_ms(function, repeat):
@@ -49,15 +56,14 @@ def median_ms(function, repeat):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 3 or sys.argv[2] not in ("dp_cnn", "dp_transformer"):
         sys.exit(__doc__)
     from diffusers import DDIMScheduler, DDPMScheduler
     torch.manual_seed(0)
-    theirs = load_original(sys.argv[1])(input_dim=2, global_cond_dim=40, diffusion_step_embed_dim=256,
-                                        down_dims=[256, 512, 1024], kernel_size=5, cond_predict_scale=True)
-    config = dp_cnn.Config(**dp_cnn.PRESETS["lowdim"])
+    theirs, predict, module = load_original(*sys.argv[1:])
+    config = module.Config(**module.PRESETS["lowdim"])
     weights = {f"model.{k}": v.clone() for k, v in theirs.state_dict().items()}
-    ours = dp_cnn.DiffusionPolicyCNN.from_official(weights, config)
+    ours = module.Model.from_official(weights, config)
     schedule = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'':24}{'original':>12}{'ours':>12}{'ratio':>8}")
@@ -70,8 +76,7 @@ def main():
         def their_loss():
             noise, t = torch.randn(B, 16, 2), torch.randint(100, (B,))
             noisy = noiser.add_noise(batch["actions"], noise, t)
-            pred = theirs(noisy, t, global_cond=batch["state"].flatten(1))
-            return torch.nn.functional.mse_loss(pred, noise)
+            return torch.nn.functional.mse_loss(predict(noisy, t, batch["state"]), noise)
 
         rows = []
         our_loss = lambda: ours.loss(batch)["loss"]
@@ -96,7 +101,8 @@ def main():
         print(f"{label:24}{rows[0]:>9.0f} ms{rows[1]:>9.0f} ms{rows[1] / rows[0]:>8.2f}")
 
     theirs.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
-    ours = dp_cnn.DiffusionPolicyCNN.from_official(weights, config).eval()
+    theirs.eval()
+    ours = module.Model.from_official(weights, config).eval()
     half = copy.deepcopy(ours).to(torch.bfloat16)
     state, start = torch.randn(1, 2, 20), torch.randn(1, 16, 2)
     for name, scheduler, steps in (("ddim", DDIMScheduler, 10), ("ddpm", DDPMScheduler, 100)):
@@ -108,8 +114,7 @@ def main():
             scheduler.set_timesteps(steps)
             x, generator = start, torch.Generator().manual_seed(0)
             for t in scheduler.timesteps:
-                pred = theirs(x, t, global_cond=state.flatten(1))
-                x = scheduler.step(pred, t, x, generator=generator).prev_sample
+                x = scheduler.step(predict(x, t, state), t, x, generator=generator).prev_sample
             return x
 
         def our_sample(model):
