@@ -1,0 +1,776 @@
+"""DiT-block policy: a diffusion transformer for robots whose blocks start as the identity.
+
+    Sudeep Dasari, Oier Mees, Sebastian Zhao, Mohan Kumar Srirama, Sergey Levine: "The Ingredients for Robotic
+    Diffusion Transformers", arXiv:2410.10088
+    official code: github.com/SudeepDasari/dit-policy
+
+p(A | O): a chunk A of Tp actions, given O = (images, instruction, proprioception). Diffusion as in dp_cnn.py,
+the network is another one. A ResNet-18 per camera turns images into tokens, the instruction acts inside it. A
+transformer encoder reads these tokens and one of the proprioception; a decoder of DiT blocks denoises the
+actions. Block i knows the observation by one vector alone, the mean of layer i's output: no cross-attention.
+
+    images -> ResNet-18 (FiLM: text) -> tokens ----+-> layer 1 --> layer 2 --> ... --> layer L
+    proprioception -> dropout -> linear -> token --+     |mean       |mean               |mean
+                                                         v + e(t)    v + e(t)            v + e(t)
+    noised actions x_t -> MLP + positions ----------> block 1 --> block 2 --> ... --> block L --> final layer
+
+Axes: B items, N observation tokens, D width, L layers, T steps of the chunk, A action dimensions, To observed
+steps, V cameras, S steps of the sampler.
+Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
+Time of the robot (To = 2 observed, the newest first among the tokens; the chunk starts now):
+    step        now-1  now  now+1 ... now+7 ... now+15
+    observed      x     x
+    predicted           x     x   x     x    x    x       Tp = 16 (x0 below)
+    executed            x     x   x     x                 Ta = 8, then look again and re-plan
+
+    [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t <= 0.999 schedule
+    [2]  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)                     noising
+    [3]  L = mean (eps - eps_theta(O, x_t, t))^2,   t uniform in 0..K-1                              loss
+    [4]  x0_hat = (x_t - sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_bar_t), clipped to [-1, 1]
+    [5]  x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) eps_theta,   s < t                   DDIM step
+    [6]  encoder layer (post-norm), p = sine-cosine positions:  h = LN(h + Attention(q = k = h + p, v = h)),
+         h = LN(h + MLP(h))
+    [7]  c_i = mean over tokens of h_i + e(t),   e(t) = MLP([cos, sin](t w)),   w_j = 10000^(-j / (half - 1))
+    [8]  adaLN(x) = scale(c) * LN(x) + shift(c), all of them linear in SiLU(c). Not 1 + scale, as in DiT
+    [9]  adaLN-Zero block:  x += gate(c) * Attention(adaLN(x)),   x += gate'(c) * MLP(adaLN'(x)),   where the
+         gates are zero at first: the block is then the identity
+    [10] out = W (scale(c_L) * x + shift(c_L)) + b,   without a norm, and not zero at first
+    [11] FiLM in every residual block of a ResNet:  h = (1 + gamma(text)) * h + beta(text), zero at first
+
+Map: Config | attention, EncoderLayer, DiTBlock, NoiseNet | FilmBlock, FilmResNet, ImageEncoder, TextEncoder |
+DiTPolicy: loss, sample, from_official | PRESETS | main.
+
+Differs from the original:
+ 1. The loss is the mean over the steps that are real. The original sums over the chunk, Tp times as much.
+ 2. The code has no instruction. The paper puts a DistilBERT embedding into the ResNets by FiLM; here the
+    embedding may be given (text_dim), or bytes are read by n-gram detectors, which learn with the rest.
+ 3. Not carried over: a goal image, frames stacked as channels (early_fusion), batch norm over features.
+ 4. Images are cropped at random, and not blurred or resized, when crop_size is set.
+ 5. Frequencies and positions are computed; the original keeps them among the weights, as constants.
+ 6. A sampler's modulation, all steps and blocks, is computed before its loop. Observations may share several
+    draws of noise and time (n_draws): they are encoded once.
+ 7. train.py normalises proprioception too; the original takes it as it is.
+ 8. "tiny" is the published architecture with other numbers: sizes, no dropout, a ResNet of fewer stages, and
+    x0 prediction, since eps prediction is slow to learn at this scale.
+
+Run alone: `python dit_policy.py` learns to draw half circles and shows them forming out of noise, in half a
+minute on two CPU cores.
+"""
+import copy
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    # -- the data; train.py fills these in
+    # length of one action vector
+    action_dim: int = 3
+    # length of the proprioception
+    state_dim: int = 3
+    # number of cameras, each with an encoder of its own; 0 = low-dimensional observations only
+    n_cameras: int = 2
+    # height, width of every camera image, pixels
+    image_size: tuple = (64, 64)
+    # "lowdim": every float observation; "image": cameras and proprioception
+    obs: str = "image"
+    # -- the timeline (picture above), in control steps
+    # Tp, predicted steps (ac_chunk)
+    horizon: int = 16
+    # To, observed steps: images of all, proprioception of the newest (imgs_per_cam)
+    n_obs_steps: int = 1
+    # Ta, executed steps
+    n_action_steps: int = 8
+    # -- the instruction
+    # longest one in bytes; 0 = none is read, as in the official code
+    text_len: int = 40
+    # 0: bytes; else numbers in a text encoder's embedding, given as batch["text_embedding"] (DistilBERT: 768)
+    text_dim: int = 0
+    # numbers that FiLM receives
+    text_width: int = 64
+    # -- the image encoders
+    # channels of the ResNet's stages, each but the first halves the image (ResNet-18: 64, 128, 256, 512)
+    resnet_widths: tuple = (16, 32, 64)
+    # groups of their group norms
+    n_groups: int = 4
+    # height, width of the crop: random in training, centre in evaluation; () = the whole image
+    crop_size: tuple = ()
+    # True: an image becomes one token, its mean; False: one per cell of the last feature map
+    pool: bool = False
+    # True: all cameras share one encoder (share_cam_features)
+    share_encoder: bool = False
+    # -- how proprioception enters
+    # "token": a token of its own; "pad": beside every image token; "none": not at all (use_obs)
+    proprioception: str = "token"
+    # probability that a number of it is dropped in training
+    state_dropout: float = 0.2
+    # -- the transformers; in brackets the official names
+    # True: tokens pass a layer norm first (feat_norm)
+    token_norm: bool = False
+    # dropout of what enters the encoder
+    token_dropout: float = 0.0
+    # D (hidden_dim)
+    width: int = 128
+    # L, layers of the encoder and blocks of the decoder (num_blocks)
+    depth: int = 4
+    # heads of every attention (nhead)
+    n_heads: int = 4
+    # hidden width of the MLPs (dim_feedforward)
+    mlp: int = 256
+    # numbers in the sinusoids of t (time_dim)
+    time_dim: int = 128
+    # dropout of attention weights, inside the MLPs and of every branch before it is added
+    dropout: float = 0.0
+    # -- the diffusion
+    # K, noise levels in training
+    n_diffusion_steps: int = 100
+    # what the network predicts: "eps" (the original) or "x0"
+    prediction_type: str = "x0"
+    # draws of noise and time per observation
+    n_draws: int = 4
+    # noise levels visited when sampling; at most K
+    sampler_steps: int = 8
+
+    def __post_init__(self):
+        check_choice("obs", self.obs, ("lowdim", "image"))
+        check_choice("prediction_type", self.prediction_type, ("eps", "x0"))
+        check_choice("proprioception", self.proprioception, ("token", "pad", "none"))
+        if self.n_obs_steps < 1 or self.horizon < 1:
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} and horizon {self.horizon} must be at least 1")
+        if not 1 <= self.n_action_steps <= self.horizon:
+            raise ValueError(f"n_action_steps {self.n_action_steps} must lie in 1..horizon = {self.horizon}")
+        if self.n_heads < 1 or self.width % self.n_heads or self.width % 2 or self.width < 2:
+            raise ValueError(f"width {self.width} must be even and a multiple of n_heads = {self.n_heads}")
+        if self.time_dim % 2 or self.time_dim < 4:
+            raise ValueError(f"time_dim {self.time_dim} must be even and at least 4: sines and cosines")
+        if self.depth < 1:
+            raise ValueError(f"depth {self.depth} must be at least 1")
+        if not self.n_cameras and self.proprioception != "token":
+            raise ValueError(f"proprioception {self.proprioception!r} without cameras leaves no token: set "
+                             "it to 'token'")
+        if not self.n_cameras and self.reads_text:
+            raise ValueError("n_cameras is 0, but the instruction is read inside the image encoder: set "
+                             "text_len=0 and text_dim=0")
+        if self.text_len < 0 or self.text_dim < 0:
+            raise ValueError(f"text_len {self.text_len} and text_dim {self.text_dim} must not be negative")
+        bad = [w for w in self.resnet_widths if w % self.n_groups]
+        if bad or not self.resnet_widths:
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be numbers of channels that can be "
+                             f"split into n_groups = {self.n_groups} groups")
+        if self.crop_size and any(c > s for c, s in zip(self.crop_size, self.image_size)):
+            raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
+        for name in ("state_dropout", "token_dropout", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1)")
+        if self.n_draws < 1:
+            raise ValueError(f"n_draws {self.n_draws} must be at least 1")
+        check_steps(self.sampler_steps, self.n_diffusion_steps)
+
+    @property
+    def pred_horizon(self):
+        """Number of actions in a batch and in a sampled chunk."""
+        return self.horizon
+
+    @property
+    def first_action(self):
+        """Step of the chunk's first action, counted from now."""
+        return 0
+
+    @property
+    def n_obs_loaded(self):
+        """Observed steps in a training batch."""
+        return self.n_obs_steps
+
+    @property
+    def reads_text(self):
+        return self.text_len > 0 or self.text_dim > 0
+
+    def encode_text(self, text):
+        """An instruction as codes, int64 (text_len,), 0 = padding: its UTF-8 bytes + 1."""
+        codes = [byte + 1 for byte in text.encode()]
+        if len(codes) > self.text_len:
+            raise ValueError(f"the instruction {text!r} has {len(codes)} codes, more than text_len "
+                             f"{self.text_len}: shorten it or raise text_len")
+        return torch.tensor(codes + [0] * (self.text_len - len(codes)))
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(choices)}")
+
+
+def check_steps(steps, n_diffusion_steps):
+    if not 1 <= steps <= n_diffusion_steps:
+        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {n_diffusion_steps}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The noise network: an encoder of the observation, a decoder of DiT blocks
+
+
+def attention(q, k, v, dropout=0.0):
+    """softmax(q k' / sqrt(d)) v over the last two axes: (..., N, d) -> (..., N, d). It differs from pi0.py's:
+    nothing is masked, and weights may be dropped."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    # On a CPU the backward pass of the fused kernel takes four times as long in bfloat16.
+    weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)
+    return F.dropout(weights, dropout) @ v
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention, no mask. (B, N, D) -> (B, N, D). It differs from dp_transformer.py's: positions,
+    if given, are seen by queries and keys and not by values."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.in_proj = nn.Linear(config.width, 3 * config.width)  # rows: queries, keys, values
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x, positions=None):
+        B, N, D = x.shape
+        if positions is None:
+            q, k, v = self.in_proj(x).chunk(3, dim=-1)                          # (B, N, D) each
+        else:
+            (w_qk, w_v), (b_qk, b_v) = (p.split([2 * D, D]) for p in self.in_proj.parameters())
+            q, k = F.linear(x + positions, w_qk, b_qk).chunk(2, dim=-1)
+            v = F.linear(x, w_v, b_v)
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, N, D/H)
+        x = attention(q, k, v, self.dropout if self.training else 0.0)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """(..., D) -> (..., D). It differs from the networks of this name in ddpm.py and dit.py."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(config.width, config.mlp), nn.Linear(config.mlp, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.fc2(self.dropout(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm transformer layer. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn, self.mlp = SelfAttention(config), MLP(config)
+        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, positions):
+        x = self.norm1(x + self.dropout(self.attn(x, positions)))               # [6]
+        return self.norm2(x + self.dropout(self.mlp(x)))                        # [6]
+
+
+class DiTBlock(nn.Module):
+    """adaLN-Zero block. (B, T, D), modulation -> (B, T, D). It differs from dit.py's: the scale is not
+    1 + scale, and the norms are affine."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn, self.mlp = SelfAttention(config), MLP(config)
+        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        # scale, shift, gate of the attention, then of the MLP
+        self.modulate = nn.ModuleList([nn.Linear(config.width, config.width) for _ in range(6)])
+
+    def modulation(self, c):
+        """SiLU of the condition (..., D) -> six (..., D): all that block i takes from observation and t."""
+        return [linear(c) for linear in self.modulate]                          # [8]
+
+    def forward(self, x, modulation):
+        scale1, shift1, gate1, scale2, shift2, gate2 = (m[:, None] for m in modulation)  # (B, 1, D)
+        h = self.norm1(x) * scale1 + shift1                                     # [8]
+        x = x + gate1 * self.dropout(self.attn(h))                              # [9]
+        h = self.norm2(x) * scale2 + shift2                                     # [8]
+        return x + gate2 * self.dropout(self.mlp(h))                            # [9]
+
+
+def position_table(n, dim, device=None):
+    """Fixed positions of n tokens, (n, dim). It differs from rdt.py's: sine and cosine in turn."""
+    frequency = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10000) / dim))
+    angle = torch.arange(n, device=device)[:, None] * frequency                 # (n, dim / 2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def time_embedding(t, dim):
+    """Sinusoids of the diffusion step, (...,) -> (..., dim). It differs from ddpm.py's: cosines first, and
+    the exponent runs to 1 (half - 1 in the denominator)."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
+    angle = t.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)                        # [7]
+
+
+class NoiseNet(nn.Module):
+    """Observation tokens, noised chunk and t -> eps or x0. In two halves, since only one depends on t:
+    `encode` and `modulation`, then `forward`. Official: _DiTNoiseNet."""
+
+    def __init__(self, config):
+        super().__init__()
+        A, D = config.action_dim, config.width
+        self.time_dim = config.time_dim
+        self.positions = nn.Parameter(torch.empty(config.horizon, D))
+        self.time_mlp = nn.Sequential(nn.Linear(config.time_dim, D), nn.SiLU(), nn.Linear(D, D))
+        self.action_mlp = nn.Sequential(nn.Linear(A, A), nn.GELU(approximate="tanh"), nn.Linear(A, D))
+        self.encoder = nn.ModuleList([EncoderLayer(config) for _ in range(config.depth)])
+        self.decoder = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
+        self.final_modulate = nn.Linear(D, 2 * D)
+        self.out = nn.Linear(D, A)
+
+    def encode(self, tokens):
+        """Observation tokens (B, N, D) -> the output of every layer, L x (B, N, D)."""
+        positions = position_table(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens.dtype)
+        outputs = []
+        for layer in self.encoder:
+            tokens = layer(tokens, positions)
+            outputs.append(tokens)
+        return outputs
+
+    def modulation(self, summaries, t):
+        """Means of the layers' outputs, L x (B, D), and t (B,) or (S, 1) -> per block six of (B, D) or (S, B,
+        D); then shift and scale of the final layer."""
+        e = self.time_mlp(time_embedding(t, self.time_dim).to(summaries[0].dtype))
+        c = [F.silu(summary + e) for summary in summaries]                      # [7]
+        final = self.final_modulate(c[-1]).chunk(2, dim=-1)
+        return [block.modulation(c_i) for block, c_i in zip(self.decoder, c)] + [final]
+
+    def forward(self, x_t, modulation):
+        B, T, A = x_t.shape
+        x = self.action_mlp(x_t) + self.positions                               # (B, T, D)
+        for block, m in zip(self.decoder, modulation):
+            x = block(x, m)
+        shift, scale = modulation[-1]                                           # (B, D)
+        return self.out(x * scale[:, None] + shift[:, None])                    # [10] (B, T, A)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Observation tokens: a ResNet-18 per camera, with group norm, which the instruction modulates
+
+
+class FilmBlock(nn.Module):
+    """ResNet's block of two 3x3 convolutions; FiLM by the text acts on what is added. (B, C, H, W) ->
+    (B, C', H/stride, W/stride)."""
+
+    def __init__(self, dim_in, dim_out, stride, n_groups, text_width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim_in, dim_out, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(n_groups, dim_out)
+        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(n_groups, dim_out)
+        self.film = nn.Linear(text_width, 2 * dim_out) if text_width else None
+        self.shortcut = nn.Identity()
+        if stride != 1 or dim_in != dim_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(dim_in, dim_out, 1, stride, bias=False),
+                                          nn.GroupNorm(n_groups, dim_out))
+
+    def forward(self, x, text=None):
+        h = F.relu(self.norm1(self.conv1(x)))
+        h = self.norm2(self.conv2(h))
+        if self.film is not None:
+            gamma, beta = self.film(text)[..., None, None].chunk(2, dim=1)      # (B, C', 1, 1)
+            h = (1 + gamma) * h + beta                                          # [11]
+        return F.relu(h + self.shortcut(x))
+
+
+class FilmResNet(nn.Module):
+    """ResNet-18 up to its last feature map. (B, 3, H, W), text (B, text_width) -> (B, C, H/32, W/32), rounded
+    up; a stage less, twice the size."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.resnet_widths, config.n_groups
+        text_width = config.text_width if config.reads_text else 0
+        self.conv1 = nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False)
+        self.norm1 = nn.GroupNorm(groups, widths[0])
+        self.stages = nn.ModuleList()
+        for i, (dim_in, dim_out) in enumerate(zip((widths[0],) + tuple(widths), widths)):
+            first = FilmBlock(dim_in, dim_out, 1 if i == 0 else 2, groups, text_width)
+            self.stages.append(nn.ModuleList([first, FilmBlock(dim_out, dim_out, 1, groups, text_width)]))
+
+    def forward(self, x, text=None):
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for stage in self.stages:
+            for block in stage:
+                x = block(x, text)
+        return x
+
+
+# Mean and deviation of ImageNet's images, per channel, of [0, 1]: the ResNets that the authors start from
+# have seen images normalised by them.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class ImageEncoder(nn.Module):
+    """One camera: crop, normalise, ResNet; its cells are tokens. (B, 3, H, W), text -> (B, cells, C). uint8
+    images are normalised; float images are taken as normalised already. It differs from dp_cnn.py's: tokens
+    instead of keypoints, and the text."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.crop_size, self.pool = config.crop_size, config.pool
+        self.resnet = FilmResNet(config)
+
+    def crop(self, x):
+        """A random place per image in training, the centre in evaluation."""
+        N, C, H, W = x.shape
+        if not self.crop_size:
+            return x
+        h, w = self.crop_size
+        if not self.training:
+            top, left = round((H - h) / 2), round((W - w) / 2)  # to even, as torchvision's centre crop
+            return x[:, :, top:top + h, left:left + w]
+        rows = torch.randint(H - h + 1, (N, 1), device=x.device) + torch.arange(h, device=x.device)  # (N, h)
+        cols = torch.randint(W - w + 1, (N, 1), device=x.device) + torch.arange(w, device=x.device)  # (N, w)
+        image = torch.arange(N, device=x.device)[:, None, None]
+        return x.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+    def forward(self, x, text=None):
+        x = self.crop(x)                                                        # (B, 3, h, w)
+        if not x.is_floating_point():
+            mean, std = torch.tensor(IMAGENET, device=x.device)[:, :, None, None]
+            x = ((x / 255 - mean) / std).to(self.resnet.conv1.weight.dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+        x = self.resnet(x, text)                                                # (B, C, h/32, w/32)
+        x = x.mean((2, 3), keepdim=True) if self.pool else x
+        return x.flatten(2).transpose(1, 2)                                     # (B, cells, C)
+
+
+class TextEncoder(nn.Module):
+    """Codes (B, L), 0 = padding -> (B, text_width): how strongly each of the learned detectors of five bytes
+    responds where it responds most. A colour's name counts as much in a long sentence as in a short one."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.embed = nn.Embedding(257, width)
+        self.conv = nn.Conv1d(width, width, 5, padding=2)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, text):
+        real = (text > 0)[..., None]                                            # (B, L, 1)
+        x = self.embed(text) * real  # zeros, as the convolution sees beyond the end
+        x = F.relu(self.conv(x.mT).mT) * real  # never below 0: a masked place cannot be the largest
+        return self.out(x.amax(1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def cosine_alpha_bar(K):
+    """alpha_bar_t of t = 0..K-1, (K,) float32, through the clipped beta_t, as `squaredcos_cap_v2` of
+    diffusers: the product is taken in float32 because released models were trained and are sampled that
+    way. beta_start and beta_end, which every official YAML gives, have no effect on this schedule."""
+    u = torch.arange(K + 1, dtype=torch.float64) / K
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
+    return torch.cumprod(1 - beta, dim=0)                                       # [1]
+
+
+def randn(shape, generator, device):
+    """Drawn where the generator lives: a CPU generator gives the same numbers on every device."""
+    source = generator.device if generator else device
+    return torch.randn(shape, generator=generator, device=source).to(device)
+
+
+class DiTPolicy(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, S, D = config.resnet_widths[-1], config.state_dim, config.width
+        if config.reads_text:
+            size = config.text_width
+            self.text = nn.Linear(config.text_dim, size) if config.text_dim else TextEncoder(size)
+        # One initialisation for all cameras, as in the original.
+        n_encoders = min(config.n_cameras, 1) if config.share_encoder else config.n_cameras
+        encoder = ImageEncoder(config)
+        self.encoders = nn.ModuleList([copy.deepcopy(encoder) for _ in range(n_encoders)])
+        if config.proprioception == "token":
+            self.state_token = nn.Linear(S, C)
+        channels = C + S if config.proprioception == "pad" else C
+        self.token_proj = nn.Linear(channels, D) if channels != D else nn.Identity()
+        self.token_norm = nn.LayerNorm(D) if config.token_norm else nn.Identity()
+        self.noise_net = NoiseNet(config)
+        self.init_weights()
+        # No buffer: model.to(bfloat16) would round 1 - alpha_bar_0 to zero.
+        self.alpha_bar = cosine_alpha_bar(config.n_diffusion_steps)
+
+    def init_weights(self):
+        """As the original has it; what is not named here starts as torch's own rule says. Zeros come last, so
+        that nothing undoes them: the gates, and the whole of FiLM. The final layer is not among them."""
+        net = self.noise_net
+        for layer in [*net.encoder, *net.decoder]:
+            for p in layer.parameters():
+                if p.ndim > 1:
+                    nn.init.xavier_uniform_(p)
+            nn.init.zeros_(layer.attn.in_proj.bias)
+            nn.init.zeros_(layer.attn.out_proj.bias)
+        nn.init.xavier_uniform_(net.positions[:, None])  # (Tp, 1, D) there: the fans make it small
+        for block in net.decoder:
+            for linear in block.modulate:
+                nn.init.zeros_(linear.bias)
+            for gate in (block.modulate[2], block.modulate[5]):
+                nn.init.zeros_(gate.weight)                                     # [9]
+        for module in self.modules():
+            if isinstance(module, FilmBlock) and module.film is not None:
+                nn.init.zeros_(module.film.weight)                              # [11]
+                nn.init.zeros_(module.film.bias)
+
+    def text_vector(self, batch):
+        """What FiLM receives, (B, text_width), or None where no text is read."""
+        config = self.config
+        if not config.reads_text:
+            return None
+        key = "text_embedding" if config.text_dim else "text"
+        if key not in batch:
+            raise ValueError(f"the batch has no {key!r}, which text_dim = {config.text_dim} and text_len = "
+                             f"{config.text_len} ask for; set both to 0 to read no instruction")
+        text = batch[key]
+        if config.text_dim and text.shape[1:] != (config.text_dim,):
+            raise ValueError(f"text_embedding has shape {tuple(text.shape[1:])} per item, but text_dim is "
+                             f"{config.text_dim}")
+        return self.text(text)
+
+    def tokens(self, batch):
+        """Observation tokens (B, N, D): camera by camera, the newest image first, and proprioception last."""
+        config = self.config
+        state = batch["state"][:, -1]                                           # (B, S)
+        tokens = []
+        if config.n_cameras:
+            images = batch["images"]                                            # (B, To, V, 3, H, W)
+            B, To, V = images.shape[:3]
+            if (To, V) != (config.n_obs_steps, config.n_cameras):
+                raise ValueError(f"images of {To} steps and {V} cameras given, n_obs_steps = "
+                                 f"{config.n_obs_steps} and n_cameras = {config.n_cameras} expected")
+            text = self.text_vector(batch)
+            text = None if text is None else text.repeat_interleave(To, dim=0)
+            encoders = self.encoders if not config.share_encoder else [self.encoders[0]] * V
+            for v, encoder in enumerate(encoders):
+                cells = encoder(images[:, :, v].flip(1).flatten(0, 1), text)    # (B To, cells, C)
+                tokens.append(cells.unflatten(0, (B, To)).flatten(1, 2))
+        state = F.dropout(state, config.state_dropout, self.training)
+        if config.proprioception == "token":
+            tokens.append(self.state_token(state)[:, None])                     # (B, 1, C)
+        tokens = torch.cat(tokens, dim=1)                                       # (B, N, C)
+        if config.proprioception == "pad":
+            tokens = torch.cat([state[:, None].expand(-1, tokens.shape[1], -1), tokens], dim=2)
+        tokens = self.token_norm(self.token_proj(tokens))                       # (B, N, D)
+        return F.dropout(tokens, config.token_dropout, self.training)
+
+    def encode(self, batch):
+        """All that depends on the observation alone: the mean of every encoder layer's output, L x (B, D)."""
+        return [h.mean(1) for h in self.noise_net.encode(self.tokens(batch))]   # [7]
+
+    def loss(self, batch, noise=None, t=None):
+        """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
+
+        batch: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S), images (B, To, V, 3, H, W) and text
+        (B, L) where they are read. noise (n B, Tp, A) and t (n B,), all items once, then again: drawn when
+        not given. Time: t = 0 is almost data, t = K-1 noise.
+        -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}
+        """
+        x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
+        if x0.shape[1:] != (self.config.horizon, self.config.action_dim):
+            raise ValueError(f"actions of shape {tuple(x0.shape[1:])} per item given, horizon and action_dim "
+                             f"are {self.config.horizon} and {self.config.action_dim}")
+        n = self.config.n_draws if noise is None else len(noise) // len(x0)
+        x0, mask = x0.repeat(n, 1, 1), mask.repeat(n, 1)
+        K = self.config.n_diffusion_steps
+        noise = torch.randn_like(x0) if noise is None else noise
+        t = torch.randint(K, (len(x0),), device=x0.device) if t is None else t
+        alpha_bar = self.alpha_bar.to(x0.device)[t][:, None, None]              # (n B, 1, 1)
+        x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise            # [2]
+        summaries = [h.repeat(n, 1) for h in self.encode(batch)]                # L x (n B, D)
+        pred = self.noise_net(x_t, self.noise_net.modulation(summaries, t))
+        target = noise if self.config.prediction_type == "eps" else x0
+        error = ((pred - target) ** 2).mean(-1) * mask                          # (n B, Tp)
+        loss = error.sum() / mask.sum()                                         # [3]
+        per_sample = error.detach().sum(1) / mask.sum(1).clamp(min=1)
+        return {"loss": loss, "per_sample": per_sample, "t": t / (K - 1)}
+
+    @torch.no_grad()
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
+        """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
+
+        batch: state, images, text as in `loss`. steps: noise levels visited, default config.sampler_steps.
+        noise (B, Tp, A): where to start, drawn from `generator` when not given. trace: receives (B, Tp, A)
+        after every step. The steps are deterministic: all chance is in the noise.
+        """
+        K = self.config.n_diffusion_steps
+        steps = self.config.sampler_steps if steps is None else steps
+        check_steps(steps, K)
+        dtype = self.noise_net.out.weight.dtype  # bfloat16 weights: the network in bfloat16, x_t in float32
+        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        summaries = self.encode(batch)
+        (B, D), device = summaries[0].shape, summaries[0].device
+        shape = (B, self.config.horizon, self.config.action_dim)
+        x_t = randn(shape, generator, device) if noise is None else noise.float()
+
+        # 8 of K = 100: 84, 72 .. 0. It starts at 84 with pure noise, although training went to 99.
+        levels = torch.arange(steps - 1, -1, -1, device=device) * (K // steps)
+        alpha_bars = self.alpha_bar.to(device)
+        # Nothing of this depends on x_t: all steps at once, (steps, B, D) each.
+        modulation = self.noise_net.modulation(summaries, levels[:, None])
+        for i in range(steps):
+            out = self.noise_net(x_t.to(dtype), [[m[i] for m in block] for block in modulation]).float()
+            alpha_bar = alpha_bars[levels[i]]
+            # The level after 0 is clean data, alpha_bar = 1.
+            alpha_bar_prev = alpha_bars[levels[i + 1]] if i + 1 < steps else torch.ones_like(alpha_bar)
+            if self.config.prediction_type == "eps":
+                eps, x0 = out, (x_t - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()  # [4]
+            else:
+                eps, x0 = (x_t - alpha_bar.sqrt() * out) / (1 - alpha_bar).sqrt(), out
+            x0 = x0.clamp(-1, 1)                                                # [4] eps stays unclipped
+            x_t = alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev).sqrt() * eps  # [5]
+            if trace is not None:
+                trace.append(x_t)
+        return x_t
+
+    def param_groups(self, weight_decay):
+        """The original decays every parameter alike."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+
+    @classmethod
+    def from_official(cls, state_dict, config):
+        """A policy with the weights of a file that the original's trainer has saved, or of its model alone.
+
+        config must describe it (PRESETS["droid"], PRESETS["aloha"]), with text_len 0. Strict: one ValueError
+        names every key that is missing, left over or has another shape. Constants are not read.
+        """
+        weights = convert_official(state_dict)
+        with torch.device("meta"):
+            model = cls(config)
+        want = model.state_dict()
+        problems = [f"missing {k}" for k in want if k not in weights]
+        problems += [f"left over {k}" for k in weights if k not in want]
+        problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
+                     for k in want if k in weights and weights[k].shape != want[k].shape]
+        if problems:
+            raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems)}")
+        model.load_state_dict(weights, assign=True)
+        model.alpha_bar = cosine_alpha_bar(config.n_diffusion_steps)
+        return model.requires_grad_()
+
+
+# Official names -> ours, applied in this order: image encoders (torchvision's ResNet), tokens, noise network.
+RENAMES = [
+    (r"^visual_features\._model\.", "encoders.0.resnet."),
+    (r"^visual_features\.(\d+)\._model\.", r"encoders.\1.resnet."),
+    (r"\.bn([12])\.", r".norm\1."), (r"\.downsample\.", ".shortcut."),
+    (r"\.resnet\.layer([1-4])\.", lambda m: f".resnet.stages.{int(m[1]) - 1}."),
+    (r"^_obs_proc\.1\.", "state_token."), (r"^post_proc\.0\.", "token_proj."),
+    (r"^post_proc\.1\.", "token_norm."),
+    (r"\.dec_pos$", ".positions"), (r"\.time_net\.out_net\.", ".time_mlp."), (r"\.ac_proj\.", ".action_mlp."),
+    (r"\.(encoder|decoder)\.layers\.", r".\1."), (r"\.self_attn\.in_proj_", ".attn.in_proj."),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."), (r"\.linear([12])\.", r".mlp.fc\1."),
+    (r"\.attn_mod1\.scale\.", ".modulate.0."), (r"\.attn_mod1\.shift\.", ".modulate.1."),
+    (r"\.attn_mod2\.scale\.", ".modulate.2."), (r"\.mlp_mod1\.scale\.", ".modulate.3."),
+    (r"\.mlp_mod1\.shift\.", ".modulate.4."), (r"\.mlp_mod2\.scale\.", ".modulate.5."),
+    (r"\.eps_out\.linear\.", ".out."), (r"\.eps_out\.adaLN_modulation\.1\.", ".final_modulate."),
+]
+# Frequencies of t and positions of the observation tokens.
+CONSTANTS = re.compile(r"\.time_net\.w$|\.enc_pos\.pe$")
+
+
+def convert_official(state_dict):
+    """Rename the keys of an official state_dict (or of a part of it); positions lose an axis. What is renamed
+    differs from file to file."""
+    state_dict = state_dict.get("model", state_dict)  # the trainer's file: {model, optim, schedule, ..}
+    weights = {}
+    for key, value in state_dict.items():
+        if CONSTANTS.search(key):
+            continue
+        for pattern, ours in RENAMES:
+            key = re.sub(pattern, ours, key)
+        weights[key] = value.squeeze(1) if key.endswith(".positions") and value.ndim == 3 else value
+    return weights
+
+
+Model = DiTPolicy
+
+PUBLISHED = {"n_obs_steps": 1, "horizon": 100, "n_action_steps": 100, "text_len": 0, "n_groups": 16,
+             "image_size": (256, 256), "crop_size": (224, 224), "resnet_widths": (64, 128, 256, 512),
+             "width": 512, "depth": 6, "n_heads": 8, "mlp": 2048, "time_dim": 256, "dropout": 0.1,
+             "token_dropout": 0.1, "prediction_type": "eps", "n_draws": 1}
+PRESETS = {
+    # learns the built-in task from images and instruction on two CPU cores
+    "tiny": {},
+    # one camera, 59,446,456 parameters: the noise network's 48,265,848, a ResNet-18 of 11,176,512, the token
+    # of proprioception. (The original also counts its 128 frequencies.)
+    "droid": PUBLISHED | {"n_cameras": 1, "action_dim": 10, "state_dim": 7},
+    # three cameras, two arms, 81,807,264 parameters
+    "aloha": PUBLISHED | {"n_cameras": 3, "action_dim": 14, "state_dim": 14},
+}
+PUBLISHED_RECIPE = {"steps": 150_000, "batch_size": 150, "lr": 3e-4, "warmup": 2000, "betas": (0.95, 0.999),
+                    "weight_decay": 1e-6, "ema_max": 0.0}
+RECIPES = {
+    "tiny": {"steps": 3000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
+             "weight_decay": 1e-3, "ema_max": 0.995, "demos": 800, "dtype": "bfloat16"},
+    # trainer=bc_cos_sched of the original, which does not average weights
+    "droid": PUBLISHED_RECIPE, "aloha": PUBLISHED_RECIPE,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def half_circles(angle, side, steps=16):
+    """Ways from the angle (n,) of a circle to its other end, anticlockwise where side (n,) is 1 and clockwise
+    where it is -1: (n, steps, 2)."""
+    turned = angle[:, None] + side[:, None] * math.pi * torch.linspace(0, 1, steps)
+    return 0.8 * torch.stack([turned.cos(), turned.sin()], dim=-1)
+
+
+def main(steps=500):
+    """Train on half circles of either sense; print how they form out of noise."""
+    torch.manual_seed(0)
+    config = Config(obs="lowdim", n_cameras=0, text_len=0, action_dim=2, state_dim=2, state_dropout=0.0,
+                    width=64, depth=2, mlp=128, time_dim=64, sampler_steps=10)
+    model = DiTPolicy(config)
+    optimizer = torch.optim.AdamW(model.param_groups(1e-6), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(n):
+        angle = 2 * math.pi * torch.rand(n, generator=generator)
+        side = torch.randint(2, (n,), generator=generator) * 2.0 - 1
+        chunk = half_circles(angle, side)
+        return angle, {"state": chunk[:, None, 0], "actions": chunk,
+                       "action_mask": torch.ones(chunk.shape[:2], dtype=torch.bool)}
+
+    for step in range(steps):
+        _, batch = draw(32)
+        loss = model.loss(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step:5d}  loss {loss.item():.4f}")
+    model.eval()
+    angle, batch = draw(500)
+    both = torch.stack([half_circles(angle, torch.full_like(angle, side)) for side in (-1, 1)])
+    trace = []
+    model.sample(batch, generator=generator, trace=trace)
+    for k, x_t in enumerate(trace, 1):
+        off = (x_t - both).norm(dim=-1).mean(-1)                                # (2, 500)
+        print(f"denoising step {k:2d}: {off.amin(0).mean():.3f} from the nearer half circle")
+    near = (off.amin(0) < 0.1).float().mean().item()
+    left = (off.argmin(0) == 1).float().mean().item()
+    print(f"trajectories that are a half circle: {100 * near:.1f} % (expected: at least 95); anticlockwise: "
+          f"{100 * left:.0f} % (expected: about 50)")
+    return near, left
+
+
+if __name__ == "__main__":
+    main()
