@@ -1,6 +1,7 @@
 """Demonstrations and images on disk -> batches.
 
     open_demos("tabletop" or HDF5 files) -> Demos       what is there, checked; which episodes are held out
+    MixedDemos({robot: (Demos, ...)})    -> Demos       several robots in one unified action vector
     fit_normalizer(demos, "minmax")      -> Normalizer  y = x * scale + offset, per dimension
     Windows(demos, normalizer, ...)                     one item per time step; a batch is one gather
     open_samples("moons" or FILE.npz)    -> Samples     2-D points and images (image_sets.py)
@@ -23,6 +24,7 @@ Images stay there too if they fit; if not, every process opens the files for its
 """
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -40,9 +42,17 @@ from image_sets import Samples, open_samples  # noqa: F401  (so that data.py is 
 
 
 def encode_text(text, length):
-    """Text as its UTF-8 bytes + 1, int64 (length,). 0 is padding; what is beyond `length` bytes is cut."""
+    """Text as its UTF-8 bytes + 1, int64 (length,). 0 is padding; what is beyond `length` bytes is cut, which
+    is said once."""
+    if len(text.encode()) > length:
+        say_once(f"an instruction has {len(text.encode())} bytes and is cut to {length}: {text!r}")
     codes = np.frombuffer(text.encode()[:length], np.uint8).astype(np.int64) + 1
     return torch.from_numpy(np.pad(codes, (0, length - len(codes))))
+
+
+@functools.lru_cache
+def say_once(note):
+    print(f"note: {note}", file=sys.stderr)
 
 
 def decode_text(codes):
@@ -313,7 +323,7 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None,
                max_train_episodes=None, seed=0, cache=None, memory_gb=4.0):
     """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
 
-    source       "tabletop", or a path, folder or glob of HDF5
+    source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of HDF5
     obs          "lowdim": all float observations, no cameras. "image": cameras, and all float observations
                  but `object` (with text=True also without `goal`). Not looked at if shape_meta is given
     text         whether instructions will be read
@@ -325,8 +335,8 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None,
     cache        folder of the generated set (default $ACTION_DIFFUSION_CACHE, else ~/.cache/action_diffusion)
     memory_gb    images that take more than this, decoded, are left in the files
     """
-    if source == "tabletop":
-        files = [tabletop_file(obs == "image", episodes, seed, cache)]
+    if source in ("tabletop", "tabletop_velocity"):
+        files = [tabletop_file(obs == "image", episodes, seed, cache, source)]
     else:
         files = find_files(source)
     found = [episode for path in files for episode in read_episodes(path)]
@@ -344,10 +354,91 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None,
     return demos
 
 
+class MixedDemos(Demos):
+    """Sets of several robots as one: actions and state stand at their places in a unified vector of `dim`
+    numbers, 0 elsewhere.
+
+    parts {robot: (Demos, places of its actions, places of its state)}. A set with fewer cameras than another
+    shows BACKGROUND for the others; the pictures of all have one size. robots: their names; of each:
+    action_valid, state_valid (robots, dim) bool, which places it has; of each episode: robot, its number.
+    """
+    BACKGROUND = 127
+
+    def __init__(self, parts, dim=128):
+        self.robots, self.parts = list(parts), [demos for demos, _, _ in parts.values()]
+        self.places = {name: {"actions": list(a), "state": list(s)} for name, (_, a, s) in parts.items()}
+        first = max(self.parts, key=lambda demos: len(demos.camera_keys))
+        sizes = {name: demos.image_size for name, (demos, _, _) in parts.items() if demos.image_size}
+        if len(set(sizes.values())) > 1:
+            raise UserError(f"pictures of the robots differ in size, {sizes}: bring them to one size")
+        for name, (demos, actions, state) in parts.items():
+            for kind, places in (("action", actions), ("state", state)):
+                has = getattr(demos, f"{kind}_dim")
+                if has != len(places):
+                    raise UserError(f"robot {name}: {demos.source} has {has} {kind} dimensions, {kind}_names "
+                                    f"names {len(places)}: name each, in their order")
+        chain = lambda name: [x for demos in self.parts for x in getattr(demos, name)]
+        self.source, self.memory_gb = " + ".join(d.source for d in self.parts), first.memory_gb
+        self.notes, self.files, self.episodes = [], {}, chain("episodes")
+        self.state_keys, self.camera_keys, self.action_names = {}, first.camera_keys, []
+        self.image_size, self.state_dim, self.action_dim = first.image_size, dim, dim
+        self.instructions, self.episode_names = chain("instructions"), chain("episode_names")
+        self.lengths, self.episode_fps = np.array(chain("lengths")), np.array(chain("episode_fps"))
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.fps = float(self.episode_fps[0])
+        counts = np.array([len(demos.lengths) for demos in self.parts])
+        self.robot, self.offsets = np.repeat(np.arange(len(counts)), counts), np.cumsum(counts) - counts
+        shifted = lambda name: np.concatenate(
+            [first + getattr(demos, name) for first, demos in zip(self.offsets, self.parts)])
+        self.train_episodes, self.valid_episodes = shifted("train_episodes"), shifted("valid_episodes")
+        for kind in ("actions", "state"):
+            places = [self.places[name][kind] for name in self.robots]
+            packed = [np.zeros((len(demos.actions), dim), np.float32) for demos in self.parts]
+            for x, demos, at in zip(packed, self.parts, places):
+                x[:, at] = getattr(demos, kind)
+            setattr(self, kind, np.concatenate(packed))
+            setattr(self, f"{kind.rstrip('s')}_valid", np.stack([np.isin(np.arange(dim), p) for p in places]))
+
+    def images(self, e, lo, hi):
+        demos = self.parts[self.robot[e]]
+        out = np.full((hi - lo, len(self.camera_keys), 3, *self.image_size), self.BACKGROUND, np.uint8)
+        if demos.camera_keys:
+            out[:, :len(demos.camera_keys)] = demos.images(e - self.offsets[self.robot[e]], lo, hi)
+        return out
+
+    def close(self):
+        for demos in self.parts:
+            demos.close()
+
+    def description(self):
+        each = {}
+        for name, demos in zip(self.robots, self.parts):
+            part = demos.description()
+            keys = ("source", "fps", "state_keys", "camera_keys", "image_size", "action_names")
+            each[name] = {key: part[key] for key in keys} | {"places": self.places[name]}
+        return super().description() | {"robots": each}
+
+
 def fit_normalizer(demos, mode="minmax"):
-    """A Normalizer of "actions" and "state" over the training episodes."""
+    """A Normalizer of "actions" and "state" over the training episodes. Of several robots: one for the whole
+    unified vector, each place over those that have it, since it means the same for all of them."""
     rows = demos.rows(demos.train_episodes)
-    return Normalizer.fit({"actions": demos.actions[rows], "state": demos.state[rows]}, mode)
+    whole = Normalizer.fit({"actions": demos.actions[rows], "state": demos.state[rows]}, mode)
+    if not isinstance(demos, MixedDemos):
+        return whole
+    robot = np.repeat(demos.robot, demos.lengths)[rows]
+    for kind, valid in (("actions", demos.action_valid), ("state", demos.state_valid)):
+        for d in range(valid.shape[1]):
+            has = valid[robot, d]
+            column = getattr(demos, kind)[rows][has, d:d + 1]
+            one = Normalizer.fit({kind: column}, mode) if has.any() else None
+            whole.scale[kind][d] = one.scale[kind][0] if one else 1.0
+            whole.offset[kind][d] = one.offset[kind][0] if one else 0.0
+            for name, x in whole.stats[kind].items():
+                x[d] = one.stats[kind][name][0] if one else 0.0
+            whole.near_constant[kind] = [k for k in whole.near_constant[kind] if k != d]
+            whole.near_constant[kind] += [d] if one and one.near_constant[kind] else []
+    return whole
 
 
 @contextlib.contextmanager
@@ -379,22 +470,23 @@ def new_hdf5(path):
         aside.write_bytes(buffer.getbuffer())
 
 
-def tabletop_file(cameras, rollouts, seed, cache):
+def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
     """The generated set, as a file like any other: made on first use, and anew when tabletop.py changes."""
     import tabletop
     rollouts = rollouts or (600 if cameras else 1000)
     version = hashlib.sha256(Path(tabletop.__file__).read_bytes()).hexdigest()[:8]
     folder = cache or os.environ.get("ACTION_DIFFUSION_CACHE") or "~/.cache/action_diffusion"
-    name = f"tabletop_{rollouts}_{'cameras' if cameras else 'lowdim'}_seed{seed}_{version}.hdf5"
+    name = f"{robot}_{rollouts}_{'cameras' if cameras else 'lowdim'}_seed{seed}_{version}.hdf5"
     path = Path(folder).expanduser() / name
     if path.exists():
         return path
     print(f"note: generating {rollouts} demonstrations, kept in {path}", file=sys.stderr)
     with new_hdf5(path) as file:
         data = file.create_group("data")
-        names = json.dumps(tabletop.ACTION_NAMES)
-        data.attrs.update(format_version=1, fps=float(tabletop.FPS), action_names=names)
-        for i, demo in enumerate(tabletop.demonstrations(rollouts, seed=seed, cameras=cameras)):
+        robot = tabletop.ROBOTS[robot]
+        names = json.dumps(robot.action_names)
+        data.attrs.update(format_version=1, fps=float(robot.fps), action_names=names)
+        for i, demo in enumerate(tabletop.demonstrations(rollouts, seed=seed, cameras=cameras, robot=robot)):
             group = data.create_group(f"demo_{i}")
             group.attrs.update(num_samples=len(demo["actions"]), language_instruction=demo["instruction"],
                                rollout=demo["episode"])
@@ -418,12 +510,13 @@ class Windows:
     n_obs_steps              state and images of the steps t - n_obs_steps + 1 .. t
     n_state_steps            so many of them instead, from the same first step on (for inpainting)
     text_len                 bytes of the instruction; 0 leaves the text out
+    encode                   function that makes codes of an instruction instead, int64 (text_len,)
     device                   where batches come out. The data are held there too if it is a GPU and they take
                              less than a quarter of what is free on it
     """
 
     def __init__(self, demos, normalizer, horizon, n_obs_steps, first_action, n_state_steps=None, text_len=0,
-                 split="train", device="cpu"):
+                 split="train", device="cpu", encode=None):
         self.demos, self.device, self.held_on = demos, torch.device(device), torch.device("cpu")
         self.episodes = {"train": demos.train_episodes, "valid": demos.valid_episodes}[split]
         self.action_steps = torch.arange(first_action, first_action + horizon)
@@ -439,8 +532,19 @@ class Windows:
         if normalizer:
             self.actions = normalizer.normalize("actions", self.actions)
             self.state = normalizer.normalize("state", self.state)
+        self.valid = {}
+        if isinstance(demos, MixedDemos):           # 0 stays 0 where a robot has nothing
+            robot = demos.robot[self.episodes]
+            self.valid = {"action_valid": torch.from_numpy(demos.action_valid[robot]),
+                          "state_valid": torch.from_numpy(demos.state_valid[robot])}
+            self.actions *= self.valid["action_valid"][self.item_episode]
+            self.state *= self.valid["state_valid"][self.item_episode]
         self.control_hz = torch.tensor(demos.episode_fps[self.episodes], dtype=torch.float32)
-        texts = [encode_text(demos.instructions[e], text_len) for e in self.episodes] if text_len else []
+        encode = encode or (lambda text: encode_text(text, text_len))
+        try:
+            texts = [encode(demos.instructions[e]) for e in self.episodes] if text_len else []
+        except ValueError as error:                 # of a model file: too long, a tokenizer that is not there
+            raise UserError(str(error)) from None
         self.text = torch.stack(texts) if texts else None
 
         self.images = None
@@ -465,7 +569,7 @@ class Windows:
     def batch(self, indices):
         """indices (B,) int64 -> dict on `device`: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S)
         and control_hz (B,); images (B, To, V, 3, H, W) uint8 if there are cameras, text (B, L) unless
-        text_len is 0."""
+        text_len is 0; of several robots also action_valid, state_valid (B, dim)."""
         i = indices.to(self.held_on)
         first, last, episode = self.first[i, None], self.last[i, None], self.item_episode[i]
         acted = i[:, None] + self.action_steps                              # (B, Tp) rows, not yet clamped
@@ -473,7 +577,8 @@ class Windows:
         batch = {"actions": gather(self.actions, acted.clamp(first, last)),
                  "action_mask": (acted >= first) & (acted <= last),
                  "state": gather(self.state, seen),
-                 "control_hz": self.control_hz[episode]}
+                 "control_hz": self.control_hz[episode],
+                 **{key: x[episode.to(x.device)] for key, x in self.valid.items()}}
         if self.images is not None:
             batch["images"] = gather(self.images, seen)
         elif self.demos.camera_keys:

@@ -163,13 +163,15 @@ def make_episode(path, name, actions, obs, nodes, rollout, split, instruction=""
                 yield key, describe(node)
 
     env = json.loads(attribute("env_args", default="{}"))
-    fps = attribute("fps") or env.get("control_freq") or (env.get("env_kwargs") or {}).get("control_freq")
+    found = (attribute("fps"), env.get("control_freq"), (env.get("env_kwargs") or {}).get("control_freq"))
+    fps = next((rate for rate in found if rate is not None), None)
     names = attribute("action_names", "joint_names", default="[]")
     names = json.loads(names) if isinstance(names, str) else names
     num_samples = attribute("num_samples", nodes=nodes[:1])     # on the data group it would be another number
     return Episode(
         file=str(path), name=name, actions=describe(actions), obs=dict(arrays(obs)),
-        num_samples=None if num_samples is None else int(num_samples), fps=float(fps) if fps else None,
+        num_samples=None if num_samples is None else int(num_samples),
+        fps=None if fps is None else float(fps),
         instruction=str(attribute("language_instruction", "language", default=instruction)),
         action_names=[n.decode() if isinstance(n, bytes) else str(n) for n in names],
         rollout=rollout, split=split)
@@ -211,6 +213,8 @@ def faults(episode, first, state_keys, camera_keys):
         return
     if e.length < 2:
         yield f"{e.name} has {e.length} step, an episode needs at least 2: leave it out of the file"
+    if e.fps is not None and not 0 < e.fps < float("inf"):
+        yield f"{e.name}: the control frequency is {e.fps:g} Hz, it must be above 0: correct attribute 'fps'"
     if e.num_samples not in (None, e.length):
         yield f"{e.name}: num_samples says {e.num_samples}, actions have {e.length} steps: correct it"
     if e.actions.shape[1:] != first.actions.shape[1:]:

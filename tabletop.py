@@ -1,8 +1,8 @@
 """A table, two blocks, a wall and a gripper: a manipulation task small enough to read in one sitting.
 
     y = +1  +-----------------------------+   Seen from above. The gripper is told where to go and whether to
-            |   +----+         +-----+    |   close, and shall "put the red block in the left zone" (or blue,
-            |   |left|         |right|    |   or right: four instructions).
+            |   +----+         +-----+    |   close, and shall bring, say, the "red block to the left" zone
+            |   |left|         |right|    |   (or the blue, or to the right: four instructions).
             |   +----+         +-----+    |
             |                             |   The wall is the point of it. The scripted expert passes it on
     y = 0.1 |         ==========          |   either side with equal odds; nothing in view tells which. A
@@ -34,7 +34,11 @@ Gymnasium's reset / step signatures, batched. A finished episode stays frozen un
 The first release of a block inside a zone ends an episode, or else MAX_STEPS do. A block let go of elsewhere
 can be picked up again. How an episode starts is a function of its own seed alone.
 
-Map: the world's numbers -> Tabletop (reset, step) -> cameras -> Expert -> demonstrations -> main.
+There is a second robot at the same table, VelocityTabletop: 5 Hz instead of 10, and its actions are
+velocities, for policies that learn from several robots at once.
+
+Map: the world's numbers -> Tabletop (reset, step), VelocityTabletop -> cameras -> Expert -> demonstrations ->
+main.
 `python tabletop.py` rolls the expert out and prints what it achieves, in seconds.
 """
 import time
@@ -44,7 +48,7 @@ import numpy as np
 FPS = 10                                # control steps per second
 MAX_STEPS = 80                          # the expert's longest way takes about 70
 ACTION_NAMES = ("target_x", "target_y", "gripper")
-INSTRUCTIONS = tuple(f"put the {colour} block in the {side} zone"
+INSTRUCTIONS = tuple(f"{colour} block to the {side}"
                      for colour in ("red", "blue") for side in ("left", "right"))
 
 SPEED = 0.07                            # farthest move in one step
@@ -63,6 +67,7 @@ class Tabletop:
     The state is there to be read: gripper (n, 2), aperture (n,), blocks (n, 2, 2) red then blue, held (n,)
     index of the held block or -1, instruction (n,) index into INSTRUCTIONS, outcome (n,), steps done.
     """
+    fps, max_steps, action_names = FPS, MAX_STEPS, ACTION_NAMES
 
     def __init__(self, n=1, cameras=True, image_size=64):
         self.n, self.cameras, self.image_size = n, cameras, image_size
@@ -103,6 +108,13 @@ class Tabletop:
 
         ValueError for an action of another shape than (n, 3) or with a number that is not finite.
         """
+        return self._move(self._checked(action))
+
+    def command(self, target):
+        """This robot's action that heads for `target` (n, 3): x, y, gripper."""
+        return target
+
+    def _checked(self, action):
         if self.steps is None:
             raise ValueError("call reset() before the first step()")
         action = np.asarray(action, dtype=float)
@@ -111,6 +123,10 @@ class Tabletop:
         if not np.isfinite(action).all():
             row = np.argwhere(~np.isfinite(action))[0, 0]
             raise ValueError(f"action of episode {row} is not finite: {action[row].tolist()}")
+        return action
+
+    def _move(self, action):
+        """A tenth of a second towards action (n, 3): x, y, gripper."""
         running = self.outcome == "running"
 
         # Fingers first: whoever opens lets go of the block where it is, before the arm moves on.
@@ -140,7 +156,7 @@ class Tabletop:
         self.outcome[success] = "success"
         self.cancelled[:, self.steps % FPS] = cancelled
         self.steps += 1
-        if self.steps >= MAX_STEPS:
+        if self.steps >= self.max_steps:
             late = self.outcome == "running"
             self.outcome[late] = np.where(self.cancelled.mean(1) >= 0.5, "wall", "timeout")[late]
         terminated = np.isin(self.outcome, ("success", "wrong"))
@@ -163,6 +179,27 @@ class Tabletop:
     def _info(self):
         return {"success": self.outcome == "success", "outcome": self.outcome.copy(),
                 "instruction": [INSTRUCTIONS[i] for i in self.instruction]}
+
+
+class VelocityTabletop(Tabletop):
+    """The same table, another robot: 5 Hz, and an action (n, 3) is velocity x, y in table units per second,
+    and the gripper as before. It takes the same way in fewer, longer steps, and has 10 seconds for it."""
+    fps, max_steps, action_names = 5, 100, ("velocity_x", "velocity_y", "gripper")
+
+    def command(self, target):
+        velocity = (target[:, :2] - self.gripper) * self.fps
+        return np.column_stack([velocity, target[:, 2]]).astype(np.float32)
+
+    def step(self, action):
+        action, paid = self._checked(action), 0
+        for _ in range(FPS // self.fps):
+            target = np.column_stack([self.gripper + action[:, :2] / FPS, action[:, 2]])
+            obs, reward, terminated, truncated, info = self._move(target)
+            paid = paid + reward
+        return obs, paid, terminated, truncated, info
+
+
+ROBOTS = {"tabletop": Tabletop, "tabletop_velocity": VelocityTabletop}
 
 
 def scene(seed):
@@ -200,20 +237,24 @@ def touches_wall(start, end):
 
 # ------------------------------------------------------------------------------------------------ cameras
 
-FLOOR, TABLE, GREEN, GREY = (60, 60, 65), (228, 222, 210), (176, 208, 172), (105, 98, 92)
-RED, BLUE, PALM, FINGER = (205, 50, 45), (45, 85, 205), (120, 120, 125), (20, 20, 22)
+# Mid-grey is about 0 for a network: a bright table would be a large constant in every patch.
+FLOOR, TABLE, GREEN, GREY = (36, 36, 40), (128, 124, 118), (112, 164, 108), (66, 62, 58)
+RED, BLUE, PALM, FINGER = (205, 50, 45), (45, 85, 205), (232, 230, 226), (20, 20, 22)
 HAND_VIEW = 0.4                         # half-extent of the picture from the hand, table units
+# Two cameras never agree on white. It tells an encoder that they share through which one it looks.
+HAND_TINT = (1.35, 1.15, 0.9)
 
 
 def render(obs, size):
     """Both pictures, (n, size, size, 3) uint8, from the low-dimensional observation of n moments."""
     gripper = obs["robot0_eef_pos"]
     return {"agentview_image": draw(obs, np.zeros_like(gripper), 1.0, size),
-            "robot0_eye_in_hand_image": draw(obs, gripper, HAND_VIEW, size)}
+            "robot0_eye_in_hand_image": draw(obs, gripper, HAND_VIEW, size, HAND_TINT)}
 
 
-def draw(obs, centre, extent, size):
+def draw(obs, centre, extent, size, tint=(1, 1, 1)):
     """Pictures (n, size, size, 3) of the squares `centre` (n, 2) +- `extent`; row 0 is the far side, large y.
+    tint: what red, green and blue are multiplied by.
 
     Everything is an upright rectangle, painted one over the other. How much of a pixel a rectangle covers is
     then a product of two one-dimensional overlaps, each the signed distance to the edge, clipped: exact
@@ -247,7 +288,8 @@ def draw(obs, centre, extent, size):
     paint(PALM, gripper + np.float32([0, 0.1]), (0.16, 0.02))
     paint(FINGER, reach_in - spread, (0.025, 0.06))
     paint(FINGER, reach_in + spread, (0.025, 0.06))
-    return (image + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    image = np.minimum(image * np.float32(tint)[:, None, None] + 0.5, 255)
+    return image.astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 # ------------------------------------------------------------------------------------------ scripted expert
@@ -310,9 +352,10 @@ class Expert:
 DEMO_SEEDS = 10**9                      # demonstrations use the seeds from here on; evaluate on smaller ones
 
 
-def demonstrations(n, seed=0, cameras=False, image_size=64):
+def demonstrations(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
     """Perturbed expert rollouts in segments: a list of {"actions" (T, 3) float32, "obs" {key: (T, ...)} with
-    Tabletop's keys, "instruction" str, "episode" int}. A larger n gives the same list, continued.
+    Tabletop's keys, "instruction" str, "episode" int}. A larger n gives the same list, continued. robot: one
+    of ROBOTS.
 
     Who has only seen the perfect way does not know how to return to it. So the hand is made to tremble
     (correlated noise on the set-point), and at times it is kicked: for some steps it goes elsewhere, mostly
@@ -324,7 +367,7 @@ def demonstrations(n, seed=0, cameras=False, image_size=64):
     "episode" numbers the rollouts, so that validation can keep whole ones apart; those that failed in spite
     of all (a few per hundred) are left out, and their numbers with them.
     """
-    env = Tabletop(n, cameras=False)
+    env = robot(n, cameras=False)
     obs, info = env.reset(DEMO_SEEDS + seed * 10**6 + np.arange(n))
     expert = Expert(env, [seed, 0])
     # Drawn as (n, steps, ...), from one stream each: a row is then the same however many rows follow.
@@ -332,7 +375,7 @@ def demonstrations(n, seed=0, cameras=False, image_size=64):
     dice = np.random.default_rng([seed, 2]).random((n, MAX_STEPS, 4))
     noise, left, heading, shut = np.zeros((n, 2)), np.zeros(n, int), np.zeros((n, 2)), np.zeros(n, bool)
     history = {"actions": [], "obs": [], "real": []}
-    for t in range(MAX_STEPS):
+    for t in range(robot.max_steps * robot.fps // FPS):
         clean = expert.act(obs)
         # A kick begins: more often before the grasp, for 2 to 6 steps, anywhere to, fingers mostly shut.
         # A hand that holds a block keeps hold of it, since a release in a zone would end the episode.
@@ -346,13 +389,13 @@ def demonstrations(n, seed=0, cameras=False, image_size=64):
         kicked = left > 0
         left = np.maximum(left - 1, 0)
 
-        history["actions"].append(clean)
+        history["actions"].append(env.command(clean))
         history["obs"].append(obs)
         history["real"].append((env.outcome == "running") & ~kicked)
         noise = 0.9 * noise + np.sqrt(1 - 0.9**2) * tremble[:, t]           # same variance, correlated
         done = clean + np.column_stack([noise, np.zeros(n)])
         pushed = np.column_stack([env.gripper + heading, np.where(shut, 1, -1)])
-        obs, _, terminated, _, info = env.step(np.where(kicked[:, None], pushed, done))
+        obs, _, terminated, _, info = env.step(env.command(np.where(kicked[:, None], pushed, done)))
         if terminated.all():
             break
 

@@ -585,6 +585,121 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+# ---- several robots in one set
+
+
+def two_robots(tmp_path, memory_gb=4.0, **second):
+    """Set "a" with two cameras at 10 Hz, set "b" with one at 5 Hz, in other places of a vector of ten."""
+    a = data.open_demos(write(tmp_path / "a.hdf5"), obs="image", seed=1)
+    meta = {"obs": {"pos": {"shape": [3]}, "right": {"shape": [3, 4, 6], "type": "rgb"}}}
+    b = data.open_demos(write(tmp_path / "b.hdf5", lengths=(4, 6), fps=5), shape_meta=meta, seed=1)
+    for demos in (a, b):
+        demos.memory_gb = memory_gb
+    return data.MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 8], [9, 5, 4])}, dim=10), a, b
+
+
+@pytest.mark.parametrize("memory_gb", [4.0, 0.0])
+def test_robots_are_packed_into_one_vector(tmp_path, memory_gb):
+    demos, a, b = two_robots(tmp_path, memory_gb)
+    assert demos.lengths.tolist() == [5, 8, 3, 4, 6] and demos.robot.tolist() == [0, 0, 0, 1, 1]
+    assert sorted([*demos.train_episodes, *demos.valid_episodes]) == [0, 1, 2, 3, 4]
+    assert len(demos.valid_episodes) == 2               # each robot holds one out
+    for split in ("train", "valid"):
+        windows = data.Windows(demos, None, 4, 2, 0, text_len=8, split=split)
+        batch = windows.batch(torch.arange(len(windows)))
+        for demo, name, at in ((a, "a", 0), (b, "b", 3)):
+            alone = data.Windows(demo, None, 4, 2, 0, text_len=8, split=split)
+            want = alone.batch(torch.arange(len(alone)))
+            mine = torch.tensor([windows.episodes[e] in range(at, at + len(demo.lengths))
+                                 for e in windows.item_episode.tolist()])
+            got = {key: x[mine] for key, x in batch.items()}
+            places = demos.places[name]
+            assert torch.equal(got["actions"][..., places["actions"]], want["actions"])
+            assert torch.equal(got["state"][..., places["state"]], want["state"])
+            for kind, key in (("action", "actions"), ("state", "state")):
+                assert got[f"{kind}_valid"].sum(1).eq(len(places[key])).all()
+                assert (got[key] * ~got[f"{kind}_valid"][:, None] == 0).all()
+            for key in ("action_mask", "control_hz", "text"):
+                assert torch.equal(got[key], want[key])
+            cameras = want["images"].shape[2]
+            assert torch.equal(got["images"][:, :, :cameras], want["images"])
+            assert got["images"].shape[2] == 2 and (got["images"][:, :, cameras:] == 127).all()
+
+
+@pytest.mark.parametrize("mode", ["meanstd", "minmax"])
+def test_a_place_is_normalised_over_the_robots_that_have_it(tmp_path, mode):
+    demos, a, b = two_robots(tmp_path)
+    n = data.fit_normalizer(demos, mode)
+    train = lambda d: d.actions[d.rows(d.train_episodes)]
+    one = lambda x: data.Normalizer.fit({"x": x[:, None]}, mode)
+    for place, values in ((0, train(a)[:, 1]), (8, train(b)[:, 1]),
+                          (1, np.concatenate([train(a)[:, 0], train(b)[:, 0]]))):
+        want = one(values)
+        assert n.scale["actions"][place] == want.scale["x"][0]
+        assert n.offset["actions"][place] == want.offset["x"][0]
+        assert n.stats["actions"]["max"][place] == values.max()
+    assert n.scale["actions"][[2, 3, 9]].tolist() == [1, 1, 1] and n.offset["actions"][2] == 0
+    assert n.near_constant["actions"] == [] and "WARNING" not in n.summary()
+    windows = data.Windows(demos, n, 4, 1, 0)
+    batch = windows.batch(torch.arange(len(windows)))
+    assert (batch["actions"] * ~batch["action_valid"][:, None] == 0).all()
+    raw = n.unnormalize("actions", batch["actions"])
+    plain = data.Windows(demos, None, 4, 1, 0).batch(torch.arange(len(windows)))["actions"]
+    assert torch.allclose(raw * batch["action_valid"][:, None], plain, atol=1e-3)
+
+
+def test_the_description_of_robots_is_plain_and_tells_each(tmp_path):
+    demos, a, _ = two_robots(tmp_path)
+    d = demos.description()
+    torch.save(d, tmp_path / "d.pt")
+    assert torch.load(tmp_path / "d.pt", weights_only=True) == d
+    assert d["action_dim"] == d["state_dim"] == 10 and list(d["robots"]) == ["a", "b"]
+    assert d["robots"]["b"]["fps"] == 5 and d["robots"]["b"]["camera_keys"] == ["right"]
+    assert d["robots"]["a"]["places"] == {"actions": [1, 0], "state": [4, 5, 6, 7]}
+    assert d["robots"]["a"]["state_keys"] == a.state_keys
+
+
+def test_robots_that_do_not_fit(tmp_path):
+    _, a, b = two_robots(tmp_path)
+    with pytest.raises(UserError, match="robot b: .*2 action dimensions, action_names names 3"):
+        data.MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 2, 3], [9, 5, 4])}, dim=10)
+    b.image_size = (5, 5)
+    with pytest.raises(UserError, match="robots differ in size.*bring them to one size"):
+        data.MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 8], [9, 5, 4])}, dim=10)
+
+
+@pytest.mark.parametrize("fps", [0, -5, float("nan")])
+def test_a_control_frequency_is_above_zero(tmp_path, fps):
+    with pytest.raises(UserError, match="frequency is .* Hz, it must be above 0: correct attribute 'fps'"):
+        data.open_demos(write(tmp_path / "a.hdf5", fps=float(fps)))
+
+
+def test_text_that_is_cut_is_said_once(capsys):
+    for _ in range(3):
+        data.encode_text("a long instruction, cut", 6)
+    assert capsys.readouterr().err.count("has 23 bytes and is cut to 6") == 1
+
+
+def test_a_model_file_may_make_its_own_codes(tmp_path):
+    demos = data.open_demos(write(tmp_path / "a.hdf5"), text=True)
+    encode = lambda text: torch.tensor([7, 8, int(text[-1])])
+    windows = data.Windows(demos, None, 4, 1, 0, text_len=3, encode=encode)
+    codes = windows.batch(torch.arange(len(windows)))["text"].tolist()
+    assert all(code[:2] == [7, 8] and code[2] in range(3) for code in codes)
+
+    def refuses(text):
+        raise ValueError("too long, shorten it")
+    with pytest.raises(UserError, match="too long, shorten it"):
+        data.Windows(demos, None, 4, 1, 0, text_len=3, encode=refuses)
+
+
+def test_the_second_robot_of_the_built_in_task(tmp_path):
+    demos = data.open_demos("tabletop_velocity", episodes=6, cache=tmp_path)
+    assert demos.fps == 5 and demos.action_names == ["velocity_x", "velocity_y", "gripper"]
+    first = data.open_demos("tabletop", episodes=6, cache=tmp_path)
+    assert first.fps == 10 and len(list(tmp_path.iterdir())) == 2
+    assert demos.lengths.sum() < 0.8 * first.lengths.sum()
+
 # ---- the generated set
 
 

@@ -111,7 +111,7 @@ def test_starts_are_where_the_documentation_has_them():
     for i in range(env.n):
         block, zone = obs["goal"][i, :2].argmax(), obs["goal"][i, 2:].argmax()
         colour, side = ("red", "blue")[block], ("left", "right")[zone]
-        assert info["instruction"][i] == f"put the {colour} block in the {side} zone"
+        assert info["instruction"][i] == f"{colour} block to the {side}"
         relative = np.concatenate([(red, blue)[block][i], ZONES[zone]]) - np.tile(obs["robot0_eef_pos"][i], 2)
         np.testing.assert_allclose(obs["object"][i, 4:8], relative, atol=1e-6)
     assert (np.bincount(env.instruction) > 400).all()                   # about 500 of each
@@ -451,3 +451,50 @@ def test_main_prints_what_it_promises(capsys):
     tabletop.main()
     said = capsys.readouterr().out
     assert "success 100.0%" in said and "both cameras" in said
+
+
+# ------------------------------------------------------------------------------------------ the second robot
+
+def test_the_velocity_robot_goes_where_the_first_one_goes_at_half_the_rate():
+    n = 200
+    env = tabletop.VelocityTabletop(n, cameras=False)
+    obs, info = env.reset(seed=0)
+    first, _ = Tabletop(n, cameras=False).reset(seed=0)
+    np.testing.assert_array_equal(obs["object"], first["object"])       # the same scenes
+    expert, paid, steps = Expert(env, seed=0), np.zeros(n), 0
+    while (info["outcome"] == "running").any():
+        action, before = env.command(expert.act(obs)), env.gripper.copy()
+        obs, reward, terminated, truncated, info = env.step(action)
+        moved = info["outcome"] == "running"                            # an action is table units per second
+        np.testing.assert_allclose(env.gripper[moved], (before + action[:, :2] / env.fps)[moved], atol=1e-6)
+        paid, steps = paid + reward, steps + 1
+    assert info["success"].all() and terminated.all() and not truncated.any() and (paid == 1).all()
+    assert 25 < steps <= env.max_steps * env.fps // tabletop.FPS
+
+
+def test_the_velocity_robot_is_limited_and_checked_like_the_first():
+    env = tabletop.VelocityTabletop(2, cameras=False)
+    with pytest.raises(ValueError, match="reset"):
+        env.step(np.zeros((2, 3)))
+    env.reset(seed=0)
+    before = env.gripper.copy()
+    env.step([[0, -100, -1], [0.1, 0, -1]])
+    assert np.abs(env.gripper - before - [[0, -2 * tabletop.SPEED], [0.02, 0]]).max() < 1e-9
+    for wrong in (np.zeros((2, 2)), np.full((2, 3), np.nan)):
+        with pytest.raises(ValueError, match="action"):
+            env.step(wrong)
+    for _ in range(env.max_steps // 2):
+        *_, truncated, info = env.step(np.zeros((2, 3)) - [0, 0, 1])
+    assert truncated.all() and set(info["outcome"]) == {"timeout"}
+
+
+def test_demonstrations_of_the_velocity_robot():
+    demos = demonstrations(40, seed=1, robot=tabletop.VelocityTabletop)
+    assert len({d["episode"] for d in demos}) > 30
+    actions = np.concatenate([d["actions"] for d in demos])
+    assert actions.dtype == np.float32 and np.abs(actions[:, :2]).max() <= 5 * tabletop.REACH + 1e-5
+    for d in demos:                                                     # a step is a fifth of a second
+        way = np.diff(d["obs"]["robot0_eef_pos"], axis=0)
+        assert np.linalg.norm(way, axis=1).max() <= 2 * tabletop.SPEED + 1e-6
+        free = np.abs(way).max(1) > 0
+        assert np.abs(way - d["actions"][:-1, :2] / 5)[free].max() < 0.1

@@ -1,0 +1,1014 @@
+"""rdt.py against the official implementation, against closed forms, and against what its docstring says."""
+
+import gzip
+import json
+import math
+import os
+import re
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_cases import GOLDEN_DIR, golden, manifest
+
+import rdt
+from rdt import (
+    ALOHA,
+    PRESETS,
+    RDT,
+    UNIFIED,
+    Config,
+    T5Encoder,
+    convert_official,
+    cosine_alpha_bar,
+    dpm_solver,
+    pack,
+    slots,
+    unpack,
+)
+
+# -- the official implementation ---------------------------------------------------------------------------
+
+
+def official_config(case):
+    """The case's description of RDTRunner -> ours."""
+    c = {k: v for k, v in case.config.items() if not k.startswith("_")}
+    unknown = set(c) - {
+        "rdt",
+        "lang_adaptor",
+        "img_adaptor",
+        "state_adaptor",
+        "scheduler",
+        "A",
+        "H",
+        "Dl",
+        "Di",
+        "max_lang",
+        "L",
+        "N",
+        "img_grid",
+        "keep_pos_embed",
+    }
+    assert not unknown and set(c["rdt"]) == {"hidden_size", "depth", "num_heads"}, "arguments without a place"
+    assert (c["lang_adaptor"], c["img_adaptor"], c["state_adaptor"]) == (
+        "mlp2x_gelu",
+        "mlp2x_gelu",
+        "mlp3x_gelu",
+    )
+    s = c["scheduler"]
+    assert (
+        s["beta_schedule"] == "squaredcos_cap_v2"
+        and s["prediction_type"] == "sample"
+        and not s["clip_sample"]
+    )
+    To, V, N = c["img_grid"]
+    return Config(
+        action_dim=c["A"],
+        state_dim=c["A"],
+        unified_dim=c["A"],
+        action_names=(),
+        state_names=(),
+        n_cameras=V,
+        n_obs_steps=To,
+        image_tokens=-N,
+        horizon=c["H"],
+        n_action_steps=1,
+        text_len=c["max_lang"],
+        t5_width=c["Dl"],
+        vit_width=c["Di"],
+        encoders="none",
+        width=c["rdt"]["hidden_size"],
+        depth=c["rdt"]["depth"],
+        n_heads=c["rdt"]["num_heads"],
+        norm="released",
+        masked=False,
+        n_draws=1,
+        n_diffusion_steps=s["num_train_timesteps"],
+        sampler_steps=s["num_inference_timesteps"],
+    )
+
+
+def official_batch(case, **inputs):
+    inp = case.inp | inputs
+    return {
+        "actions": inp["action"],
+        "action_valid": inp["action_mask"][:, 0],
+        "state": inp["state"],
+        "action_mask": torch.ones(inp["action"].shape[:2], dtype=torch.bool),
+        "control_hz": inp["ctrl_freq"],
+        "lang_embeds": inp["lang_tokens"],
+        "lang_mask": inp["lang_mask"],
+        "image_embeds": inp["img_tokens"],
+    }
+
+
+@golden("rdt.RDTRunner")
+def test_golden(case):
+    config = official_config(case)
+    model = RDT.from_official(case.sd, config).eval()
+    inputs = {
+        "state": case.inp["state"].clone().requires_grad_(),
+        "img_tokens": case.inp["img_tokens"].clone().requires_grad_(),
+    }
+    batch, inp = official_batch(case, **inputs), case.inp
+    valid = inp["action_mask"]
+    case.check("out/lang_cond", model.lang_adaptor(inp["lang_tokens"]))
+    case.check("out/img_cond", model.img_adaptor(inp["img_tokens"]))
+    rows = torch.cat([inp["state"], case.out["noisy_action"]], dim=1)
+    case.check("out/state_cond", model.state_adaptor(torch.cat([rows, valid.expand_as(rows)], dim=-1)))
+    case.check("out/pred", model.denoise(model.encode(batch), case.out["noisy_action"], inp["timesteps"]))
+
+    result = model.loss(batch, noise=inp["noise"], t=inp["timesteps"])
+    case.check("out/loss", result["loss"])
+    result["loss"].backward()
+    ours = {k: p.grad for k, p in model.named_parameters()}
+    for key, want in case.grad.items():
+        ((name, _),) = convert_official({key: want}).items()
+        case.check(f"grad/{key}", ours[name])
+    for name in case.grad_in:
+        case.check(f"grad_in/{name}", inputs[name].grad)
+
+    assert (
+        rdt.solver_times(config.n_diffusion_steps, config.sampler_steps).tolist()
+        == case.out["sample_timesteps"].tolist()
+    )
+    trace = []
+    case.check("out/actions", model.sample(batch, noise=inp["init_noise"], trace=trace))
+    case.check("out/sample_trace", torch.stack(trace))
+
+    config.norm = "true"  # what apex and newer timm compute
+    with torch.no_grad():
+        plain = RDT.from_official(case.sd, config).eval()
+        pred = plain.denoise(plain.encode(batch), case.out["noisy_action"], inp["timesteps"])
+    case.check("out/pred_plain_rms", pred)
+    assert (pred - case.out["pred"]).abs().max() > 0.05 * case.out["pred"].square().mean().sqrt()
+
+
+@golden("rdt.DPMSolverMultistepScheduler")
+def test_golden_solver(case):
+    c = case.config
+    assert c["_model_output"] == "tanh(x) * cos(2*t/1000) + 0.1" and c["prediction_type"] == "sample"
+    trace, outputs, times = [], [], []
+
+    def denoise(x, t):
+        times.append(t)
+        outputs.append(torch.tanh(x) * math.cos(2 * t / 1000) + 0.1)
+        return outputs[-1]
+
+    alpha_bar = cosine_alpha_bar(c["num_train_timesteps"])
+    dpm_solver(denoise, case.inp["init"], alpha_bar, c["_steps"], trace)
+    assert times == case.out["timesteps"].tolist()
+    case.check("out/trace", torch.stack(trace))
+    case.check("out/model_outputs", torch.stack(outputs))
+    sigmas = F.pad(((1 - alpha_bar) / alpha_bar).sqrt()[times], (0, 1))
+    case.check("out/sigmas", sigmas)
+
+
+@golden("rdt.SiglipVisionModel")
+def test_golden_siglip(case):
+    c = case.config
+    weights = convert_official(case.sd)
+    model = rdt.Siglip(
+        c["image_size"],
+        c["patch_size"],
+        c["hidden_size"],
+        c["num_hidden_layers"],
+        c["intermediate_size"],
+        c["num_attention_heads"],
+    )
+    model.load_state_dict({k.removeprefix("vision."): v for k, v in weights.items()})
+    pixels, hidden = case.inp["pixel_values"].clone().requires_grad_(), []
+    model.layers[0].register_forward_pre_hook(lambda m, args: hidden.append(args[0]))
+    for layer in model.layers:
+        layer.register_forward_hook(lambda m, args, out: hidden.append(out))
+    out = model(pixels)
+    for i, h in enumerate(hidden):
+        case.check(f"out/hidden_{i}", h)
+    case.check("out/last_hidden_state", out)
+    loss = (out * case.inp["cotangent"]).mean()
+    case.check("out/loss", loss)
+    loss.backward()
+    ours = {f"vision.{k}": p.grad for k, p in model.named_parameters()}
+    for key, want in case.grad.items():
+        ((name, _),) = convert_official({key: want}).items()
+        case.check(f"grad/{key}", ours[name])
+    case.check("grad_in/pixel_values", pixels.grad)
+
+
+@golden("rdt.T5EncoderModel")
+def test_golden_t5(case):
+    c = case.config
+    assert c["feed_forward_proj"] == "gated-gelu"
+    model = T5Encoder(
+        c["vocab_size"],
+        c["d_model"],
+        c["num_layers"],
+        c["num_heads"],
+        c["d_kv"],
+        c["d_ff"],
+        c["relative_attention_num_buckets"],
+        c["relative_attention_max_distance"],
+    )
+    model.load_state_dict({k.removeprefix("t5."): v for k, v in convert_official(case.sd).items()})
+    hidden, mask = [], case.inp["attention_mask"] > 0
+    model.layers[0].register_forward_pre_hook(lambda m, args: hidden.append(args[0]))
+    for layer in model.layers[:-1]:
+        layer.register_forward_hook(lambda m, args, out: hidden.append(out))
+    out = model(case.inp["input_ids"], mask)
+    for i, h in enumerate([*hidden, out]):
+        case.check(f"out/hidden_{i}", h)
+    case.check("out/last_hidden_state", out)
+    case.check(
+        "out/position_bias", model.position_bias(out.shape[1]) + torch.zeros_like(case.out["position_bias"])
+    )
+    loss = (out * case.inp["cotangent"] * mask[..., None]).mean()
+    case.check("out/loss", loss)
+    loss.backward()
+    ours = {f"t5.{k}": p.grad for k, p in model.named_parameters()}
+    for key, want in case.grad.items():
+        ((name, _),) = convert_official({key: want}).items()
+        case.check(f"grad/{key}", ours[name])
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def meta(name):
+    keys, n = manifest(name)
+    return {k: torch.empty(shape, device="meta") for k, shape in keys.items()}, n
+
+
+@pytest.mark.parametrize("preset, n", [("170M", 166_229_888), ("1B", 1_228_319_872)])
+def test_published_sizes(preset, n):
+    with torch.device("meta"):
+        model = RDT(Config(**PRESETS[preset]))
+    assert parameters(model) == n
+    with torch.device("meta"):
+        whole = RDT(Config(**PRESETS[preset] | {"encoders": "frozen"}))
+    assert [parameters(p) for p in (whole.vision, whole.t5)] == [412_987_248, 4_762_310_656]
+    assert sum(p.numel() for p in whole.param_groups(0.0)[0]["params"]) == n  # the encoders stay
+
+
+@pytest.mark.parametrize("preset, name", [("170M", "rdt_170m"), ("1B", "rdt_1b")])
+def test_released_weights_load_on_the_meta_device(preset, name):
+    official, n = meta(name)
+    model = RDT.from_official({f"module.{k}": v for k, v in official.items()}, Config(**PRESETS[preset]))
+    assert parameters(model) == n and model.alpha_bar.device.type == "cpu"
+    # Beside them SigLIP with its pooling head and T5, whose embedding has two names.
+    whole = official | meta("siglip_so400m_patch14_384_vision")[0] | meta("t5_v1_1_xxl_encoder")[0]
+    config = Config(**PRESETS[preset] | {"encoders": "frozen"})
+    assert parameters(RDT.from_official(whole, config)) == n + 412_987_248 + 4_762_310_656
+    del whole["encoder.embed_tokens.weight"]
+    RDT.from_official(whole, config)
+    with pytest.raises(ValueError, match="left over vision.patch.bias"):
+        RDT.from_official(whole, Config(**PRESETS[preset]))
+
+
+def test_from_official_names_everything_that_does_not_fit():
+    official, _ = meta("rdt_170m")
+    del official["model.t_embedder.mlp.0.bias"]
+    official["extra"] = torch.empty(3, device="meta")
+    official["model.x_pos_embed"] = torch.empty(1, 7, 9, device="meta")
+    with pytest.raises(ValueError) as error:
+        RDT.from_official(official, Config(**PRESETS["170M"]))
+    for named in (
+        "missing t_embed.0.bias",
+        "left over extra",
+        "x_pos is (1, 7, 9) and should be (1, 67, 1024)",
+    ):
+        assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_table_is_the_released_one():
+    path = GOLDEN_DIR / "manifests" / "rdt_state_vector.json.gz"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    with gzip.open(path, "rt") as f:
+        assert json.load(f)["keys"] == UNIFIED
+
+
+# -- what the tests below are made of
+
+SMALL = {
+    "image_size": (12, 16),
+    "horizon": 5,
+    "n_action_steps": 3,
+    "text_len": 9,
+    "vit_size": 16,
+    "vit_width": 16,
+    "vit_depth": 1,
+    "vit_mlp": 24,
+    "vit_heads": 2,
+    "t5_width": 16,
+    "t5_heads": 2,
+    "t5_head_dim": 8,
+    "t5_mlp": 24,
+    "width": 32,
+    "n_heads": 2,
+    "n_draws": 1,
+    "depth": 2,
+}
+PACKED = {"action_dim": 128, "state_dim": 128, "action_names": (), "state_names": ()}
+
+
+def small(seed=0, **changes):
+    """A small model whose last layer is not zero, or nothing could be seen to matter."""
+    torch.manual_seed(seed)
+    model = RDT(Config(**SMALL | changes)).eval()
+    torch.nn.init.normal_(model.decoder.fc2.weight, std=0.3)
+    return model
+
+
+def small_batch(config, B=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    To, V, (H, W) = config.n_obs_steps, config.n_cameras, config.image_size
+    text = torch.stack([config.encode_text(w) for w in ("red", "the blue", "")])[torch.arange(B) % 3]
+    batch = {
+        "actions": torch.rand(B, config.horizon, config.action_dim, generator=g) * 2 - 1,
+        "text": text,
+        "action_mask": torch.ones(B, config.horizon, dtype=torch.bool),
+        "control_hz": torch.full((B,), 10.0),
+        "state": torch.randn(B, To, config.state_dim, generator=g),
+        "images": torch.randint(256, (B, To, V, 3, H, W), generator=g, dtype=torch.uint8),
+    }
+    if not config.action_names:
+        batch |= {
+            "action_valid": torch.rand(B, config.unified_dim, generator=g) < 0.3,
+            "state_valid": torch.rand(B, config.unified_dim, generator=g) < 0.3,
+        }
+    return batch
+
+
+def predict(model, batch, seed=1):
+    g, c = torch.Generator().manual_seed(seed), model.config
+    with torch.no_grad():
+        x = torch.randn(len(batch["state"]), c.horizon, c.unified_dim, generator=g)
+        return model.denoise(model.encode(batch), x, torch.full((len(x),), 400))
+
+
+class KnownNetwork:
+    """Stands in for the network: x0(x_t, t), and keeps what it was asked."""
+
+    def __init__(self, model, x0):
+        self.x0, self.seen = x0, []
+        model.denoise = self
+
+    def __call__(self, encoded, x_t, t):
+        self.seen.append((x_t, t))
+        return self.x0(x_t, t)
+
+
+# -- closed forms: schedule, noising, loss, sampler
+
+
+def test_the_schedule_is_the_squared_cosine():
+    alpha_bar = cosine_alpha_bar(1000)
+    f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    for t in (0, 10, 500, 900, 990):
+        assert alpha_bar[t].item() == pytest.approx(f((t + 1) / 1000) / f(0), rel=2e-3)
+    assert alpha_bar[-1] / alpha_bar[-2] == pytest.approx(1e-3, rel=1e-3)  # beta is clipped there
+
+
+def test_the_ends_of_the_path_are_nearly_data_and_noise_and_between_lies_the_schedule():
+    model = small()
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 128)
+    known = KnownNetwork(model, lambda x, t: torch.zeros_like(x))
+    model.loss(batch, noise=noise, t=torch.tensor([0, 500, 999]))
+    ((x_t, _),) = known.seen
+    x0, alpha_bar = pack(batch["actions"], slots(model.config.action_names)), cosine_alpha_bar(1000)
+    assert (x_t[0] - x0[0]).abs().max() < 0.05 and (x_t[2] - noise[2]).abs().max() < 1e-3
+    middle = alpha_bar[500].sqrt() * x0[1] + (1 - alpha_bar[500]).sqrt() * noise[1]
+    assert torch.allclose(x_t[1], middle, atol=1e-6)
+
+
+def test_the_loss_asks_for_clean_actions_over_real_steps_and_the_robots_dimensions():
+    model = small()
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 128)
+    x0 = pack(batch["actions"], slots(model.config.action_names))
+    KnownNetwork(model, lambda x, t: x0)
+    assert model.loss(batch, noise=noise)["loss"] == 0
+    KnownNetwork(model, lambda x, t: x0 + 1 + 100 * (x0 == 0))  # 100 in places that the robot lacks
+    assert model.loss(batch, noise=noise)["loss"].item() == pytest.approx(1.0)
+    KnownNetwork(model, lambda x, t: torch.zeros_like(x))
+    batch["action_mask"][0, 2:] = False
+    result = model.loss(batch, noise=noise, t=torch.tensor([0, 999, 333]))
+    a = batch["actions"]
+    real = torch.cat([a[0, :2].flatten(), a[1:].flatten()])
+    assert result["loss"].item() == pytest.approx(real.square().mean().item(), rel=1e-5)
+    assert result["per_sample"][0].item() == pytest.approx(a[0, :2].square().mean().item(), rel=1e-5)
+    assert result["t"].tolist() == pytest.approx([0, 1, 333 / 999])
+
+
+def test_the_released_loss_counts_all_dimensions():
+    model = small(masked=False)
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 128)
+    KnownNetwork(model, lambda x, t: torch.ones_like(x))
+    x0 = pack(batch["actions"], slots(model.config.action_names))
+    want = (1 - x0).square().mean()  # 125 of 128 ask for zeros
+    assert model.loss(batch, noise=noise)["loss"].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_solver_times():
+    assert rdt.solver_times(1000, 5).tolist() == [999, 799, 599, 400, 200]
+    assert rdt.solver_times(1000, 1).tolist() == [999]
+
+
+def test_a_network_that_knows_the_answer_is_believed_after_one_step_or_many():
+    answer = torch.randn(2, 3)
+    for steps in (1, 2, 5, 20):
+        end = dpm_solver(lambda x, t: answer, torch.randn(2, 3), cosine_alpha_bar(1000), steps)
+        assert torch.allclose(end, answer, atol=1e-6)
+
+
+def test_the_solver_is_of_second_order_on_gaussian_data():
+    """For data N(m, s^2) the best x0 is linear in x_t; the exact flow keeps (x_t - alpha m) / deviation."""
+    m, s, alpha_bar = 0.4, 0.3, cosine_alpha_bar(1000).double()
+
+    def best(x, t):
+        a, v = alpha_bar[t].sqrt(), 1 - alpha_bar[t]
+        return m + a * s**2 / (a**2 * s**2 + v) * (x - a * m)
+
+    start = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = m + s * start  # alpha at the start is as good as 0
+    errors = {
+        n: (dpm_solver(best, start, alpha_bar, n) - exact).abs().mean().item() for n in (10, 20, 40, 80)
+    }
+    # The last step, from t = 1000 / n to clean data, is of first order; before it errors fall as 1 / n^2.
+    assert errors[10] > 1.8 * errors[20] > 3.2 * errors[40] and errors[80] < 0.01
+    first_order = start
+    for t, u in zip(rdt.solver_times(1000, 20), [*rdt.solver_times(1000, 20)[1:], None]):
+        x0 = best(first_order, t)
+        eps = (first_order - alpha_bar[t].sqrt() * x0) / (1 - alpha_bar[t]).sqrt()
+        first_order = x0 if u is None else alpha_bar[u].sqrt() * x0 + (1 - alpha_bar[u]).sqrt() * eps
+    assert errors[20] < 0.5 * (first_order - exact).abs().mean().item()  # first order is DDIM
+
+
+def test_sampling_starts_from_the_given_noise_and_visits_the_times():
+    model = small()
+    known = KnownNetwork(model, lambda x, t: torch.full_like(x, 0.25))
+    noise, trace = torch.randn(3, 5, 128), []
+    chunk = model.sample(small_batch(model.config), noise=noise, trace=trace)
+    assert torch.equal(known.seen[0][0], noise) and [t[0].item() for _, t in known.seen] == [
+        999,
+        799,
+        599,
+        400,
+        200,
+    ]
+    assert chunk.shape == (3, 5, 3) and torch.allclose(chunk, torch.tensor(0.25)) and len(trace) == 5
+    assert torch.equal(trace[-1], chunk)
+
+
+# -- norms, attention, encoders
+
+
+def test_the_two_norms():
+    x, w = torch.randn(4, 8) + 3, torch.rand(8)
+    assert torch.allclose(
+        rdt.rms_norm(x, w), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w, atol=1e-6
+    )
+    assert torch.allclose(
+        rdt.released_norm(x, w), x / (x.std(-1, keepdim=True) ** 2 + 1e-6).sqrt() * w, atol=1e-5
+    )
+    flat = torch.full((1, 8), 2.0)  # without variance the released one blows up
+    assert rdt.rms_norm(flat, w).abs().max() <= 1.001 and rdt.released_norm(flat, w).abs().max() > 100
+    assert rdt.released_norm(x.bfloat16(), w).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["attn", "cross_attn"])
+def test_queries_and_keys_are_normed_per_head(kind):
+    """Their length does not matter, and the weight of the norms sets how sharp attention is."""
+    block = small().blocks[0]
+    x, c = torch.randn(2, 6, 32), torch.randn(2, 4, 32)
+    read = (
+        (lambda: block.attn(x))
+        if kind == "attn"
+        else (lambda: block.cross_attn(x, *block.cross_attn.keys_values(c)))
+    )
+    part, base = getattr(block, kind), read()
+    with torch.no_grad():
+        (part.qkv if kind == "attn" else part.q).weight[:32] *= 7.0
+    assert torch.allclose(read(), base, atol=1e-4)
+    with torch.no_grad():
+        part.q_norm.weight *= 2
+    assert not torch.allclose(read(), base, atol=1e-2)
+    part.q_norm.weight.data.zero_()  # no query: attention is even
+    value = (block.attn.qkv(x)[..., 64:] if kind == "attn" else block.cross_attn.kv(c)[..., 32:]).mean(1)
+    assert torch.allclose(read(), part.proj(value)[:, None].expand_as(x), atol=1e-4)
+
+
+def test_t5_buckets():
+    far = torch.tensor([0, -1, -7, -8, -127, -500, 1, 7, 8, 127, 500])
+    assert rdt.t5_bucket(far, 32, 128).tolist() == [0, 1, 7, 8, 15, 15, 17, 23, 24, 31, 31]
+
+
+def test_t5_reads_by_distance_and_not_behind_the_mask():
+    torch.manual_seed(0)
+    t5 = small().t5
+    codes, mask = torch.randint(1, 200, (2, 8)), torch.arange(8) < torch.tensor([[5], [8]])
+    base = t5(codes, mask)
+    other = codes.clone()
+    other[0, 5:] = 77
+    assert torch.equal(t5(other, mask)[0, :5], base[0, :5]) and torch.equal(t5(other, mask)[1], base[1])
+    swapped = codes[:, [1, 0, *range(2, 8)]]
+    assert not torch.allclose(t5(swapped, mask)[:, [1, 0]], base[:, :2], atol=1e-3)  # order matters
+
+
+def test_fourier_features_are_the_papers_and_the_release_has_none():
+    v = torch.tensor([[0.5, -0.25]])
+    assert torch.equal(rdt.fourier(v, 0), v)
+    got, pi = rdt.fourier(v, 2)[0], math.pi
+    want = (
+        [0.5, -0.25]
+        + [math.sin(a) for a in (pi / 2, pi, -pi / 4, -pi / 2)]
+        + [math.cos(a) for a in (pi / 2, pi, -pi / 4, -pi / 2)]
+    )
+    assert torch.allclose(got, torch.tensor(want), atol=1e-6)
+    model = small(n_fourier=2)
+    assert (
+        model.state_adaptor[0].in_features == 128 * 6 and predict(model, small_batch(model.config)).std() > 0
+    )
+
+
+def test_sinusoids_have_cosines_first():
+    s = rdt.sinusoid(torch.tensor([0.0, 3.0]))
+    assert s[0].tolist() == [1.0] * 128 + [0.0] * 128
+    assert s[1, [0, 128]].tolist() == pytest.approx([math.cos(3), math.sin(3)])
+    assert s[1, 64].item() == pytest.approx(math.cos(3 / 100))
+
+
+def test_initial_positions():
+    """Half of the channels names the kind, half the place; as released, if pos_init is 1."""
+    model = RDT(Config(**SMALL | {"pos_init": 1.0, "n_cameras": 2}))
+    x, lang, img = model.x_pos[0], model.lang_pos[0], model.img_pos[0]
+    assert torch.equal(lang, torch.cat([torch.zeros(9, 16), torch.ones(9, 16)], dim=1))
+    assert torch.equal(x[:3, 16:], x[3:4, 16:].expand(3, 16)) and torch.equal(
+        x[3:, :16], x[3:4, :16].expand(5, 16)
+    )
+    assert x[4, 16].item() == pytest.approx(math.sin(1)) and x[4, 24].item() == pytest.approx(math.cos(1))
+    assert x[3, 0].item() == pytest.approx(math.sin(3))
+    grid = img.reshape(2, 2, 4, 32)  # step, camera, patch
+    assert torch.equal(grid, grid[:, :, :1].expand_as(grid))
+    assert torch.equal(grid[0, 1, 0, :16], grid[0, 0, 0, :16]) and torch.equal(
+        grid[1, 0, 0, 16:], grid[0, 0, 0, 16:]
+    )
+    assert not torch.equal(grid[1, 0, 0], grid[0, 0, 0]) and not torch.equal(grid[0, 1, 0], grid[0, 0, 0])
+    assert torch.allclose(RDT(Config(**SMALL | {"pos_init": 0.1})).x_pos[0], 0.1 * x)
+
+
+def test_a_fresh_network_predicts_zero_and_the_rest_is_initialised_as_released():
+    torch.manual_seed(0)
+    model = RDT(Config(**SMALL))
+    assert (predict(model, small_batch(model.config)) == 0).all()
+    w = model.blocks[0].attn.qkv.weight
+    assert w.abs().max() <= math.sqrt(6 / (32 + 96)) and w.std().item() == pytest.approx(
+        math.sqrt(2 / 128), rel=0.1
+    )
+    assert model.t_embed[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert (model.blocks[1].cross_attn.kv.bias == 0).all()
+    assert (model.blocks[0].attn.q_norm.weight == 1.75).all()
+
+
+# -- meaning: who reads what
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_padded_words_cannot_change_the_output(masked):
+    model = small(masked=masked)
+    batch = small_batch(model.config)
+    tokens, mask = model.t5(batch["text"], model.lang_mask(batch)), model.lang_mask(batch)
+    given = {k: v for k, v in batch.items() if k != "text"} | {"lang_embeds": tokens, "lang_mask": mask}
+    base = predict(model, batch)
+    assert torch.allclose(predict(model, given), base, atol=1e-5)  # embeddings instead of text
+    junk = given | {"lang_embeds": torch.where(mask[..., None], tokens, 1e3)}
+    assert torch.equal(predict(model, junk), predict(model, given))
+    cut = batch | {"text": batch["text"][:, :8]}  # the longest has 8 letters
+    assert torch.allclose(predict(model, cut), base, atol=1e-5)
+    more = batch | {"text": model.config.encode_text("rex").expand(3, -1)}
+    assert ((predict(model, more) - base).abs().amax((1, 2)) > 1e-4).all()
+
+
+def test_dimensions_that_a_robot_lacks_cannot_change_the_output():
+    model = small(**PACKED)
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 128)
+    base = model.sample(batch, noise=noise)
+    has, state_has = batch["action_valid"][:, None], batch["state_valid"][:, None]
+    junk = batch | {
+        "state": torch.where(state_has, batch["state"], 1e3),
+        "actions": torch.where(has, batch["actions"], 1e3),
+    }
+    assert torch.equal(model.sample(junk, noise=torch.where(has, noise, -50.0)), base)
+    t = torch.tensor([100, 500, 900])
+    losses = [
+        model.loss(b, noise=n, t=t)["loss"]
+        for b, n in ((batch, noise), (junk, torch.where(has, noise, -50.0)))
+    ]
+    assert torch.equal(*losses)
+    assert ((base != 0) == has.expand_as(base)).all()  # 0 where it has nothing
+    moved = model.sample(batch | {"state": batch["state"] + 0.5 * state_has}, noise=noise)
+    assert ((moved - base).abs().amax((1, 2)) > 1e-4).all()
+
+
+def test_language_enters_the_even_blocks_and_images_the_odd_ones():
+    """Each condition is taken out of one block after the other."""
+    model = small(depth=4)
+    batch = small_batch(model.config)
+    with torch.no_grad():
+        changed = {
+            "text": batch | {"text": model.config.encode_text("other").expand(3, -1)},
+            "images": batch | {"images": 255 - batch["images"]},
+        }
+        base = model.encode(batch)["conditions"]
+        for name, parity in (("text", 0), ("images", 1)):
+            other = model.encode(changed[name])["conditions"]
+            differs = [not torch.equal(a[0], b[0]) for a, b in zip(base, other)]
+            assert differs == [i % 2 == parity for i in range(4)], name
+        assert [k.shape[2] for k, _, _ in base] == [9, 2 * 2 * 4] * 2  # words, patches
+        assert [bias is not None for _, _, bias in base] == [True, False] * 2
+        # With the odd blocks' cross-attention removed the pictures are gone, with the even ones' the text.
+        for parity, lost, kept in ((1, "images", "text"), (0, "text", "images")):
+            blind = small(depth=4)
+            for block in blind.blocks[parity::2]:
+                block.cross_attn.proj.weight.zero_()
+            want = predict(blind, batch)
+            assert torch.equal(predict(blind, changed[lost]), want)
+            assert (predict(blind, changed[kept]) - want).abs().max() > 1e-4
+
+
+def test_state_frequency_and_time_are_read():
+    model = small()
+    batch = small_batch(model.config)
+    base = predict(model, batch)
+    for change in ({"state": batch["state"] + 1}, {"control_hz": torch.full((3,), 25.0)}):
+        assert ((predict(model, batch | change) - base).abs().amax((1, 2)) > 1e-5).all()
+    older = batch | {"state": batch["state"].clone()}
+    older["state"][:, 0] += 1  # of the state only the present is read
+    assert torch.equal(predict(model, older), base)
+    x = torch.randn(3, 5, 128)
+    with torch.no_grad():
+        early, late = (model.denoise(model.encode(batch), x, torch.full((3,), t)) for t in (10, 900))
+    assert (early - late).abs().max() > 1e-4
+    silent = {k: v for k, v in batch.items() if k != "control_hz"}
+    assert torch.equal(predict(model, silent), predict(model, batch | {"control_hz": torch.zeros(3)}))
+
+
+def test_missing_cameras_show_the_background():
+    model = small(max_cameras=3)  # two cameras, three places
+    batch = small_batch(model.config)
+    base = predict(model, batch)
+    full = small(max_cameras=3, n_cameras=3)
+    grey = torch.full_like(batch["images"][:, :, :1], 127)
+    assert torch.allclose(
+        predict(full, batch | {"images": torch.cat([batch["images"], grey], dim=2)}), base, atol=1e-5
+    )
+    hidden = batch | {"image_mask": torch.tensor([[[True, False]] * 2] * 3)}
+    shown = batch | {"images": batch["images"].clone()}
+    shown["images"][:, :, 1] = 127
+    assert torch.allclose(predict(model, hidden), predict(model, shown), atol=1e-6)
+    assert ((predict(model, hidden) - base).abs().amax((1, 2)) > 1e-5).all()
+    assert torch.isfinite(model.sample(hidden)).all()  # it still acts
+    blind = small(n_cameras=0, obs="lowdim")  # no camera at all
+    nothing = {k: v for k, v in batch.items() if k != "images"}
+    one = small(n_cameras=1)
+    assert torch.allclose(predict(blind, nothing), predict(one, batch | {"images": grey}), atol=1e-5)
+
+
+def test_order_of_the_pictures():
+    """Older step first, then camera by camera; the place in img_pos follows."""
+    model, seen = small(), []
+    model.vision.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    batch = small_batch(model.config)
+    for step in range(2):
+        for v in range(2):
+            batch["images"][:, step, v] = 50 * (2 * step + v) + 20
+    model.encode(batch)
+    assert [round(p) for p in ((seen[0][:4, 0, 8, 8] + 1) * 127.5).tolist()] == [20, 70, 120, 170]
+
+
+def test_images_are_padded_to_a_square_with_the_background():
+    image = torch.full((1, 3, 12, 16), 255.0)
+    square = rdt.fit_square(image, 16)[0, 0]
+    assert (square[2:14] == 1).all() and torch.allclose(square[[0, 1, 14, 15]], torch.tensor(127 / 127.5 - 1))
+    small_one = rdt.fit_square(torch.full((1, 3, 30, 30), 200.0), 16)
+    assert small_one.shape == (1, 3, 16, 16) and torch.allclose(
+        small_one, torch.tensor(200 / 127.5 - 1), atol=1e-5
+    )
+    assert rdt.fit_square(torch.rand(1, 3, 40, 20) * 255, 16).abs().max() <= 1
+
+
+def test_training_hides_each_modality_with_its_own_draw():
+    model = small(mask_prob=0.1).train()
+    B = 4000
+    batch = {
+        "state": torch.ones(B, 2, 3),
+        "control_hz": torch.full((B,), 10.0),
+        "text": torch.ones(B, 9).long(),
+        "images": torch.zeros(B, 2, 2, 3, 1, 1),
+    }
+    torch.manual_seed(0)
+    hidden = model.hide(batch)
+    gone = {
+        "state": hidden["state"][:, 0, 0] == 0,
+        "hz": hidden["control_hz"] == 0,
+        "text": hidden["text"][:, 0] == 0,
+        "mask": ~hidden["told"][:, 0],
+        **{f"image {i}": ~hidden["image_mask"].flatten(1)[:, i] for i in range(4)},
+    }
+    draws = torch.stack(list(gone.values())).float()
+    assert (draws.mean(1) - 0.1).abs().max() < 0.02
+    assert (draws.corrcoef() - torch.eye(8)).abs().max() < 0.08
+    assert (hidden["state"] == hidden["state"][:, :1, :1]).all() and (
+        hidden["text"] == hidden["text"][:, :1]
+    ).all()
+    real = batch | {"image_mask": torch.zeros(B, 2, 2, dtype=torch.bool)}
+    assert not model.hide(real)["image_mask"].any()  # what is missing stays missing
+    given = {"state": batch["state"], "lang_embeds": torch.ones(B, 4, 16)}
+    empty = model.hide(given)
+    without = empty["lang_embeds"][:, 0, 0] == 0
+    assert 0.08 < without.float().mean() < 0.12 and not empty["lang_mask"][without].any()
+    assert not torch.equal(model.hide(batch)["state"], batch["state"])
+    noisy = small(mask_prob=0.1, state_noise=0.01).hide(batch)["state"]
+    kept = noisy[noisy.abs() > 0.5]
+    assert kept.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_hiding_happens_in_training_only_and_leaves_the_target_alone():
+    model = small(mask_prob=0.9)
+    batch, noise, t = small_batch(model.config), torch.randn(3, 5, 128), torch.tensor([100, 500, 900])
+    loss = lambda: model.loss(batch, noise=noise, t=t)["loss"].item()
+    assert loss() == loss()
+    want = loss()
+    model.train()
+    torch.manual_seed(0)
+    assert loss() != want
+    KnownNetwork(model, lambda x, t: pack(batch["actions"], slots(model.config.action_names)))
+    assert loss() == 0
+
+
+def test_draws_that_share_an_observation_are_so_many_losses():
+    model = small(n_draws=3)
+    batch, noise, t = small_batch(model.config), torch.randn(9, 5, 128), torch.randint(1000, (9,))
+    shared = model.loss(batch, noise=noise, t=t)
+    alone = [model.loss(batch, noise=noise[i : i + 3], t=t[i : i + 3])["loss"] for i in (0, 3, 6)]
+    assert shared["loss"].item() == pytest.approx(sum(alone).item() / 3, rel=1e-5)
+    assert model.loss(batch)["per_sample"].shape == (9,)
+
+
+def test_sampling_is_the_same_one_at_a_time_and_nearly_so_in_bfloat16():
+    model = small()
+    batch, noise = small_batch(model.config), torch.randn(3, 5, 128)
+    together = model.sample(batch, noise=noise)
+    one = lambda i: model.sample({k: v[i : i + 1] for k, v in batch.items()}, noise=noise[i : i + 1])
+    assert torch.allclose(together, torch.cat([one(i) for i in range(3)]), atol=1e-5)
+    half = model.to(torch.bfloat16).sample(batch, noise=noise)
+    assert (half - together).abs().max() < 0.15 * together.abs().max() and half.dtype == torch.float32
+
+
+def test_what_learns_and_recomputed_activations():
+    for encoders in ("train", "frozen"):
+        gradients = []
+        for checkpointing in (False, True):
+            model = small(encoders=encoders, checkpointing=checkpointing, mask_prob=0.0).train()
+            batch = small_batch(model.config)
+            model.loss(batch, noise=torch.ones(3, 5, 128), t=torch.tensor([100, 500, 900]))["loss"].backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+            for name, p in model.named_parameters():
+                still = encoders == "frozen" and name.startswith(("vision.", "t5."))
+                assert (p.grad is None) == (not p.requires_grad) == still, name
+        assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# -- the unified vector
+
+
+def test_single_arms_are_right_arms_and_aloha_is_where_the_release_has_it():
+    assert (
+        slots(["arm_joint_3_pos", "eef_vel_y", "gripper_open"])
+        == slots(["right_arm_joint_3_pos", "right_eef_vel_y", "right_gripper_open"])
+        == [3, 40, 10]
+    )
+    assert slots(ALOHA) == [*range(50, 56), 60, *range(6), 10]
+    assert max(UNIFIED.values()) == 102 and not {*range(45, 50), *range(95, 100)} & set(UNIFIED.values())
+
+
+def test_pack_and_unpack():
+    x, places = torch.randn(2, 5, 3), slots(["left_eef_pos_x", "gripper_open", "base_vel_x"])
+    packed = pack(x, places)
+    assert packed.shape == (2, 5, 128) and torch.equal(unpack(packed, places), x)
+    assert torch.equal(packed[..., [80, 10, 100]], x) and (packed != 0).sum() == x.numel()
+
+
+def test_two_robots_in_one_batch_are_each_alone():
+    """An item of a mixed batch gives what its robot's own model gives, and a chunk in its own places."""
+    one = small(
+        action_names=("eef_pos_x", "gripper_open", "base_vel_x"),
+        state_names=("eef_pos_x", "eef_pos_y", "left_gripper_open"),
+    )
+    mixed = small(**PACKED)
+    batch, noise = small_batch(one.config), torch.randn(3, 5, 128)
+    a, s = slots(one.config.action_names), slots(one.config.state_names)
+    has = lambda places: pack(torch.ones(3, len(places)), places)
+    packed = batch | {
+        "state": pack(batch["state"], s),
+        "actions": pack(batch["actions"], a),
+        "action_valid": has(a),
+        "state_valid": has(s),
+    }
+    packed["action_valid"][1] = pack(torch.ones(2), slots(["left_eef_vel_x", "left_eef_vel_y"]))
+    chunk = mixed.sample(packed, noise=noise)
+    want = one.sample(batch, noise=noise)
+    assert torch.allclose(unpack(chunk, a)[[0, 2]], want[[0, 2]], atol=1e-5)
+    assert (chunk[1] != 0).any(0).nonzero().flatten().tolist() == [89, 90]
+    losses = [
+        m.loss(b, noise=noise, t=torch.tensor([9, 99, 999]))["per_sample"]
+        for m, b in ((one, batch), (mixed, packed))
+    ]
+    assert torch.allclose(losses[0][[0, 2]], losses[1][[0, 2]], atol=1e-5)
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"action_names": ("right_eef_pos_x", "right_eef_pos_q", "gripper_open")},
+            "'right_eef_pos_q'.*did you mean 'right_eef_pos_.'",
+        ),
+        ({"state_names": ("zzz", "eef_pos_x", "gripper_open")}, "'zzz' is no name.*UNIFIED"),
+        ({"action_names": ("eef_pos_x", "right_eef_pos_x", "gripper_open")}, "shares place 30"),
+        ({"action_dim": 7}, "actions have 7 dimensions, action_names names 3"),
+        ({"state_names": ()}, "packed states have unified_dim = 128 dimensions, not 3"),
+        ({"unified_dim": 20}, "unified_dim 20 has no room"),
+        ({"n_cameras": 4, "max_cameras": 3}, "4 cameras.*room for 3"),
+        ({"n_obs_steps": 0}, "n_obs_steps 0"),
+        ({"n_action_steps": 6}, "n_action_steps 6"),
+        ({"text_len": 0}, "text_len 0"),
+        ({"vocab_size": 100}, "vocab_size 100"),
+        ({"patch_size": 7}, "vit_size 16 must be a multiple of patch_size 7"),
+        ({"n_heads": 3}, "width 32 must be a multiple of n_heads 3"),
+        ({"width": 34}, "width 34 must be a multiple of 4"),
+        ({"norm": "rms"}, "norm 'rms'"),
+        ({"encoders": "big"}, "encoders 'big'"),
+        ({"n_draws": 0}, "n_draws 0"),
+        ({"mask_prob": 1.0}, "mask_prob 1.0"),
+        ({"sampler_steps": 0}, "sampler steps 0"),
+        ({"sampler_steps": 1000}, "sampler steps 1000"),
+    ],
+)
+def test_impossible_configurations_are_refused_in_one_line(change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Config(**SMALL | change)
+    assert "\n" not in str(error.value)
+
+
+def test_batches_that_do_not_fit_are_refused():
+    model = small()
+    batch = small_batch(model.config)
+    without = {k: v for k, v in batch.items() if k not in ("text", "images")}
+    cases = [
+        (batch | {"images": batch["images"][:, :, :1]}, "1 cameras given.*n_cameras = 2.*image_mask"),
+        (batch | {"images": batch["images"][:, :1]}, "images of 1 steps.*n_obs_steps = 2"),
+        (batch | {"text": torch.ones(3, 10, dtype=torch.int64)}, "text_len = 9"),
+        (
+            without | {"images": batch["images"], "lang_embeds": torch.ones(3, 4, 20)},
+            "20 wide, t5_width = 16",
+        ),
+        (without | {"text": batch["text"], "image_embeds": torch.ones(3, 7, 16)}, r"\(16, 16\) expected"),
+        (batch | {"control_hz": torch.tensor([10.0, 0.0, 5.0])}, "above 0, not 0 Hz"),
+        (batch | {"control_hz": torch.tensor([10.0, -3.0, 5.0])}, "above 0, not -3 Hz"),
+    ]
+    for wrong, words in cases:
+        with pytest.raises(ValueError, match=words):
+            model.sample(wrong)
+    with pytest.raises(ValueError, match="sampler steps 0"):
+        model.sample(batch, steps=0)
+    with pytest.raises(ValueError, match="need action_valid"):
+        packed = small(**PACKED)
+        packed.sample({k: v for k, v in small_batch(packed.config).items() if not k.endswith("_valid")})
+    bare = small(encoders="none")
+    for wrong in (
+        without | {"text": batch["text"], "image_embeds": torch.ones(3, 16, 16)},
+        without | {"images": batch["images"], "lang_embeds": torch.ones(3, 4, 16)},
+    ):
+        with pytest.raises(ValueError, match="encoders='none' takes"):
+            bare.sample(wrong)
+
+
+def test_text_and_what_is_too_long(capsys):
+    config = Config(**SMALL)
+    codes = config.encode_text("gr\u00fcn")
+    assert codes.tolist() == [104, 115, 196, 189, 111, 0, 0, 0, 0]
+    for _ in range(2):
+        assert config.encode_text("put it there").tolist() == [c + 1 for c in b"put it th"]
+    assert capsys.readouterr().err.count("has 12 codes and is cut to text_len = 9: 'put it there'") == 1
+
+
+def test_sentencepiece_text_ends_as_t5_expects(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="package sentencepiece is an extra")
+    sentences = ["put the red block in the left zone", "put the blue block in the right zone"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(tmp_path / "words"),
+        vocab_size=60,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = str(tmp_path / "words.model")
+    codes = Config(tokenizer_path=path, vocab_size=60).encode_text("put the red block").tolist()
+    real = [c for c in codes if c]
+    assert real == rdt.tokenizer(path).encode("put the red block") + [1] and len(codes) == 40
+    with pytest.raises(ValueError, match="nowhere.model"):
+        Config(tokenizer_path="nowhere.model").encode_text("red")
+
+
+# -- shapes, learning, the file itself
+
+
+def test_documented_shapes():
+    model = small(n_draws=2)
+    batch, shapes = small_batch(model.config), {}
+    names = ("vision", "t5", "lang_adaptor", "img_adaptor", "state_adaptor", "t_embed", "blocks.0", "decoder")
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: shapes.update({name: (tuple(args[0].shape), tuple(out.shape))})
+        )
+    model.loss(batch)
+    D, N, L = 32, 3 + 5, 9
+    assert shapes == {
+        "vision": ((3 * 2 * 2, 3, 16, 16), (12, 4, 16)),
+        "t5": ((3, L), (3, L, 16)),
+        "lang_adaptor": ((3, L, 16), (3, L, D)),
+        "img_adaptor": ((3, 16, 16), (3, 16, D)),
+        "state_adaptor": ((6, 6, 256), (6, 6, D)),
+        "t_embed": ((6, 256), (6, D)),
+        "blocks.0": ((6, N, D), (6, N, D)),
+        "decoder": ((6, 5, D), (6, 5, 128)),
+    }
+    k, v, bias = model.encode(batch)["conditions"][0]
+    assert k.shape == v.shape == (3, 2, L, 16) and bias.shape == (3, 1, 1, L)
+
+
+def test_the_loss_falls():
+    torch.manual_seed(0)
+    model = RDT(Config(**SMALL | {"mask_prob": 0.0, "n_draws": 4})).train()
+    batch = small_batch(model.config, B=8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model.loss(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
+
+
+def test_main_learns_to_read_one_letter_in_two_bodies():
+    assert rdt.main(steps=150) > 0.9
+
+
+def test_every_equation_of_the_docstring_is_tagged_in_the_code():
+    head, _, code = open(rdt.__file__).read()[3:].partition('"""')
+    listed = set(re.findall(r"^    \[(\d+)\] ", head, flags=re.M))
+    tagged = set(re.findall(r"#[^\n]*\[(\d+)\]", code))
+    assert listed == tagged == {str(i) for i in range(1, len(listed) + 1)}
+
+
+@pytest.mark.skipif(not os.environ.get("RDT_FULL"), reason="set RDT_FULL=1: takes 6 GB and minutes on a CPU")
+def test_the_full_size_samples_a_chunk_on_a_cpu():
+    """Random bfloat16 weights; embeddings of a 32-word instruction and of six pictures are given."""
+    import resource
+
+    began = time.perf_counter()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = RDT(Config(**PRESETS["1B"]))
+        model = model.to_empty(device="cpu").eval()
+        model.init_weights()
+        torch.nn.init.normal_(model.decoder.fc2.weight, std=0.02)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.prepare()
+    print(f"\nbuilt in {time.perf_counter() - began:.1f} s, {torch.get_num_threads()} threads")
+    batch = {
+        "state": torch.zeros(1, 2, 14),
+        "control_hz": torch.tensor([25.0]),
+        "lang_embeds": torch.randn(1, 32, 4096),
+        "image_embeds": torch.randn(1, 4374, 1152),
+    }
+    for _ in range(2):
+        began = time.perf_counter()
+        chunk = model.sample(batch)
+        print(f"one chunk, 5 steps: {time.perf_counter() - began:.2f} s")
+    print(f"largest memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    assert chunk.shape == (1, 64, 14) and torch.isfinite(chunk).all() and chunk.std() > 0
