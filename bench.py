@@ -57,7 +57,7 @@ def random_items(config, device, folder):
                             text=hasattr(config, "text_len"))
     return data.Windows(demos, data.fit_normalizer(demos), config.pred_horizon, config.n_obs_steps,
                         config.first_action, config.n_obs_loaded, getattr(config, "text_len", 0),
-                        device=device)
+                        device=device, encode=getattr(config, "encode_text", None))
 
 
 def median_ms(function, device, repeat):

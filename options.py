@@ -86,6 +86,10 @@ class Options:
     dtype: str = "auto"
     # compile the training step with torch.compile
     compile: bool = False
+    # show what one batch meets inside the model file, and train nothing
+    explain: bool = False
+    # several GPUs: share out weights, gradients, average and optimiser (FSDP2), for the largest presets
+    fsdp: bool = False
     # go on with the run in --out
     resume: bool = False
     # weights to start from: .safetensors or state_dict of an official release
@@ -94,6 +98,8 @@ class Options:
     set: dict = field(default_factory=dict)
     # observation and action keys of the data, as in Diffusion Policy's YAML (YAML only)
     shape_meta: dict = field(default_factory=dict)
+    # several robots in one run: {name: {data, action_names, state_names}}, for rdt (YAML only)
+    robots: dict = field(default_factory=dict)
     # environment of the closed loop: {id, kwargs, obs, ...}, see sample.py (YAML only)
     env: dict = field(default_factory=dict)
 

@@ -1,7 +1,9 @@
-"""One run -> one HTML file: final figures, sampling from noise with a slider, rollouts that play, curves.
+"""A run, or several side by side -> one HTML file: final figures, sampling from noise with a slider, rollouts
+that play, curves.
 
-train.py calls `write` at its end, sample.py after an evaluation. The file needs no network and no library:
-arrays travel as base64 float32 and pictures as PNG inside one JSON block; a script draws them on canvases.
+train.py calls `write` at its end, sample.py after an evaluation, compare.py with several runs. The file needs
+no network and no library: arrays travel as base64 float32 and pictures as PNG inside one JSON block; a script
+draws them on canvases.
 PAGE at the bottom is the page: style, sections, script. Sections without data are cut out between their
 <!--name--> marks; {{name}} is filled in.
 """
@@ -139,26 +141,41 @@ def _view(*parts, extent=None):
     return view
 
 
-def _chunks(chunks):
+def _chunks(chunks, beside=()):
+    """`beside`: chunks of other runs that are shown on the same scale, `chunks` among them."""
     trace = np.asarray(chunks["trace"], dtype=np.float32)
     S, N, Tp, A = trace.shape
     keep = _spread(S, MAX_STATES)
     # Chunks are put in order along the main direction in which the finished ones differ and coloured in this
     # order, so that each of several modes has a hue of its own.
     ends = np.nan_to_num(trace[-1].reshape(N, -1).astype(np.float64), posinf=0, neginf=0)
-    order = np.argsort(np.linalg.svd(ends - ends.mean(0), full_matrices=False)[0][:, 0])
-    trace = trace[keep][:, order]
+    place = np.linalg.svd(ends - ends.mean(0), full_matrices=False)[0][:, 0]
     image, extent, xy = chunks.get("observation"), chunks.get("extent"), chunks.get("xy")
+    # Which end comes first is open: the one on the left, so that runs beside each other agree on it.
+    first = ends.reshape(N, Tp, A)[..., 0 if xy is None else xy[0]].mean(1)
+    order = np.argsort(place * (-1 if place @ first < 0 else 1))
+    trace = trace[keep][:, order]
     out = {"labels": [str(chunks["labels"][k]) for k in keep], "xy": xy, "extent": extent,
            "image": None if image is None else sprite(np.asarray(image)[None]),
            "executed": chunks.get("executed") or (0, Tp)}
-    # All finished chunks are in sight, but only nine tenths of the noise: its tails would shrink the rest.
+    # All finished chunks are in sight, but only nine tenths of the noise: its tails would shrink the rest. So
+    # would the outliers of a run that has learned little, in those beside it.
+    outside = 0.02 if len(beside) > 1 else 0
+    ends = [(np.asarray(other["trace"])[k], tail) for other in beside or [chunks]
+            for k, tail in ((-1, outside), (0, 0.05))]
     if xy is None:
-        out["ranges"] = [_range((trace[-1, ..., d], 0), (trace[0, ..., d], 0.05)) for d in range(A)]
+        out["ranges"] = [_range(*[(states[..., d], tail) for states, tail in ends]) for d in range(A)]
     else:
         trace = trace[..., list(xy)]
-        out["view"] = _view((trace[-1], 0), (trace[0], 0.05), extent=extent)
-    return out | {"trace": pack(trace)}
+        out["view"] = _view(*[(states[..., list(xy)], tail) for states, tail in ends], extent=extent)
+    return out | {"trace": pack(trace), "name": chunks.get("name", "")}
+
+
+def _all_chunks(sets):
+    """Those of the same `group` (one environment) share their scale."""
+    groups = [[other for other in sets if other.get("group") == chunks.get("group")
+               and np.shape(other["trace"])[-1] == np.shape(chunks["trace"])[-1]] for chunks in sets]
+    return [_chunks(chunks, beside) for chunks, beside in zip(sets, groups)]
 
 
 def _tiles(images):
@@ -174,7 +191,8 @@ def _samples(samples):
     is_image = trace.ndim == 5
     limit = 2 + int(MAX_IMAGE_BYTES / trace[0].size) if is_image else MAX_STATES
     keep = _spread(len(trace), min(limit, MAX_STATES))
-    out = {"labels": [str(samples["labels"][k]) for k in keep], "n": trace.shape[1]}
+    out = {"labels": [str(samples["labels"][k]) for k in keep], "n": trace.shape[1],
+           "name": samples.get("name", "")}
     if is_image:
         return out | {"images": _tiles(trace[keep]), "data": None if data is None else _tiles(data)}
     data = np.zeros((0, 2)) if data is None else np.asarray(data)
@@ -191,7 +209,8 @@ def _rollouts(rollouts):
     view = _view(*[(np.asarray(r["path"]), 0) for r in rollouts if "path" in r])  # one for all: comparable
     out = []
     for r in rollouts:
-        entry = {key: str(r[key]) for key in ("outcome", "instruction", "seed") if r.get(key) is not None}
+        shown = ("outcome", "instruction", "seed", "name", "scene")
+        entry = {key: str(r[key]) for key in shown if r.get(key) is not None}
         entry |= {"frames": sprite(np.asarray(r["frames"]))} if "frames" in r else {"path": pack(r["path"])}
         out.append(entry | {"success": bool(r["success"]), "view": view})
     return out
@@ -219,6 +238,24 @@ def _table(content, prefix=""):
     return rows
 
 
+def _tables(tables):
+    """[(title, [row])] with a dict per row -> HTML tables; a column is what any of the rows has."""
+    out = ""
+    for title, rows in tables:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        head = "".join(f"<th scope=col>{html.escape(str(key))}</th>" for key in columns)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(_text(str(key), row.get(key, '')))}</td>"
+                                        for key in columns) + "</tr>\n" for row in rows)
+        out += (f"<h2>{html.escape(title)}</h2><div class=wide><table>\n<tr>{head}</tr>\n{body}"
+                "</table></div>\n")
+    return out
+
+
+def _listed(one_or_several):
+    several = [one_or_several] if isinstance(one_or_several, dict) else one_or_several or []
+    return [entry for entry in several if np.size(entry["trace"])]
+
+
 def _failures(outcomes):
     """{outcome: episodes} -> rows of the failures, the most frequent first, with their share of all failures.
     """
@@ -231,7 +268,8 @@ def _failures(outcomes):
     return rows
 
 
-def write(path, title, metrics=(), result=None, config=None, chunks=None, rollouts=(), samples=None):
+def write(path, title, metrics=(), result=None, config=None, chunks=None, rollouts=(), samples=None,
+          tables=()):
     """Write the report to `path` (aside first, then renamed). What is not given is left out of the page.
 
     metrics   dicts of metrics.jsonl: `step` with loss, lr, grad_norm, data_s, compute_s, samples_per_s, or
@@ -244,6 +282,9 @@ def write(path, title, metrics=(), result=None, config=None, chunks=None, rollou
               bottom, top) in action units (y down: bottom > top). Without extent or xy it stands beside
     rollouts  dicts: frames (T, H, W, 3) uint8 or path (T, 2); success; optional outcome, instruction, seed.
               The first 8 are shown with every frame they have, so thin long episodes before
+    Several runs: chunks and samples may be lists, each with a `name`, chunks also with a `group` whose scale
+    they share; rollouts with `name` and `scene`, those of one scene beside each other, and all are shown; and
+    tables    [(title, rows)], a row a dict {column: value}
     samples   trace (S, N, 2) points or (S, N, C, H, W) images in [-1, 1]; labels: S strings. Optional: data,
               the same without S; field (S, G, G, 2), rows along y, columns along x, over field_extent (low,
               high) in both
@@ -252,12 +293,13 @@ def write(path, title, metrics=(), result=None, config=None, chunks=None, rollou
     result = result or {}
     data = {
         "charts": _charts(metrics),
-        "chunks": _chunks(chunks) if chunks and np.size(chunks["trace"]) else None,
-        "rollouts": _rollouts(rollouts[:MAX_ROLLOUTS]),
-        "samples": _samples(samples) if samples and np.size(samples["trace"]) else None,
+        "chunks": _all_chunks(_listed(chunks)),
+        "rollouts": _rollouts([r for i, r in enumerate(rollouts) if i < MAX_ROLLOUTS or "scene" in r]),
+        "samples": [_samples(one) for one in _listed(samples)],
     }
     fill = {
         "title": html.escape(title),
+        "tables": _tables(tables),
         "result": _table({key: value for key, value in result.items() if key != "outcomes"}),
         "failures": _failures(result.get("outcomes") or {}),
         "config": _table(config or {}),
@@ -301,8 +343,11 @@ html { overflow-y: scroll; background: var(--ground); color: var(--ink); }
 body { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; font: 16px/1.5 system-ui, sans-serif; }
 h1 { margin: 0 0 2rem; font-size: 1.5rem; font-weight: 600; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 0 0 .5rem; font-size: 1.125rem; font-weight: 600; }
+h3 { margin: 1.5rem 0 .5rem; font-size: .875rem; font-weight: 400; color: var(--soft); }
+figcaption b, figure > b { font-size: .875rem; font-weight: 600; overflow-wrap: anywhere; }
 section { margin: 0 0 3rem; min-width: 0; }
 body > .grid { margin-bottom: 3rem; }
+body > .grid:not(:has(section)) { display: none; }
 .grid > section { margin: 0; }
 p { margin: 0 0 1rem; max-width: 48rem; color: var(--soft); }
 figure { margin: 0; min-width: 0; }
@@ -331,6 +376,9 @@ table { width: 100%; max-width: 36rem; border-collapse: collapse; font-size: .87
 th, td { padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 th { width: 40%; font-weight: 400; color: var(--soft); overflow-wrap: anywhere; }
+.wide { overflow-x: auto; margin: 0 0 2rem; }
+.wide table { width: auto; max-width: none; }
+.wide th, .wide td { width: auto; padding-right: 1.5rem; white-space: nowrap; }
 .bar { width: 30%; }
 .bar i { display: block; height: .6rem; background: var(--second); }
 summary { cursor: pointer; margin-bottom: .75rem; }
@@ -339,6 +387,8 @@ summary { cursor: pointer; margin-bottom: .75rem; }
 <body>
 <h1>{{title}}</h1>
 <noscript><p>Pictures and curves are drawn by a script inside this file; scripts are off here.</p></noscript>
+<!--tables--><section id="tables">
+{{tables}}</section><!--/tables-->
 <div class="grid">
 <!--result--><section id="result"><h2>Result</h2><table>
 {{result}}</table></section><!--/result-->
@@ -478,11 +528,24 @@ function frame(pen, width, height) {
   pen.strokeRect(.5, .5, width - 1, height - 1);
 }
 
-function drawChunks(grid, chunks) {
+// Runs beside each other: a button that plays them all. Returns where it was put.
+function playAll(section, plays) {
+  const bar = add(section, "div", {class: "player"});
+  add(bar, "button", {type: "button"}, "Play all").onclick = () => plays.forEach(play => play());
+  return bar;
+}
+function drawAll(section, sets, drawOne) {
+  const grid = section.querySelector(".grid"), plays = sets.map(one => drawOne(grid, one, sets.length === 1));
+  if (plays.length > 1) grid.before(playAll(section, plays));
+}
+
+function drawChunks(grid, chunks, alone) {
   const values = floats(chunks.trace), [S, N, T, A] = chunks.trace.shape, [start, stop] = chunks.executed;
   const columns = width => clamp(Math.floor(width / 150), 1, A), onPlane = chunks.xy !== null;
   const background = onPlane && chunks.extent && chunks.image ? picture(chunks.image) : null;
   const figure = add(grid, "figure", {class: onPlane ? "stage" : ""});
+  const name = [chunks.name, "state of the sampler"].filter(Boolean).join(", ");
+  if (chunks.name) add(figure, "b", {}, chunks.name);
   let k = S - 1;
   // Chunk n in state k: dots, and a line that fades in as the chunk takes shape.
   function drawChunk(pen, n, place) {
@@ -516,17 +579,20 @@ function drawChunks(grid, chunks) {
   }
   const redraw = onPlane ? canvas(figure, "action chunks", heightOf(chunks.view), drawPlane)
     : canvas(figure, "action chunks", width => 150 * Math.ceil(A / columns(width)), drawDimensions);
-  player(figure, "state of the sampler", chunks.labels, state => { k = state; redraw(); });
+  const play = player(figure, name, chunks.labels, state => { k = state; redraw(); });
   if (chunks.image && !background) {
-    grid.classList.add("beside");
+    if (alone) grid.classList.add("beside");
     const beside = add(grid, "figure");
     tiles(beside, "observation", chunks.image, 1, () => 0);
     add(beside, "figcaption", {}, "Observation");
   }
+  return play;
 }
 
 function drawSamples(grid, samples) {
   const figure = add(grid, "figure", {class: "stage"});
+  const name = [samples.name, "state of the sampler"].filter(Boolean).join(", ");
+  if (samples.name) add(figure, "b", {}, samples.name);
   const [points, known, field] = [samples.points, !samples.images && samples.data, samples.field]
     .map(packed => packed && floats(packed));
   let k = samples.labels.length - 1;
@@ -557,17 +623,27 @@ function drawSamples(grid, samples) {
   }
   const redraw = samples.images ? tiles(figure, "samples", samples.images, samples.n, () => k * samples.n)
     : canvas(figure, "samples", heightOf(samples.view), drawPoints);
-  player(figure, "state of the sampler", samples.labels, state => { k = state; redraw(); });
+  const play = player(figure, name, samples.labels, state => { k = state; redraw(); });
   if (samples.images && samples.data) {
     const beside = add(grid, "figure", {class: "stage"});
     tiles(beside, "training data", samples.data, samples.data.count, () => 0);
     add(beside, "figcaption", {}, "Training data");
   }
+  return play;
 }
 
 function drawRollouts(section, rollouts) {
+  const scenes = {};
+  function gridOf(scene) {
+    if (!scene) return section.querySelector(".many");
+    if (!scenes[scene]) {
+      add(section, "h3", {}, scene);
+      scenes[scene] = add(section, "div", {class: "grid many"});
+    }
+    return scenes[scene];
+  }
   const plays = rollouts.map((rollout, index) => {
-    const figure = add(section.querySelector(".many"), "figure"), name = `rollout ${index + 1}`;
+    const figure = add(gridOf(rollout.scene), "figure"), name = `rollout ${index + 1}`;
     const path = rollout.path && floats(rollout.path), count = path ? path.length / 2 : rollout.frames.count;
     let k = count - 1;
     function drawPath(pen, width, height) {
@@ -581,10 +657,11 @@ function drawRollouts(section, rollouts) {
     const redraw = path ? canvas(figure, name, heightOf(rollout.view), drawPath)
       : tiles(figure, name, rollout.frames, 1, () => k);
     const play = player(figure, name, range(count).map(String), state => { k = state; redraw(); }, 100);
-    const caption = add(figure, "figcaption", {}, rollout.instruction);
+    const caption = add(figure, "figcaption", {}, rollout.scene ? "" : rollout.instruction);
+    if (rollout.name) add(caption, "b", {}, rollout.name);
     const end = rollout.success ? "\u2713 success" : `\u2717 ${rollout.outcome || "failure"}`;
     add(caption, "div", {style: `color: var(--${rollout.success ? "first" : "second"})`}, end);
-    if (rollout.seed) add(caption, "span", {}, `seed ${rollout.seed}`);
+    if (rollout.seed && !rollout.scene) add(caption, "span", {}, `seed ${rollout.seed}`);
     return play;
   });
   section.querySelector("button").onclick = () => plays.forEach(play => play());
@@ -677,8 +754,8 @@ function drawChart(grid, {title, lines, log, percent}) {
   read(null);
 }
 
-if (data.chunks) drawChunks(document.querySelector("#chunks .grid"), data.chunks);
-if (data.samples) drawSamples(document.querySelector("#samples .grid"), data.samples);
+if (data.chunks.length) drawAll(document.querySelector("#chunks"), data.chunks, drawChunks);
+if (data.samples.length) drawAll(document.querySelector("#samples"), data.samples, drawSamples);
 if (data.rollouts.length) drawRollouts(document.querySelector("#rollouts"), data.rollouts);
 for (const chart of data.charts) drawChart(document.querySelector("#charts .grid"), chart);
 </script>

@@ -7,7 +7,8 @@
 `act` keeps the last To observations and a queue of actions: when the queue is empty it samples a chunk of Tp
 actions, executes Ta of them, and looks again (receding horizon). The command line runs many episodes at once,
 with the same seeds for every policy, and prints success with its Wilson interval, and the latency of a chunk.
-For a generative model it draws samples and prints their energy distance to held-out data.
+For a generative model it draws samples and prints their energy distance to held-out data. Several runs beside
+each other, on the same seeds and observations: `python sample.py out/dp_cnn out/pi0 --compare` (compare.py).
 """
 import importlib
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 
 import report
@@ -26,6 +28,7 @@ from data import Normalizer, UserError, encode_text, open_samples, written_aside
 from options import Parser, hint, load_module, model_config, parse_set, pick_device, run
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
+BACKGROUND = 127          # what a covered camera shows, 0..255
 EVALUATION_SEEDS = 100_000  # episode i has seed 100000 + 1000 * --seed + i; the paper's are 100000 + i
 
 
@@ -125,12 +128,25 @@ class Policy:
     """Acts from raw observations. n episodes side by side share one object; n = 1 is a robot.
 
     model: a policy in evaluation mode; normalizer, description: of the data it was trained on. dtype:
-    bfloat16 halves the weights. steps: sampler steps, default the model's own.
+    bfloat16 halves the weights. steps: sampler steps, default the model's own. robot: whose body it acts in,
+    if it was trained on several. without: cameras that are covered, they show the background. swap: pairs of
+    words that are exchanged in every instruction, to see whether the policy listens.
     """
 
-    def __init__(self, model, normalizer, description, device="cpu", dtype=None, steps=None, seed=0):
+    def __init__(self, model, normalizer, description, device="cpu", dtype=None, steps=None, seed=0,
+                 robot=None, without=(), swap=()):
         self.model = model.to(dtype) if dtype else model
-        self.normalizer, self.description = normalizer, description
+        robots = description.get("robots", {})
+        if (robot or robots) and robot not in robots:
+            raise UserError(f"robot {robot!r}: the run knows one robot, leave --robot out" if not robots else
+                            f"robot {robot!r} was not trained on{hint(robot, robots)}" if robot else
+                            f"several robots were trained on: add --robot with one of {', '.join(robots)}")
+        self.normalizer, self.description = normalizer, description | robots.get(robot, {})
+        self.places, self.without, self.swap = self.description.get("places"), without, swap
+        cameras = self.description["camera_keys"]
+        for camera in without:
+            if camera not in cameras:
+                raise UserError(f"there is no camera {camera!r}{hint(camera, cameras)}")
         self.device, self.steps, self.seed = torch.device(device), steps, seed
         self.reset()
 
@@ -155,8 +171,7 @@ class Policy:
         observation: {key: array} with the keys of the data set: state (dim,), images (H, W, 3) uint8;
         "instruction": str (or n of them) if the policy reads.
         """
-        step, single = self.prepare(observation)
-        self.history = (self.history + [step])[-self.model.config.n_obs_steps:]
+        single = self.observe(observation)
         if not self.queue:
             began = time.perf_counter()
             self.chunk = self.sample_chunk()                                    # (n, Tp, A)
@@ -165,6 +180,12 @@ class Policy:
             self.queue = list(self.chunk[:, now:now + self.model.config.n_action_steps].swapaxes(0, 1))
         action = self.queue.pop(0)                                              # (n, A)
         return action[0] if single else action
+
+    def observe(self, observation):
+        """Remember an observation without acting. -> whether it came without the axis n"""
+        step, single = self.prepare(observation)
+        self.history = (self.history + [step])[-self.model.config.n_obs_steps:]
+        return single
 
     def prepare(self, observation):
         """One observation -> ({"state": (n, S), "images": (n, V, H, W, 3), "text": (n, L)}, whether n was
@@ -181,9 +202,18 @@ class Policy:
             if value.shape[1:] != (dim,):
                 raise UserError(f"observation {key!r} has shape {value.shape[1:]}, trained on was ({dim},)")
             parts.append(torch.from_numpy(value))
-        step["state"] = self.normalizer.normalize("state", torch.cat(parts, dim=-1))
+        state = torch.cat(parts, dim=-1)
+        if self.places:
+            packed = state.new_zeros(len(state), d["state_dim"])
+            packed[:, self.places["state"]] = state
+            has = self.valid("state", len(state))
+            step["state"] = self.normalizer.normalize("state", packed) * has
+        else:
+            step["state"] = self.normalizer.normalize("state", state)
         if d["camera_keys"]:
             images = [np.asarray(observation[k]) for k in d["camera_keys"]]
+            images = [np.full_like(x, BACKGROUND) if key in self.without else x
+                      for key, x in zip(d["camera_keys"], images)]
             images = np.stack([i[None] if single else i for i in images], axis=1)  # (n, V, H, W, 3)
             if images.dtype != np.uint8 or images.shape[2:] != (*d["image_size"], 3):
                 raise UserError(f"camera images must be uint8 {(*d['image_size'], 3)}, not {images.dtype} "
@@ -193,10 +223,25 @@ class Policy:
         if length:
             texts = observation.get("instruction", "")
             texts = [texts] if isinstance(texts, str) else texts
-            step["text"] = torch.stack([torch.as_tensor(encode_text(t, length)) for t in texts])
+            for a, b in self.swap:
+                texts = [re.sub(rf"\b(?:{a}|{b})\b", lambda m: b if m[0] == a else a, t) for t in texts]
+            # A model file may bring its own codes; bytes otherwise.
+            encode = getattr(self.model.config, "encode_text", lambda text: encode_text(text, length))
+            try:
+                step["text"] = torch.stack([torch.as_tensor(encode(t)) for t in texts])
+            except ValueError as e:  # an instruction that is too long, a tokenizer that is not there
+                raise UserError(str(e)) from None
         return step, single
 
-    def sample_chunk(self):
+    def valid(self, kind, n):
+        """Which numbers of the unified vector the robot has: (n, dim) bool."""
+        has = torch.zeros(n, self.description[f"{kind}_dim"], dtype=torch.bool)
+        has[:, self.places["actions" if kind == "action" else "state"]] = True
+        return has
+
+    def sample_chunk(self, copies=1, trace=None):
+        """From the observations so far, `copies` chunks for each episode: (n copies, Tp, A), raw units.
+        trace: receives the chunks at every state of the sampler, normalised."""
         missing = self.model.config.n_obs_steps - len(self.history)
         history = self.history[:1] * missing + self.history  # the first one stands for the time before it
         state = torch.stack([h["state"] for h in history], dim=1)               # (n, To, S)
@@ -205,9 +250,13 @@ class Policy:
             batch["images"] = torch.stack([h["images"] for h in history], dim=1).permute(0, 1, 2, 5, 3, 4)
         if "text" in history[0]:
             batch["text"] = history[-1]["text"]
-        batch = {k: v.to(self.device) for k, v in batch.items()}
-        chunk = self.model.sample(batch, steps=self.steps, generator=self.generator)
-        return self.normalizer.unnormalize("actions", chunk.float().cpu()).numpy()  # (n, Tp, A)
+        if self.places:
+            batch |= {f"{kind}_valid": self.valid(kind, len(state)) for kind in ("action", "state")}
+        batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}
+        more = {} if trace is None else {"trace": trace}
+        chunk = self.model.sample(batch, steps=self.steps, generator=self.generator, **more)
+        chunk = self.normalizer.unnormalize("actions", chunk.float().cpu()).numpy()  # (n, Tp, A)
+        return chunk[..., self.places["actions"]] if self.places else chunk
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -215,12 +264,13 @@ class Policy:
 
 
 class TabletopEpisodes:
-    """The built-in task. Pictures are rendered for the policy only if it has cameras."""
-    max_steps = tabletop.MAX_STEPS
+    """The built-in task, with one of its robots. Pictures are rendered for the policy only if it has
+    cameras."""
 
-    def __init__(self, n, description, instruction=None):
+    def __init__(self, n, description, instruction=None, robot=tabletop.Tabletop):
+        self.max_steps = robot.max_steps * robot.fps // tabletop.FPS
         size = description["image_size"][0] if description["image_size"] else 64
-        self.env = tabletop.Tabletop(n, cameras=bool(description["camera_keys"]), image_size=size)
+        self.env = robot(n, cameras=bool(description["camera_keys"]), image_size=size)
         self.options = {} if instruction is None else {"instruction": instruction}
 
     def reset(self, seeds):
@@ -314,9 +364,9 @@ def pick(obs, where):
 
 
 def make_episodes(environment, n, description, instruction=None):
-    """environment: "tabletop" or a dict as in GymEpisodes."""
-    if environment == "tabletop":
-        return TabletopEpisodes(n, description, instruction)
+    """environment: a name in tabletop.ROBOTS or a dict as in GymEpisodes."""
+    if isinstance(environment, str):
+        return TabletopEpisodes(n, description, instruction, tabletop.ROBOTS[environment])
     return GymEpisodes(n, description, environment)
 
 
@@ -372,17 +422,49 @@ def energy_distance(x, y):
     return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
 
 
-def compare_samples(model, held_out, seed):
+def compare_samples(model, held_out, seed, train=None):
     """Energy distance of samples to held-out data, and of two halves of the data as its floor: {"distance",
-    "floor"}. At most 1000 points or 128 images each."""
+    "floor"}; for images with classes also how often a classifier, trained on `train`, finds the class that
+    was asked for in the samples, and in held-out images. At most 1000 points or 128 images each."""
     n = min(len(held_out) // 2, 1000 if len(held_out.shape) == 1 else 128)
     if not n:
         return {}
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
     halves = [held_out.batch(order[i * n:(i + 1) * n]) for i in (0, 1)]
-    samples = model.sample(halves[0], generator=torch.Generator().manual_seed(seed)).float()
-    return {"distance": energy_distance(samples, halves[1]["x"]),
-            "floor": energy_distance(halves[0]["x"], halves[1]["x"])}
+    device = next(model.parameters()).device
+    asked = {k: v.to(device) for k, v in halves[0].items()}
+    samples = model.sample(asked, generator=torch.Generator().manual_seed(seed)).float().cpu()
+    result = {"distance": energy_distance(samples, halves[1]["x"]),
+              "floor": energy_distance(halves[0]["x"], halves[1]["x"])}
+    if train is not None and len(train.shape) == 3 and model.config.n_classes and "label" in halves[0]:
+        classify = classifier(train, seed)
+        right = lambda x, label: (classify(x) == label).float().mean().item()
+        every = held_out.batch(order[:1000])
+        result |= {"accuracy_samples": right(samples, halves[0]["label"]),
+                   "accuracy_real": right(every["x"], every["label"])}
+    return result
+
+
+def classifier(train, seed, steps=400):
+    """A small convolutional network that names the class of images, trained on the real ones: function images
+    (B, C, H, W) in [-1, 1] -> labels (B,). On one core: seconds."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        widths = (train.shape[0], 16, 32, 64)
+        layers = [layer for a, b in zip(widths, widths[1:]) for layer in
+                  (torch.nn.Conv2d(a, b, 3, stride=2, padding=1), torch.nn.BatchNorm2d(b), torch.nn.ReLU())]
+        net = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.LazyLinear(train.n_classes))
+        net(train.batch(torch.arange(2))["x"].cpu())                # LazyLinear learns its width
+        optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        for _ in range(steps):
+            batch = train.batch(torch.randint(len(train), (64,)))
+            F.cross_entropy(net(batch["x"].cpu()), batch["label"].cpu()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    net.eval().requires_grad_(False)
+    return lambda images: net(images.cpu()).argmax(1)
 
 
 def pictures(model, windows, normalizer, description, seed, n=32):
@@ -402,6 +484,8 @@ def pictures(model, windows, normalizer, description, seed, n=32):
     batch = {k: v[4 * spread.argmax()].expand(n, *v.shape[1:]) for k, v in batch.items()}
     model.sample(batch, generator=generator, trace=trace)
     states = normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()   # (S, n, Tp, A)
+    if "action_valid" in batch:
+        states = states[..., batch["action_valid"][0].cpu().numpy()]
     now = -model.config.first_action
     chunks = {"trace": states, "xy": (0, 1) if states.shape[-1] >= 2 else None, "observation": None,
               "executed": (now, now + model.config.n_action_steps),
@@ -421,15 +505,36 @@ def pictures(model, windows, normalizer, description, seed, n=32):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def load_run(path, args):
+    """-> (model with --set applied, its checkpoint, device, dtype)"""
+    device, dtype = pick_device(args.device, args.dtype)
+    model, checkpoint = load_model(path, device)
+    changes = parse_set(args.set)
+    model.config = model_config(load_module(checkpoint["model"]), checkpoint["config"] | changes, "--set")
+    if checkpoint["normalizer"] is None:
+        model.config.sampler_steps = args.sampler_steps or model.config.sampler_steps
+    return model, checkpoint, device, dtype
+
+
+def held_out_samples(checkpoint, split="valid"):
+    options = checkpoint["options"]
+    return open_samples(options["data"] or "moons", options["demos"] or None, options["seed"], split=split)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("run", help="folder of a training run, or its checkpoint.pt")
+    add("run", nargs="+", help="folder of a training run, or its checkpoint.pt; several with --compare")
+    add("--compare", action="store_true", help="several runs side by side, same seeds and observations")
+    add("--out", default="", help="folder of what is written; default: the run's own, or out/compare")
     add("--env", default="", help="tabletop, or a Gymnasium id; default: what the run was trained on")
     add("--config", default="", help="YAML whose env: maps the environment's observations")
     add("--episodes", type=int, default=100)
     add("--sampler_steps", type=int, default=0, help="default: as the model was configured")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. sampler=ddpm")
+    add("--robot", default="", help="which of the robots that it was trained on")
+    add("--without", action="append", default=[], metavar="CAMERA", help="cover this camera")
+    add("--swap", action="append", default=[], metavar="A,B", help="exchange two words in what it is told")
     add("--instruction", type=int, default=None, help="tabletop: ask for this one of the four instead")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
@@ -437,24 +542,24 @@ def main(argv=None):
     args = parser.parse(argv)
     if args.episodes < 1:
         raise UserError(f"--episodes {args.episodes} must be at least 1")
-    device, dtype = pick_device(args.device, args.dtype)
-    model, checkpoint = load_model(args.run, device)
-    changes = parse_set(args.set)
-    model.config = model_config(load_module(checkpoint["model"]), checkpoint["config"] | changes, "--set")
-    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    if args.compare:
+        from compare import side_by_side
+        return side_by_side(args)
+    if len(args.run) > 1:
+        raise UserError(f"{len(args.run)} runs are given: add --compare to see them side by side")
+    path = Path(args.run[0])
+    model, checkpoint, device, dtype = load_run(path, args)
+    folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
     title = f"{checkpoint['model']} ({checkpoint['preset']}), step {checkpoint['step']}"
     try:
         if checkpoint["normalizer"] is None:
-            options = checkpoint["options"]
-            held_out = open_samples(options["data"] or "moons", options["demos"] or None, options["seed"],
-                                    split="valid")
-            model.config.sampler_steps = args.sampler_steps or model.config.sampler_steps
-            result = compare_samples(model, held_out, args.seed)
+            held_out = held_out_samples(checkpoint)
+            result = compare_samples(model, held_out, args.seed, held_out_samples(checkpoint, "train"))
             shown = pictures(model, held_out, None, checkpoint["data"], args.seed)
         else:
             normalizer = Normalizer.from_state(checkpoint["normalizer"])
             policy = Policy(model, normalizer, checkpoint["data"], device, dtype, args.sampler_steps or None,
-                            args.seed)
+                            args.seed, args.robot or None, args.without, [word_pair(x) for x in args.swap])
             result = evaluate(policy, environment_of(args, checkpoint), args.episodes, args.seed,
                               instruction=args.instruction)
             shown = {"rollouts": result.pop("rollouts")}
@@ -467,6 +572,13 @@ def main(argv=None):
     return result
 
 
+def word_pair(text):
+    pair = re.findall(r"\w+", text)
+    if len(pair) != 2:
+        raise UserError(f"--swap {text}: write it as two words, for example --swap red,blue")
+    return pair
+
+
 def environment_of(args, checkpoint):
     """--env, with the mapping of --config or of the run's own YAML."""
     options = checkpoint["options"]
@@ -476,8 +588,10 @@ def environment_of(args, checkpoint):
             env = yaml.safe_load(Path(args.config).read_text())["env"]
         except (OSError, yaml.YAMLError, KeyError, TypeError) as e:
             raise UserError(f"--config {args.config}: no env: can be read ({type(e).__name__})") from None
-    if args.env == "tabletop" or (not args.env and not env and (options["data"] or "tabletop") == "tabletop"):
-        return "tabletop"
+    robot = options.get("robots", {}).get(args.robot, {})
+    data = robot.get("data", args.robot) or options["data"] or "tabletop"
+    if args.env in tabletop.ROBOTS or not args.env and not env and data in tabletop.ROBOTS:
+        return args.env or data
     if not args.env and not env:
         raise UserError("the run names no environment: add --env tabletop, or --env with a Gymnasium id")
     return env if env and args.env in ("", env.get("id")) else {"id": args.env}

@@ -11,7 +11,8 @@ Reads demonstrations (or a generated set) through data.py, trains the model file
 Everything random in step k (which windows, noise, t, crops, dropout) is a function of (seed, k, rank). A run
 that is resumed needs the step and nothing else, and on a CPU it equals the uninterrupted run bit for bit.
 
-Several GPUs: `torchrun --nproc_per_node 4 train.py --model ...` (DDP; --batch_size is per process).
+Several GPUs: `torchrun --nproc_per_node 4 train.py --model ...` (DDP; --batch_size is per process);
+presets of a billion weights with --fsdp.
 """
 import contextlib
 import copy
@@ -21,6 +22,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from tqdm import tqdm
 import data
 import report
 import sample
+import tabletop
 from data import UserError, written_aside
 from options import load_module, make_config, parse_options, pick_device, run, with_recipe
 
@@ -70,9 +73,10 @@ def seed_step(seed, step, rank):
 # Data, files, evaluation
 
 
-def open_data(options, module):
+def open_data(options, module, cache=None):
     """-> (facts about the data for the Config, function (config, device) -> [training items, held-out items],
-    description for the checkpoint, normaliser or None for a generative model)"""
+    description for the checkpoint, normaliser or None for a generative model). cache: folder of generated
+    demonstrations, default as data.py says."""
     fields = {f.name: f.default for f in dataclasses.fields(module.Config)}
     if "data_shape" in fields:  # points or images
         train, valid = (data.open_samples(options.data or "moons", n=options.demos or None, seed=options.seed,
@@ -81,23 +85,46 @@ def open_data(options, module):
         return facts, lambda config, device: [train, valid], train.description(), None
 
     chosen = fields | module.PRESETS.get(options.preset, {}) | options.set
-    demos = data.open_demos(
-        options.data or "tabletop", obs=chosen.get("obs", "image"), text="text_len" in fields,
+    opened = lambda source: data.open_demos(
+        source, obs=chosen.get("obs", "image"), text="text_len" in fields,
         shape_meta=options.shape_meta or None, episodes=options.demos or None,
         val_ratio=options.val_ratio or None, max_train_episodes=options.max_train_episodes or None,
-        seed=options.seed)
+        seed=options.seed, cache=cache)
+    if options.robots:
+        demos = mix_robots(options.robots, module, opened)
+    else:
+        demos = opened(options.data or "tabletop")
     normalizer = data.fit_normalizer(demos, options.normalizer)
     facts = {"action_dim": demos.action_dim, "state_dim": demos.state_dim,
              "n_cameras": len(demos.camera_keys)}
     if demos.image_size:
         facts["image_size"] = tuple(demos.image_size)
+    if options.robots:  # their actions and states come packed
+        facts |= {"action_names": (), "state_names": ()}
 
     def windows(config, device):
         return [data.Windows(demos, normalizer, config.pred_horizon, config.n_obs_steps, config.first_action,
                              n_state_steps=config.n_obs_loaded, text_len=getattr(config, "text_len", 0),
-                             split=split, device=device) for split in ("train", "valid")]
+                             split=split, device=device, encode=getattr(config, "encode_text", None))
+                for split in ("train", "valid")]
 
     return facts, windows, demos.description(), normalizer
+
+
+def mix_robots(robots, module, opened):
+    """One set of all robots of the YAML, packed by the names of their actions and states."""
+    if not hasattr(module, "slots"):
+        raise UserError(f"robots: {module.__name__} has no unified action vector: use --model rdt")
+    parts = {}
+    for name, spec in robots.items():
+        try:
+            places = [module.slots(spec[key]) for key in ("action_names", "state_names")]
+        except (KeyError, TypeError):
+            raise UserError(f"robots: {name}: needs action_names and state_names, lists of names") from None
+        except ValueError as e:
+            raise UserError(f"robots: {name}: {e}") from None
+        parts[name] = (opened(spec.get("data", name)), *places)
+    return data.MixedDemos(parts)
 
 
 def prepare_out(options):
@@ -140,8 +167,11 @@ def resume(path, options, config, model, ema, optimizer, device):
         was, value = checkpoint["options"][name], getattr(options, name)
         if was != value:
             print(f"note: {name} was {was!r} and is now {value!r}: this is not the run that was interrupted")
-    model.load_state_dict(checkpoint["weights"])
-    ema.load_state_dict(checkpoint["ema"])
+    for part, weights in ((model, checkpoint["weights"]), (ema, checkpoint["ema"])):
+        part.load_state_dict({key: split(weights[key], like) for key, like in part.state_dict().items()})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, state in checkpoint["optimizer"]["state"].items():
+        state |= {key: split(x, parameters[i]) for key, x in state.items() if x.shape == parameters[i].shape}
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"], checkpoint["train_seconds"]
 
@@ -166,8 +196,17 @@ def validate(model, items, normalizer, seed, n=256):
         raw = normalizer.unnormalize("actions", torch.stack([sampled, batch["actions"]]))
         now = -model.config.first_action
         executed = slice(now, now + model.config.n_action_steps)
-        error = (raw[0] - raw[1])[:, executed][batch["action_mask"][:, executed]]
-        row["action_error"] = error.abs().mean().item()
+        real = batch["action_mask"][:, executed, None].expand_as(raw[0, :, executed]).clone()
+        if "action_valid" in batch:
+            real &= batch["action_valid"][:, None]
+        error = lambda guess: (guess - raw[1])[:, executed][real].abs().mean().item()
+        row["action_error"] = error(raw[0])
+        # What knows nothing does: the mean action; and, where states are what actions are, to stay.
+        row["error_of_mean"] = error(normalizer.stats["actions"]["mean"].to(raw.device).expand_as(raw[1]))
+        names = getattr(model.config, "action_names", ())
+        if names and names == model.config.state_names:
+            pose = normalizer.unnormalize("state", batch["state"][:, model.config.n_obs_steps - 1])
+            row["error_of_staying"] = error(pose[:, None].expand_as(raw[1]))
     return row
 
 
@@ -183,6 +222,35 @@ class LossStep(torch.nn.Module):
 
     def forward(self, batch):
         return self.model.loss(batch)
+
+
+def shard(loss_step, ema, device, world):
+    """--fsdp: each process keeps a part of every weight, of its average and of the optimiser's state; the
+    weights are whole from a step's forward to its backward pass. One group, not one per block: model files
+    use parts of a block by other ways than its forward, which FSDP2 would not notice."""
+    from torch.distributed.device_mesh import init_device_mesh  # seconds, which others need not wait for
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (world,))
+    for part in (loss_step, ema):
+        fully_shard(part, mesh=mesh)
+
+
+def gather(x):
+    """A state_dict whose tensors are whole: on the first process, on its CPU. All processes take part."""
+    if isinstance(x, dict):
+        return {key: gather(value) for key, value in x.items()}
+    if not hasattr(x, "full_tensor"):  # no DTensor
+        return x
+    whole = x.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else None
+
+
+def split(whole, like):
+    """The inverse of `gather` for one tensor."""
+    if not hasattr(like, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 
 def catch_signals():
@@ -216,6 +284,8 @@ def train(options, module):
     device, dtype = pick_device(options.device, options.dtype)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     main = rank == 0
+    if options.fsdp and world == 1:
+        raise UserError("--fsdp needs several processes: torchrun --nproc_per_node 4 train.py ... --fsdp")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
@@ -232,31 +302,47 @@ def train(options, module):
     model = sample.load_official(module, config, options.init) if options.init else module.Model(config)
     model = model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.param_groups(options.weight_decay), lr=options.lr,
-                                  betas=options.betas, fused=device.type in ("cuda", "cpu"))
     example = (held_out if len(held_out) else windows).batch(torch.zeros(1, dtype=torch.long))
     try:
         with torch.no_grad():
             model.loss({k: v.to(device) for k, v in example.items()})
     except ValueError as e:  # data that the model's Config does not describe
         raise UserError(f"{options.model}: {e}") from None
+    loss_step, shown = LossStep(model), ema  # shown: what is looked at, saved and evaluated
+    if options.fsdp:
+        shown = copy.deepcopy(ema) if main else None
+        shard(loss_step, ema, device, world)
+    optimizer = torch.optim.AdamW(model.param_groups(options.weight_decay), lr=options.lr,
+                                  betas=options.betas, fused=device.type in ("cuda", "cpu"))
     start, seconds, rows = 0, 0.0, []
     if options.resume:
         start, seconds = resume(out / "checkpoint.pt", options, config, model, ema, optimizer, device)
         rows = read_metrics(out / "metrics.jsonl", up_to=start)
     stream = data.batches(windows, options.batch_size, options.seed, start * options.grad_accum, rank, world,
                           options.workers)
-    environment = options.env or None
-    if normalizer is not None and (options.data or "tabletop") == "tabletop":
-        environment = environment or "tabletop"
+    # Where to act: {robot: environment}, one robot has no name.
+    arenas = {None: options.env or options.data or "tabletop"}
+    if options.robots:
+        arenas = {name: spec.get("data", name) for name, spec in options.robots.items()}
+    arenas = {name: env for name, env in arenas.items() if isinstance(env, dict) or env in tabletop.ROBOTS}
+
+    def collect():
+        """All processes bring the parts of the average together in `shown`."""
+        if options.fsdp:
+            whole = gather(ema.state_dict())
+            if main:
+                shown.load_state_dict(whole)
 
     def save(step):
-        sample.save_checkpoint(out / "checkpoint.pt", {
+        collect()
+        state = gather({"weights": model.state_dict(), "optimizer": optimizer.state_dict()})
+        if not main:
+            return
+        sample.save_checkpoint(out / "checkpoint.pt", state | {
             "model": options.model, "preset": options.preset, "options": dataclasses.asdict(options),
             "config": dataclasses.asdict(config), "data": description,
             "normalizer": normalizer.state() if normalizer else None, "step": step, "train_seconds": seconds,
-            "weights": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-            "replay": sample.record(ema, example)})
+            "ema": shown.state_dict(), "replay": sample.record(shown, example)})
 
     def log(row):
         rows.append(row)
@@ -264,12 +350,17 @@ def train(options, module):
             f.write(json.dumps(row) + "\n")
 
     def evaluate(step, closed_loop):
-        row = {"step": step} | validate(ema, held_out, normalizer, options.seed)
+        row = {"step": step} | validate(shown, held_out, normalizer, options.seed)
         if normalizer is None:
-            row |= sample.compare_samples(ema, held_out, options.seed)
-        if closed_loop and environment and options.episodes:
-            policy = sample.Policy(ema, normalizer, description, device=device, seed=options.seed)
-            row |= sample.evaluate(policy, environment, options.episodes, options.seed)
+            row |= sample.compare_samples(shown, held_out, options.seed, windows if closed_loop else None)
+        for robot, environment in arenas.items() if closed_loop and normalizer and options.episodes else ():
+            policy = sample.Policy(shown, normalizer, description, device=device, seed=options.seed,
+                                   robot=robot)
+            found = sample.evaluate(policy, environment, options.episodes, options.seed)
+            if robot:  # success_<robot>, ...; the films of all of them side by side
+                films = row.get("rollouts", []) + found.pop("rollouts")[:3]
+                found = {f"{key}_{robot}": value for key, value in found.items()} | {"rollouts": films}
+            row |= found
         return row
 
     if main:
@@ -281,13 +372,14 @@ def train(options, module):
             print(normalizer.summary())
         with written_aside(out / "metrics.jsonl") as aside:
             aside.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        if not options.resume:
-            save(0)
+    if not options.resume:
+        save(0)
 
     # The loop: fetch, loss, backward, clip, step, EMA, log.
-    loss_step = LossStep(model)
     loss_step = torch.compile(loss_step) if options.compile else loss_step
-    loss_step = torch.nn.parallel.DistributedDataParallel(loss_step) if world > 1 else loss_step
+    if world > 1 and not options.fsdp:
+        loss_step = torch.nn.parallel.DistributedDataParallel(loss_step)
+    own = lambda part: [p.to_local() if options.fsdp else p for p in part.parameters()]
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     received = catch_signals()
     losses, data_s, began, since = [], 0.0, time.perf_counter(), start
@@ -303,15 +395,17 @@ def train(options, module):
             data_s += time.perf_counter() - asked
             seed_step(options.seed, step * options.grad_accum + micro, rank)
             with autocast:
-                loss = loss_step(batch)["loss"] / options.grad_accum
+                named = loss_step(batch)
+                loss = named["loss"] / options.grad_accum
             loss.backward()
             losses.append(loss.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+        grad_norm = grad_norm.full_tensor() if options.fsdp else grad_norm
         optimizer.step()
         optimizer.zero_grad()
         decay = ema_decay(step, options.ema_power, options.ema_max)
         with torch.no_grad():  # EMA: average <- decay * average + (1 - decay) * weights
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_(own(ema), own(model), 1 - decay)
         done = step + 1
         bar.update()
 
@@ -335,18 +429,21 @@ def train(options, module):
         row = {"step": done, "loss": sum(values) / n, "lr": lr, "grad_norm": grad_norm.item(),
                "data_s": data_s / n, "compute_s": (elapsed - data_s) / n,
                "samples_per_s": n * options.batch_size * options.grad_accum * world / elapsed}
+        row |= {f"loss_{name}": x.item() for name, x in named.items() if x.ndim == 0 and name != "loss"}
+        validating, rolling = (every and done % every == 0 and done < options.steps and not stopping
+                               for every in (options.eval_every, options.rollout_every))
         if main:
             log(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f} data {1e3 * row['data_s']:.1f} ms "
                                 f"compute {1e3 * row['compute_s']:.1f} ms")
-            if saving:
-                save(done)
-            validating, rolling = (every and done % every == 0 and done < options.steps
-                                   for every in (options.eval_every, options.rollout_every))
-            if (validating or rolling) and not stopping:
-                row = evaluate(done, closed_loop=rolling)
-                row.pop("rollouts", None)
-                log(row)
+        if saving:
+            save(done)
+        elif validating or rolling:
+            collect()
+        if main and (validating or rolling):
+            row = evaluate(done, closed_loop=rolling)
+            row.pop("rollouts", None)
+            log(row)
         if stopping:
             bar.close()
             if main:
@@ -359,6 +456,7 @@ def train(options, module):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     result = {}
+    collect()
     if main:
         row = evaluate(options.steps, closed_loop=True)
         rollouts = row.pop("rollouts", [])
@@ -367,7 +465,7 @@ def train(options, module):
                   "train_seconds": round(seconds, 1), "device": device.type} | row
         result.pop("loss_t", None)  # drawn as a curve
         sample.write_json(out / "result.json", result)
-        pictures = sample.pictures(ema, held_out if len(held_out) else windows, normalizer, description,
+        pictures = sample.pictures(shown, held_out if len(held_out) else windows, normalizer, description,
                                    options.seed)
         report.write(out / "report.html", f"{options.model} ({options.preset})", rows, result,
                      dataclasses.asdict(config), rollouts=rollouts, **pictures)
@@ -379,10 +477,23 @@ def train(options, module):
     return result
 
 
+def explain_one_batch(options, module):
+    """--explain: see explain.py. The built-in task is shown on a few episodes, which are not kept."""
+    from explain import explain
+    device, _ = pick_device(options.device, "float32")
+    with tempfile.TemporaryDirectory() as cache:
+        built_in = hasattr(module.Config, "horizon") and (options.data or "tabletop") == "tabletop"
+        few = dataclasses.replace(options, demos=min(options.demos or 20, 20)) if built_in else options
+        facts, make_items, description, normalizer = open_data(few, module, cache)
+        config = make_config(module, options, facts)
+        explain(module, config, make_items(config, device)[0], description, normalizer, device, options.seed)
+
+
 def main(argv=None):
     options, explicit = parse_options(sys.argv[1:] if argv is None else argv)
     module = load_module(options.model)
-    return train(with_recipe(options, explicit, module), module)
+    options = with_recipe(options, explicit, module)
+    return explain_one_batch(options, module) if options.explain else train(options, module)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,7 @@ SMALL = {
     "n_action_steps": 3,
     "text_len": 9,
     "vit_size": 16,
+    "patch_size": 8,
     "vit_width": 16,
     "vit_depth": 1,
     "vit_mlp": 24,
@@ -925,7 +926,7 @@ def test_sentencepiece_text_ends_as_t5_expects(tmp_path):
     path = str(tmp_path / "words.model")
     codes = Config(tokenizer_path=path, vocab_size=60).encode_text("put the red block").tolist()
     real = [c for c in codes if c]
-    assert real == rdt.tokenizer(path).encode("put the red block") + [1] and len(codes) == 40
+    assert real == rdt.tokenizer(path).encode("put the red block") + [1] and len(codes) == 24
     with pytest.raises(ValueError, match="nowhere.model"):
         Config(tokenizer_path="nowhere.model").encode_text("red")
 

@@ -121,7 +121,7 @@ def test_one_file_that_loads_nothing(tmp_path):
 def test_empty_report_has_no_sections(tmp_path):
     page, data = write(tmp_path)
     assert Structure(page).ids == ["data"]
-    assert data == {"charts": [], "chunks": None, "rollouts": [], "samples": None}
+    assert data == {"charts": [], "chunks": [], "rollouts": [], "samples": []}
 
 
 def test_text_is_escaped(tmp_path):
@@ -140,13 +140,13 @@ def test_arrays_and_frames_come_back(tmp_path):
     frames = given["rollouts"][0]["frames"]
     for k in range(len(frames)):
         np.testing.assert_array_equal(cut(data["rollouts"][0]["frames"], k), frames[k])
-    np.testing.assert_array_equal(cut(data["chunks"]["image"], 0), given["chunks"]["observation"])
+    np.testing.assert_array_equal(cut(data["chunks"][0]["image"], 0), given["chunks"]["observation"])
     for packed, want in ((data["rollouts"][1]["path"], given["rollouts"][1]["path"]),
-                         (data["samples"]["points"], given["samples"]["trace"]),
-                         (data["samples"]["field"], given["samples"]["field"])):
+                         (data["samples"][0]["points"], given["samples"]["trace"]),
+                         (data["samples"][0]["field"], given["samples"]["field"])):
         np.testing.assert_array_equal(unpack(packed), want.astype("f4"))
     # Chunks are reordered for their colours, in the same way in every state.
-    trace, want = unpack(data["chunks"]["trace"]), given["chunks"]["trace"].astype("f4")
+    trace, want = unpack(data["chunks"][0]["trace"]), given["chunks"]["trace"].astype("f4")
     order = [next(j for j in range(5) if np.array_equal(want[-1, j], chunk)) for chunk in trace[-1]]
     assert sorted(order) == list(range(5))
     np.testing.assert_array_equal(trace, want[:, order])
@@ -156,16 +156,16 @@ def test_sampled_images(tmp_path):
     """-1 is black and 1 is white; tile s * N + n is sample n in state s; one channel stays one channel."""
     trace = np.linspace(-1, 1, 3 * 2)[:, None, None, None].repeat(4, 2).repeat(5, 3).reshape(3, 2, 1, 4, 5)
     _, data = write(tmp_path, samples={"trace": trace, "labels": ["a", "b", "c"], "data": trace[0]})
-    tiles = np.stack([cut(data["samples"]["images"], k) for k in range(6)])
+    tiles = np.stack([cut(data["samples"][0]["images"], k) for k in range(6)])
     np.testing.assert_array_equal(tiles[:, 0, 0, 0], [0, 51, 102, 153, 204, 255])
-    assert tiles.shape == (6, 4, 5, 1) and data["samples"]["data"]["count"] == 2
+    assert tiles.shape == (6, 4, 5, 1) and data["samples"][0]["data"]["count"] == 2
 
 
 def test_two_modes_get_the_two_ends_of_the_colours(tmp_path):
     side = np.array([1, -1, 1, -1, 1, -1])
     trace = side[:, None, None] + np.random.default_rng(0).normal(0, 0.1, (2, 6, 4, 2))
     _, data = write(tmp_path, chunks={"trace": trace, "xy": None, "labels": ["noise", "actions"]})
-    signs = np.sign(unpack(data["chunks"]["trace"])[-1, :, 0, 0]).tolist()
+    signs = np.sign(unpack(data["chunks"][0]["trace"])[-1, :, 0, 0]).tolist()
     assert signs in ([1, 1, 1, -1, -1, -1], [-1, -1, -1, 1, 1, 1])
 
 
@@ -176,9 +176,9 @@ def test_the_view_follows_the_picture_and_ignores_what_diverged(tmp_path):
     chunks = {"trace": trace, "xy": (0, 2), "labels": ["a", "b"], "extent": (0, 512, 512, 0),
               "observation": np.zeros((4, 4, 3), np.uint8)}
     _, data = write(tmp_path, chunks=chunks)
-    left, right, bottom, top = data["chunks"]["view"]
+    left, right, bottom, top = data["chunks"][0]["view"]
     assert left < 0 and right > 512 and bottom > 512 and top < 0  # y runs down, as in the picture
-    assert np.isnan(unpack(data["chunks"]["trace"])[0]).sum() == 6
+    assert np.isnan(unpack(data["chunks"][0]["trace"])[0]).sum() == 6
     for broken in (np.full((2, 4, 3, 3), np.nan), np.zeros((2, 4, 3, 3))):
         write(tmp_path, chunks=chunks | {"trace": broken, "extent": None})
         write(tmp_path, chunks=chunks | {"trace": broken, "xy": None})
@@ -187,12 +187,12 @@ def test_the_view_follows_the_picture_and_ignores_what_diverged(tmp_path):
 def test_many_states_are_thinned_with_both_ends_kept(tmp_path):
     trace = np.arange(1000.0)[:, None, None].repeat(2, 2)
     _, data = write(tmp_path, samples={"trace": trace, "labels": [str(k) for k in range(1000)]})
-    labels = data["samples"]["labels"]
+    labels = data["samples"][0]["labels"]
     assert len(labels) == report.MAX_STATES and (labels[0], labels[-1]) == ("0", "999")
-    assert unpack(data["samples"]["points"])[:, 0, 0].tolist() == [float(k) for k in labels]
+    assert unpack(data["samples"][0]["points"])[:, 0, 0].tolist() == [float(k) for k in labels]
     images = np.zeros((100, 64, 3, 32, 32), np.float32)  # 20 MB of pixels
     _, data = write(tmp_path, samples={"trace": images, "labels": [""] * 100})
-    assert 10 < len(data["samples"]["labels"]) < 20
+    assert 10 < len(data["samples"][0]["labels"]) < 20
 
 
 def test_curves(tmp_path):
@@ -223,6 +223,61 @@ def test_tables(tmp_path):
     assert re.findall(r"<td>(\d+ %)</td><td class=bar", page) == ["80 %", "20 %"]  # of the 25 failures
 
 
+def compared(seed=0):
+    """Two runs side by side: chunks and samples with names, rollouts by scene, a table."""
+    one, two = content(seed), content(seed + 1)
+    two["chunks"] |= {"trace": 3 * np.random.default_rng(9).normal(size=(3, 5, 8, 2)), "labels": list("xyz")}
+    scenes = [r | {"name": name, "scene": f"seed {i}"} for i in range(2) for name, given in
+              (("left run", one), ("right run", two)) for r in given["rollouts"][i:i + 1]]
+    named = lambda section: [given[section] | {"name": name, "group": "table"}
+                             for name, given in (("left run", one), ("right run", two))]
+    rows = [{"run": "left run", "success": "9 of 10"}, {"run": "right <run>", "p50 ms": 1.5}]
+    return {"chunks": named("chunks"), "samples": named("samples"), "rollouts": scenes,
+            "tables": [("Policies in here", rows)]}
+
+
+def test_runs_side_by_side(tmp_path):
+    """One scale for the chunks of a group; a table with every column; rollouts know their scene."""
+    given = compared()
+    page, data = write(tmp_path, **given)
+    assert Structure(page).ids == "tables chunks samples rollouts data".split()
+    for section in ("chunks", "samples"):
+        assert [one["name"] for one in data[section]] == ["left run", "right run"]
+    assert data["chunks"][0]["view"] == data["chunks"][1]["view"]
+    alone = write(tmp_path, chunks=given["chunks"][0])[1]["chunks"][0]["view"]
+    assert alone != data["chunks"][0]["view"]
+    left, right, bottom, top = data["chunks"][0]["view"]
+    ends = given["chunks"][1]["trace"][-1]
+    low, high = np.quantile(ends[..., 0], [0.03, 0.97])
+    assert left < low and right > high
+    given["chunks"][1]["group"] = "elsewhere"
+    apart = write(tmp_path, **given)[1]["chunks"]
+    assert apart[0]["view"] == alone != apart[1]["view"]
+    assert [(r["scene"], r["name"]) for r in data["rollouts"]] == [
+        (f"seed {i}", name) for i in range(2) for name in ("left run", "right run")]
+    cells = re.findall(r"<t[hd](?: scope=col)?>(.*?)</t[hd]>", page.split("<section id=\"tables\">")[1])[:9]
+    assert cells == ["run", "success", "p50 ms", "left run", "9 of 10", "", "right &lt;run&gt;", "", "1.5"]
+
+
+def test_all_rollouts_of_a_comparison_are_kept(tmp_path):
+    rollout = {"path": [[0, 0], [1, 1]], "success": True, "name": "a"}
+    rollouts = [rollout | {"scene": f"seed {i}"} for i in range(12)]
+    assert len(write(tmp_path, rollouts=rollouts)[1]["rollouts"]) == 12
+    for r in rollouts:
+        r.pop("scene")
+    assert len(write(tmp_path, rollouts=rollouts)[1]["rollouts"]) == report.MAX_ROLLOUTS
+
+
+def test_the_left_one_of_two_modes_comes_first(tmp_path):
+    """So that the same colour means the same side in runs beside each other."""
+    for sign in (1, -1):
+        side = sign * np.array([1, -1, 1, -1])
+        trace = np.zeros((1, 4, 5, 2))
+        trace[..., 0] = side[:, None] + np.random.default_rng(0).normal(0, 0.1, (1, 4, 5))
+        _, data = write(tmp_path, chunks={"trace": trace, "xy": (0, 1), "labels": ["end"]})
+        assert np.sign(unpack(data["chunks"][0]["trace"])[0, :, 0, 0]).tolist() == [-1, -1, 1, 1]
+
+
 def test_numbers_of_numpy(tmp_path):
     step, loss = np.int64(7), np.float32(0.5)
     page, data = write(tmp_path, metrics=[{"step": step, "loss": loss}], result={"success": np.float64(0.5)},
@@ -230,7 +285,7 @@ def test_numbers_of_numpy(tmp_path):
                        chunks={"trace": np.zeros((2, 1, 3, 2)), "labels": [0, 1], "xy": np.array([0, 1]),
                                "executed": (np.int64(0), np.int64(2))})
     assert data["charts"][0]["lines"][0]["x"] == [7] and data["charts"][0]["lines"][0]["y"] == [0.5]
-    assert data["chunks"]["xy"] == [0, 1] and data["chunks"]["executed"] == [0, 2]
+    assert data["chunks"][0]["xy"] == [0, 1] and data["chunks"][0]["executed"] == [0, 2]
     assert "<td>50 %</td>" in page and "<td>0.9, 0.95</td>" in page
 
 
@@ -350,6 +405,28 @@ def test_slider_and_play_in_a_browser(tmp_path, browser, given):
     assert browser.run(reading).startswith("step 990")
     browser.press("#charts canvas", "\ue012")
     assert browser.run(reading).startswith("step 980")
+    assert browser.log() == []
+
+
+def test_runs_side_by_side_in_a_browser(tmp_path, browser):
+    """Each has its slider; a button plays all; films of one scene stand in one grid."""
+    write(tmp_path, **compared())
+    browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
+    shown = "return [...document.querySelectorAll('{}')].map(node => node.{})"
+    for section, last in (("#chunks", ["5", "2"]), ("#samples", ["3", "3"])):
+        assert browser.run(shown.format(f"{section} figure > b", "textContent")) == ["left run", "right run"]
+        assert browser.run(shown.format(f"{section} input", "value")) == last
+        browser.press(f"{section} > .player button")
+        assert browser.run(shown.format(f"{section} figure button", "textContent")) == ["Pause", "Pause"]
+        browser.wait(f"return [...document.querySelectorAll('{section} figure button')]"
+                     ".every(node => node.textContent === 'Play')")
+        assert browser.run(shown.format(f"{section} input", "value")) == last
+    assert browser.run(shown.format("#rollouts h3", "textContent")) == ["seed 0", "seed 1"]
+    assert browser.run("return [...document.querySelectorAll('#rollouts h3 + .many')]"
+                       ".map(grid => grid.children.length)") == [2, 2]
+    browser.emulate("setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+    assert browser.run("return document.documentElement.scrollWidth") == 360
+    browser.emulate("clearDeviceMetricsOverride")
     assert browser.log() == []
 
 

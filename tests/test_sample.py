@@ -165,6 +165,49 @@ def test_the_policy_sees_what_it_was_trained_on(tmp_path):
             assert torch.equal(policy.model.batches[-1][key], trained[key]), (key, t)
 
 
+def test_a_model_file_may_bring_its_own_codes():
+    """With encode_text in its Config, instructions arrive in its codes; what it refuses is one line."""
+    policy = recorder(text_len=4)
+
+    def encode_text(text):
+        if len(text) > 4:
+            raise ValueError(f"{text!r} is too long")
+        return torch.tensor([7, 8, 9, len(text)])
+    policy.model.config.encode_text = encode_text
+    policy.act(observed(0) | {"instruction": "go"})
+    assert policy.model.batches[0]["text"].tolist() == [[7, 8, 9, 2]]
+    with pytest.raises(data.UserError, match="'go there' is too long"):
+        policy.act(observed(1) | {"instruction": "go there"})
+
+
+def test_words_can_be_exchanged_to_see_whether_a_policy_listens():
+    policy = recorder(text_len=40)
+    policy.swap = [sample.word_pair("red,blue")]
+    policy.act(observed(0) | {"instruction": "red block, reduced, on the blue one"})
+    assert data.decode_text(policy.model.batches[0]["text"][0]) == "blue block, reduced, on the red one"
+    with pytest.raises(data.UserError, match="--swap red: write it as two words, for example"):
+        sample.word_pair("red")
+
+
+def test_copies_and_trace_of_a_chunk(tiny):
+    """Several chunks for each episode, with noise of their own; the trace ends with the chunks."""
+    policy, trace = sample.Policy.load(tiny), []
+    for step in episode(2, 3):
+        policy.observe(step)
+    chunks = policy.sample_chunk(copies=4, trace=trace)
+    assert chunks.shape[0] == 12 and not policy.queue
+    last = policy.normalizer.unnormalize("actions", trace[-1]).numpy()
+    assert np.allclose(last, chunks, atol=1e-6)
+    rows = chunks.reshape(3, 4, -1)
+    assert np.ptp(rows, axis=1).max() > 1e-3
+    policy.generator = torch.Generator().manual_seed(0)
+    whole = policy.sample_chunk()
+    alone = sample.Policy.load(tiny)
+    for step in episode(2, 3):
+        alone.observe(step)
+    assert np.array_equal(alone.sample_chunk(), whole)
+
+
 @pytest.mark.parametrize("change, named", [
     ({"b": None}, "lacks 'b'"), ({"b": np.zeros(3)}, r"'b' has shape \(3,\), trained on was \(2,\)"),
     ({"front": None, "frnt": np.zeros((4, 6, 3), np.uint8)}, "lacks 'front', did you mean 'frnt'"),
@@ -510,3 +553,38 @@ def test_a_generative_checkpoint_is_sampled_and_compared_with_held_out_data(tmp_
     assert (tmp_path / "evaluation.html").stat().st_size > 10_000
     with pytest.raises(data.UserError, match="2000"):
         sample.main([str(tmp_path), "--sampler_steps", "2000"])
+
+
+class Renderer(torch.nn.Module):
+    """Stands in for an image model with classes: its samples of a class are real images of it, or for the
+    share `wrong` of them of the next class."""
+
+    def __init__(self, images, wrong=0.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.images, self.wrong = images, wrong
+        self.config = types.SimpleNamespace(n_classes=images.n_classes)
+
+    def sample(self, batch, generator=None):
+        label = batch["label"].clone()
+        few = int(self.wrong * len(label))
+        label[:few] = (label[:few] + 1) % self.images.n_classes
+        first = [(self.images.label == c).nonzero()[0] for c in label]
+        return self.images.batch(torch.cat(first))["x"]
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.5])
+def test_a_classifier_says_whether_samples_show_what_was_asked_for(wrong, monkeypatch):
+    held_out, real = (data.open_samples("shapes", n=1500, split=split) for split in ("valid", "train"))
+    short = sample.classifier
+    monkeypatch.setattr(sample, "classifier", lambda train, seed: short(train, seed, steps=120))
+    before = torch.random.get_rng_state()
+    result = sample.compare_samples(Renderer(held_out, wrong), held_out, 0, real)
+    assert torch.equal(before, torch.random.get_rng_state())        # the run's randomness is not touched
+    assert result["accuracy_real"] > 0.85
+    assert result["accuracy_samples"] == pytest.approx(1 - wrong, abs=0.2)
+    assert "accuracy_samples" not in sample.compare_samples(Renderer(held_out), held_out, 0)
+    points = data.open_samples("moons", n=400, split="valid")
+    model = types.SimpleNamespace(sample=lambda batch, generator: batch["x"], parameters=lambda: iter([
+        torch.zeros(1)]), config=types.SimpleNamespace(n_classes=2))
+    assert set(sample.compare_samples(model, points, 0, points)) == {"distance", "floor"}

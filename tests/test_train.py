@@ -347,6 +347,40 @@ def test_two_processes_end_with_the_same_weights(demos, tmp_path):
     assert start["step"] == 3 and all(torch.equal(a["weights"][k], start["weights"][k]) for k in a["weights"])
 
 
+def test_sharded_training_is_that_of_ddp(demos, tmp_path):
+    """Losses, gradient norms, weights, average and optimiser, over a resumption; and its checkpoint is like
+    any other, for sample.py and for a single process."""
+    argv = {way: command(demos, tmp_path / way, clip=0.5, eval_every=2, steps=None, lr_schedule="constant")
+            for way in ("ddp", "fsdp")}
+    for way, more in (("ddp", ["--steps", "5"]), ("fsdp", ["--fsdp", "--steps", "3"]),
+                      ("fsdp", ["--fsdp", "--steps", "5", "--resume"])):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run([*torchrun, str(ROOT / "train.py"), *argv[way], *more], capture_output=True,
+                              text=True, timeout=200, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        refuses = re.search("gloo|rendezvous|socket|bind", done.stderr, re.I)
+        if done.returncode and refuses and "train.py" not in done.stderr:
+            pytest.skip(f"two processes cannot talk to each other here: {done.stderr[-300:]}")
+        assert done.returncode == 0, done.stderr
+    ddp, fsdp = ({(row["step"], key): value for row in read_rows(tmp_path / way) for key, value in row.items()
+                  if key in ("loss", "grad_norm", "val_loss", "action_error")} for way in ("ddp", "fsdp"))
+    assert set(ddp) <= set(fsdp) and len(ddp) == 5 * 2 + 3 * 2
+    assert all(fsdp[key] == pytest.approx(value, rel=1e-5) for key, value in ddp.items())
+    a, b = (sample.read_checkpoint(tmp_path / way) for way in ("ddp", "fsdp"))
+    assert a["step"] == b["step"] == 5
+    for part in ("weights", "ema"):
+        assert all(torch.allclose(a[part][key], b[part][key], atol=1e-6) for key in a[part])
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.allclose(x, b["optimizer"]["state"][i][key], atol=1e-6) for key, x in state.items())
+    assert sample.Policy.load(tmp_path / "fsdp").act(
+        {"agent_pos": np.zeros(2), "goal": np.zeros(2), "number": np.zeros(1)}).shape == (2,)
+    train.main([*argv["fsdp"], "--steps", "6", "--resume"])         # alone
+    assert sample.read_checkpoint(tmp_path / "fsdp")["step"] == 6
+
+
+def test_sharding_needs_several_processes(demos, tmp_path, capsys):
+    refused(capsys, lambda: train.main(command(demos, tmp_path, "--fsdp")), "torchrun")
+
+
 # -- stopped and resumed -------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,335 @@
+"""Comparisons: finished runs side by side, and training on an equal budget.
+
+    python sample.py out/dp_cnn out/pi0 --compare       same seeds, same observations: a table and report.html
+    python compare.py --minutes 5                       every policy and a regression, the same data, minutes
+                                                        and seeds: the table of the README
+
+The first shows what checkpoints do that are there. The second trains them: `budget` below says how.
+"""
+import dataclasses
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import report
+import sample
+from data import Normalizer, UserError
+from options import Parser, load_module, parse_options, run, with_recipe
+
+# ----------------------------------------------------------------------------------------------------------
+# Side by side
+
+
+def side_by_side(args):
+    """Runs of one environment (policies) or of one data set (generative models) are compared with each other;
+    others stand in a group of their own. Writes compare.json and report.html to --out or out/compare."""
+    groups, names = {}, unique_names(args.run)
+    for path, name in zip(args.run, names):
+        model, checkpoint, device, dtype = sample.load_run(path, args)
+        if checkpoint["normalizer"] is None:
+            key = ("samples of", f"{checkpoint['data']['source']} {tuple(checkpoint['data']['shape'])}")
+        else:
+            try:
+                environment = sample.environment_of(args, checkpoint)
+            except UserError as e:
+                raise UserError(f"{path}: {e}") from None
+            policy = sample.Policy(model, Normalizer.from_state(checkpoint["normalizer"]), checkpoint["data"],
+                                   device, dtype, args.sampler_steps or None, args.seed)
+            checkpoint |= {"policy": policy, "environment": environment}
+            key = ("policies in", environment if isinstance(environment, str) else environment["id"])
+        groups.setdefault(key, []).append((name, model, checkpoint))
+
+    tables, shown = [], {"chunks": [], "rollouts": [], "samples": []}
+    for (kind, where), members in groups.items():
+        compare = compare_policies if kind == "policies in" else compare_generative
+        try:
+            rows, pictures = compare(members, where, args)
+        except (ValueError, UserError) as e:  # sampler steps, an instruction, observations that are not there
+            raise UserError(f"{kind} {where}: {e}") from None
+        tables.append((f"{kind[0].upper()}{kind[1:]} {where}", rows))
+        for section, entries in pictures.items():
+            shown[section] += entries
+        print(markdown(*tables[-1]), flush=True)
+    if len(groups) > 1:
+        print(f"{len(groups)} groups: what has another environment or other data cannot be compared")
+    out = Path(args.out or "out/compare")
+    sample.write_json(out / "compare.json", dict(tables))
+    report.write(out / "report.html", " | ".join(names), tables=tables, **shown)
+    print(f"wrote {out}/report.html and compare.json")
+    return dict(tables)
+
+
+def unique_names(paths):
+    """Names of the runs' folders, or whole paths where these are the same."""
+    folders = [Path(p).parent if Path(p).suffix else Path(p) for p in paths]
+    names = [folder.resolve().name for folder in folders]
+    names = [str(p) if names.count(name) > 1 else name for p, name in zip(paths, names)]
+    return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def markdown(title, rows):
+    """[{column: value}] as a Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)] + [[str(row.get(key, "")) for key in columns] for row in rows]
+    return "\n".join([f"\n{title}", ""] + [f"| {' | '.join(cells)} |" for cells in lines]) + "\n"
+
+
+def success_cells(successes, episodes):
+    low, high = (100 * share for share in sample.wilson(successes, episodes))
+    return {"success": f"{successes} of {episodes}", "95 % interval": f"{low:.1f} to {high:.1f} %"}
+
+
+def latency_cells(call, repeat=20):
+    """Milliseconds of call(), after two calls that do not count."""
+    times = []
+    for _ in range(repeat + 2):
+        began = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - began))
+    return {"p50 ms": f"{np.median(times[2:]):.3g}", "p95 ms": f"{np.percentile(times[2:], 95):.3g}"}
+
+
+def size_cells(model):
+    return {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
+
+
+def compare_policies(members, where, args):
+    """Closed loop on the same seeds; chunks from the same state; latency of one chunk for one robot."""
+    rows, rollouts, chunks = [], [], []
+    for name, model, checkpoint in members:
+        policy, environment = checkpoint["policy"], checkpoint["environment"]
+        result = sample.evaluate(policy, environment, args.episodes, args.seed, n_rollouts=4,
+                                 instruction=args.instruction)
+        row = {"run": name, "model": f"{checkpoint['model']} ({checkpoint['preset']})"}
+        row |= success_cells(round(result["success"] * args.episodes), args.episodes)
+        if where != "tabletop":  # there the score is the success
+            row["score"] = f"{result['score']:.3f}"
+        failures = {k: n for k, n in result["outcomes"].items() if k != "success"}
+        rows.append(row | {"failures": ", ".join(f"{n} {k}" for k, n in failures.items()) or "none"})
+        for i, r in enumerate(result["rollouts"]):
+            scene = f"seed {r['seed']}" + f": {r['instruction']}" * bool(r["instruction"])
+            rollouts.append((i, r | {"name": name, "scene": scene}))
+    rollouts = [r for _, r in sorted(rollouts, key=lambda pair: pair[0])]  # of one seed beside each other
+
+    policies = [checkpoint["policy"] for _, _, checkpoint in members]
+    frame = shared_moment(policies, [checkpoint["environment"] for _, _, checkpoint in members], args)
+    for row, (name, model, checkpoint), policy in zip(rows, members, policies):
+        row |= latency_cells(policy.sample_chunk) | size_cells(model)
+        trace = []
+        policy.generator = torch.Generator().manual_seed(args.seed)
+        policy.sample_chunk(copies=32, trace=trace)
+        states = policy.normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()
+        now = -model.config.first_action
+        chunks.append({
+            "name": name, "group": where, "trace": states, "xy": (0, 1) if states.shape[-1] >= 2 else None,
+            "labels": [f"step {k + 1}" for k in range(len(states))],
+            "executed": (now, now + model.config.n_action_steps),
+            # The tabletop's actions are places in the picture; of another environment it stands beside, once.
+            "observation": frame if where == "tabletop" or not chunks else None,
+            "extent": (-1, 1, -1, 1) if where == "tabletop" else None})
+    return rows, {"rollouts": rollouts, "chunks": chunks}
+
+
+def shared_moment(policies, environments, args, n=8, looks=6):
+    """Give all policies the same observation, one where they have to choose: of the states that the first one
+    passes in n episodes, that from which the chunks differ most. Every policy has a world of its own, in
+    which the same seeds and the same actions make the same things happen, and sees it with its own eyes
+    (numbers or pictures, last step or last two). -> picture of the state"""
+    worlds = [sample.make_episodes(environment, n, policy.description, args.instruction)
+              for policy, environment in zip(policies, environments)]
+    seeds = sample.EVALUATION_SEEDS + 1000 * args.seed + np.arange(n)
+    observed = [world.reset(seeds)[0] for world in worlds]
+    driver, *others = policies
+    for policy in policies:
+        policy.reset()
+    best, running = None, np.ones(n, bool)
+    for _ in range(worlds[0].max_steps):
+        for policy, obs in zip(others, observed[1:]):
+            policy.observe(obs)
+        looking = not driver.queue
+        action = driver.act(observed[0])
+        if looking:
+            looks -= 1
+            spread = sum(spread_of(policy) for policy in policies)
+            i = int(np.where(running, spread, -1).argmax())
+            if best is None or spread[i] > best[0]:
+                one = [[{k: v[i:i + 1] for k, v in step.items()} for step in p.history] for p in policies]
+                best = spread[i], one, worlds[0].frame(i, observed[0])
+        if not looks or not running.any():
+            break
+        stepped = [world.step(action) for world in worlds]
+        observed, running = [s[0] for s in stepped], running & ~stepped[0][2]
+    _, histories, frame = best
+    for policy, history in zip(policies, histories):
+        policy.reset()
+        policy.history = history
+    return frame
+
+
+def spread_of(policy, copies=4):
+    """How far chunks for the same observation lie apart, in each episode, in units of the actions' range."""
+    chunks = torch.from_numpy(policy.sample_chunk(copies))
+    chunks = policy.normalizer.normalize("actions", chunks).unflatten(0, (-1, copies))
+    return chunks.std(1).flatten(1).mean(1).numpy()
+
+
+def compare_generative(members, where, args):
+    """Energy distance to held-out data, and the same labels and seeds forming beside each other."""
+    rows, shown = [], []
+    for name, model, checkpoint in members:
+        held_out, real = (sample.held_out_samples(checkpoint, split) for split in ("valid", "train"))
+        result = sample.compare_samples(model, held_out, args.seed, real)
+        one = {k: v[:1] for k, v in held_out.batch(torch.arange(1)).items()}
+        rows.append({"run": name, "model": f"{checkpoint['model']} ({checkpoint['preset']})"}
+                    | {key: f"{value:.4f}" for key, value in result.items()}
+                    | latency_cells(lambda: model.sample(one), 5) | size_cells(model))
+        picture = sample.pictures(model, held_out, None, checkpoint["data"], args.seed)["samples"]
+        shown.append(picture | {"name": name})
+    for picture in shown[:-1]:
+        if np.ndim(picture["data"]) == 4:
+            picture.pop("data")  # the real images stand there once, after the last
+    return rows, {"samples": shown}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# An equal budget
+
+# What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
+# that answers with the mean (bench.py).
+TASKS = {
+    "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0")},
+    "pusht": {"regression": "configs/pusht_lowdim_cnn_cpu.yaml",
+              "dp_cnn": "configs/pusht_lowdim_cnn_cpu.yaml",
+              "dp_transformer": "configs/pusht_lowdim_transformer_cpu.yaml"},
+}
+
+
+def budget(args):
+    """Train every model of a task for the same minutes, from the same demonstrations, with each training
+    seed, and let it act in the same episodes (those of the seed). The minutes become a number of steps by the
+    time of a step, measured before, so that the learning rate's schedule ends when they do; what the training
+    took in the end is in the table. A line of results.jsonl per run: what is there is not done again, and a
+    run that was interrupted goes on."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = out / "results.jsonl"
+    wanted = [name for name in args.only or TASKS[args.task] if is_there(name)]
+    done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    same = {"task": args.task, "minutes": args.minutes, "episodes": args.episodes, "demos": args.demos,
+            "preset": args.preset}
+    done = [row for row in done if all(row.get(k) == v for k, v in same.items())]
+    for seed in args.seeds:
+        for name in wanted:
+            if not any(row["name"] == name and row["seed"] == seed for row in done):
+                folder = out / f"{args.task}_{args.preset}_{args.minutes:g}min_{name}_seed{seed}"
+                row = {"name": name, "seed": seed} | same | train_one(name, seed, folder, args)
+                with open(lines, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+                done.append(row)
+    rows = [pooled(name, [row for row in done if row["name"] == name and row["seed"] in args.seeds])
+            for name in wanted]
+    print(markdown(f"{args.task}, {args.minutes:g} minutes of training each, seeds {args.seeds}", rows))
+    return rows
+
+
+def is_there(name):
+    if (Path(__file__).parent / f"{'dp_cnn' if name == 'regression' else name}.py").exists():
+        return True
+    print(f"note: {name}.py is not there", file=sys.stderr)
+    return False
+
+
+def train_one(name, seed, folder, args):
+    """-> what results.jsonl keeps of one run"""
+    import bench
+    import train
+    module = load_module("dp_cnn" if name == "regression" else name)
+    if name == "regression":
+        module = types.SimpleNamespace(**vars(module) | {"Model": bench.Regression})
+    argv = {"model": module.__name__, "preset": args.preset if args.preset in module.PRESETS else "tiny",
+            "seed": seed, "out": folder, "episodes": args.episodes, "device": args.device, "eval_every": 0,
+            "rollout_every": 0, "demos": args.demos if args.task == "tabletop" else 0}
+    argv |= {"config": Path(__file__).parent / TASKS[args.task][name]} if TASKS[args.task][name] else {}
+    argv |= {"data": args.data} if args.data else {}
+    options, explicit = parse_options([str(word) for key, value in argv.items()
+                                       for word in (f"--{key}", value)])
+    options = with_recipe(options, explicit, module)
+    if (folder / "checkpoint.pt").exists():
+        steps = sample.read_checkpoint(folder)["options"]["steps"]  # as it was measured then
+    else:
+        steps = max(1, int(60 * args.minutes / step_seconds(options, module)))
+    options = dataclasses.replace(options, steps=steps, warmup=min(options.warmup, steps // 10), resume=(
+        folder / "checkpoint.pt").exists())
+    result = train.train(options, module)
+    config = sample.read_checkpoint(folder)["config"]
+    sees = "pictures" if config["n_cameras"] and config.get("obs", "image") == "image" else "numbers"
+    sees += " and words" if config.get("text_len") else ""
+    return {"steps": steps, "sees": sees} | {key: result[key] for key in (
+        "parameters", "train_seconds", "success", "score", "outcomes", "action_error", "latency_ms")}
+
+
+def step_seconds(options, module):
+    """Seconds of one training step: fetch, loss, backward, optimiser, EMA."""
+    import bench
+    import data
+    import train
+    from options import make_config, pick_device
+    device, dtype = pick_device(options.device, options.dtype)
+    facts, make_items, *_ = train.open_data(options, module)
+    config = make_config(module, options, facts)
+    torch.manual_seed(options.seed)
+    model, items = module.Model(config).to(device), make_items(config, device)[0]
+    stream = data.batches(items, options.batch_size, options.seed)
+    fetch = bench.median_ms(lambda: next(stream), device, 10)
+    batch = {k: v.to(device) for k, v in next(stream)[1].items()}
+    step, _ = bench.time_training(model, batch, device, dtype, options.compile, 10)
+    return (fetch + step) / 1e3
+
+
+def pooled(name, runs):
+    """A row of the table: episodes of all seeds together."""
+    episodes = sum(row["episodes"] for row in runs)
+    if not episodes:
+        return {"model": name}
+    successes = [round(row["success"] * row["episodes"]) for row in runs]
+    failures = {}
+    for row in runs:
+        for outcome, n in row["outcomes"].items():
+            failures[outcome] = failures.get(outcome, 0) + n * (outcome != "success")
+    mean = lambda key: np.mean([row[key] for row in runs])
+    return {"model": name, "sees": runs[0]["sees"]} | success_cells(sum(successes), episodes) | {
+        "by seed": ", ".join(map(str, successes)), "score": f"{mean('score'):.3f}",
+        "failures": ", ".join(f"{n} {k}" for k, n in failures.items() if n) or "none",
+        "minutes": f"{mean('train_seconds') / 60:.1f}", "steps": f"{mean('steps'):,.0f}",
+        "parameters": f"{runs[0]['parameters']:,}"}
+
+
+def main(argv=None):
+    parser = Parser(description="Train all policies on an equal budget and print the table")
+    add = parser.add_argument
+    add("--minutes", type=float, default=5, help="training of each run")
+    add("--task", default="tabletop", choices=TASKS)
+    add("--only", action="append", help="this model (may be given several times)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; each has its own episodes")
+    add("--episodes", type=int, default=100, help="of each run")
+    add("--demos", type=int, default=600, help="tabletop: demonstrations, the same for all")
+    add("--preset", default="tiny", help="where a file has it; else tiny")
+    add("--data", default="", help="pusht: its HDF5 file")
+    add("--device", default="auto")
+    add("--out", default="out/matched")
+    args = parser.parse(argv)
+    unknown = [name for name in args.only or () if name not in TASKS[args.task]]
+    if unknown:
+        raise UserError(f"--only {unknown[0]}: --task {args.task} has {', '.join(TASKS[args.task])}")
+    if args.minutes <= 0 or args.episodes < 1:
+        raise UserError(f"--minutes {args.minutes:g} must be above 0, --episodes {args.episodes} at least 1")
+    return budget(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,461 @@
+"""What happens inside a model file, told by a run of it: `python train.py --model pi0 --explain`.
+
+One batch goes through `loss` and `sample` while three observers look on, and what they saw is printed: hooks
+on the modules (who is called from which line, with which shapes), a tracer of the model file's lines (where
+an equation [n] was computed, and the shape of what came out), and a listener at every softmax (which keys a
+query gives a probability of exactly 0). Nothing is told from a text that could fall behind the code.
+
+`python explain.py --map` prints EQUATIONS.md: every equation of every docstring and the lines that carry its
+number. tests/test_explain.py compares the two.
+"""
+import ast
+import inspect
+import io
+import itertools
+import math
+import re
+import sys
+import tokenize
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from data import batches, decode_text
+from options import MODELS, Parser, run
+
+TAG = r"(?<![\w\])])\[(\d+)\]"  # [3], but neither x[3] nor f()[3] nor [3][3]
+
+# ----------------------------------------------------------------------------------------------------------
+# Equations: what the docstring states, and which lines carry its number
+
+
+def stated(source):
+    """{number: its first line in the docstring of a model file}"""
+    docstring = ast.get_docstring(ast.parse(source), clean=False)
+    return {int(n): re.sub(r"\s{2,}", "   ", text.strip())
+            for n, text in re.findall(r"^ +\[(\d+)\] +(.*)", docstring, re.M)}
+
+
+def tagged(source):
+    """{line: numbers that its comment carries}. A number counts behind code, or in a comment at the margin
+    which stands above a definition; one in the middle of a sentence only refers to it."""
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        numbers = [int(n) for n in re.findall(TAG, token.string)] if token.type == tokenize.COMMENT else []
+        if numbers and (token.line[:token.start[1]].strip() or token.start[1] == 0):
+            found[token.start[0]] = numbers
+    return found
+
+
+def equations(source):
+    """-> [(number, text, lines that carry it)]"""
+    lines = tagged(source)
+    return [(n, text, [line for line, numbers in lines.items() if n in numbers])
+            for n, text in stated(source).items()]
+
+
+def equation_map(folder):
+    """EQUATIONS.md: a table per model file."""
+    out = ["# From the papers' equations to the code", "",
+           "The equations that open each model file (first line of each) and the lines that carry their",
+           "number. Made by `python explain.py --map > EQUATIONS.md`; a test compares."]
+    for name in MODELS:
+        path = Path(folder) / f"{name}.py"
+        if path.exists():
+            out += ["", f"## [{name}.py]({name}.py)", "", "| | equation | lines |", "|---|---|---|"]
+            for n, text, lines in equations(path.read_text()):
+                text = text.replace("|", "\\|")
+                links = ", ".join(f"[{line}]({name}.py#L{line})" for line in lines)
+                out.append(f"| [{n}] | `{text}` | {links} |")
+    return "\n".join(out) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Observers
+
+
+@dataclass
+class Node:
+    """A call of a module, or a line with an equation, and what happened inside it."""
+    line: int                   # of the model file
+    text: str
+    shape: str = ""
+    inside: list = field(default_factory=list)
+    name: str = ""
+
+    def like(self, shapes=True):
+        """Equal for calls that a reader need not see twice."""
+        return (self.line, self.text, self.shape * shapes, *(node.like(shapes) for node in self.inside))
+
+
+def shape_of(x):
+    """Shapes of the tensors in whatever a module takes or gives."""
+    def tensors(x):
+        if isinstance(x, (dict, list, tuple)):
+            return [t for part in (x.values() if isinstance(x, dict) else x) for t in tensors(part)]
+        return [x] if torch.is_tensor(x) else []
+    shapes = [str(tuple(t.shape)) if t.ndim else "a number" for t in tensors(x)]
+    return ", ".join(shapes if len(shapes) <= 2 else [shapes[0], f"{len(shapes) - 1} more"])
+
+
+def statements(source):
+    """{line: (first line, last line, names it assigns)} of the statement that a line belongs to; of a
+    compound statement (for, if, with) its head."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):        # outer ones come first and are overwritten by inner ones
+        if isinstance(node, ast.stmt):
+            last = node.body[0].lineno - 1 if getattr(node, "body", None) else node.end_lineno
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)]
+            for line in range(node.lineno, last + 1):
+                found[line] = (node.lineno, last, names)
+    return found
+
+
+def computed(source):
+    """{line: (first line, last line, names it assigns, numbers)} of the statements that carry a number."""
+    of, found, lines = statements(source), {}, source.splitlines()
+    for line, numbers in tagged(source).items():
+        start = line
+        while lines[line - 1].startswith("#"):      # at the margin: it means what is defined below
+            line += 1
+        first, last, names = of[line]
+        # A table of lambdas at the margin: the number of one line is not that of the others.
+        spread = start != line or lines[first - 1].startswith(" ")
+        for n in range(first, last + 1) if spread else [line]:
+            known = found.get(n, (0, 0, [], []))[3]
+            found[n] = (first, last, names, known + [m for m in numbers if m not in known])
+    return found
+
+
+class Watch(TorchFunctionMode):
+    """`with Watch(file, model) as watch:` what the model does is in watch.root, a tree of Nodes, in
+    watch.reached, numbers of equations, and in watch.masks. Without a model: while one is built."""
+
+    def __init__(self, file, model=None):
+        super().__init__()
+        self.model, self.file, source = model, file, Path(file).read_text()
+        self.tags = computed(source)
+        self.lines = source.splitlines()
+        self.classes = {node.name: node.lineno for node in ast.parse(source).body
+                        if isinstance(node, ast.ClassDef)}
+        self.root = Node(0, "")
+        self.stack, self.masks, self.reached = [self.root], {}, set()
+
+    def __enter__(self):
+        self.handles = []
+        for name, module in self.model.named_modules() if self.model else ():
+            if name:
+                self.handles += [module.register_forward_pre_hook(self.entered(name), with_kwargs=True),
+                                 module.register_forward_hook(self.left)]
+        self.before = sys.gettrace()
+        sys.settrace(self.called)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        sys.settrace(self.before)
+        for handle in self.handles:
+            handle.remove()
+
+    def here(self):
+        """The innermost line of the model file that is running."""
+        frame = sys._getframe(1)
+        while frame and frame.f_code.co_filename != self.file:
+            frame = frame.f_back
+        return frame.f_lineno if frame else 0
+
+    def entered(self, name):
+        def hook(module, args, kwargs):
+            text = type(module).__name__
+            if type(module).__module__ == type(self.model).__module__:
+                text += f" ({self.classes[text]})"
+            node = Node(self.here(), text, shape_of([*args, *kwargs.values()]), name=name)
+            self.stack[-1].inside.append(node)
+            self.stack.append(node)
+        return hook
+
+    def left(self, module, args, output):
+        node = self.stack.pop()
+        # An activation, a norm, a dropout of torch's own is no news: what it gives looks like what it takes.
+        if node.shape == shape_of(output) and not node.inside and "(" not in node.text and all(
+                p.ndim < 2 for p in module.parameters()):
+            self.stack[-1].inside.remove(node)
+        node.shape += f" -> {shape_of(output)}"
+
+    def called(self, frame, event, arg):
+        """sys.settrace: follow the model file's own functions, line by line."""
+        if frame.f_code.co_filename != self.file:
+            return None
+        pending = None                              # the tagged statement that is being computed
+
+        def finished(value):
+            first, last, names, numbers = pending
+            value = [frame.f_locals[n] for n in names if n in frame.f_locals] if value is None else value
+            line = frame.f_lineno if frame.f_code.co_name == "<lambda>" else first
+            shown = self.lines[line - 1].split("  #")[0].strip()
+            shown = shown[:65] + (" ..." if last > line == first or len(shown) > 65 else "")
+            text = f"{''.join(f'[{n}]' for n in numbers)} {shown}"
+            self.reached.update(numbers)
+            self.stack[-1].inside.append(Node(line, text, shape_of(value)))
+
+        def local(frame, event, arg):
+            nonlocal pending
+            if pending and event == "return":
+                finished(arg)
+                pending = None
+            elif pending and event == "line" and not pending[0] <= frame.f_lineno <= pending[1]:
+                finished(None)
+                pending = None
+            if event == "line" and pending is None:
+                pending = self.tags.get(frame.f_lineno)
+            return local
+        return local
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            self.note_mask(attention_of(*args, **kwargs), "attention")
+        elif getattr(function, "__name__", "") == "softmax" and result.shape[-1] > 1:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+            self.note_mask(result.movedim(dim, -1), "softmax")
+        return result
+
+    def note_mask(self, p, kind):
+        """p (B, .., N, .., M) probabilities over keys."""
+        seen = pattern(p.detach() > 0)
+        name = re.sub(r"\d+", "*", self.stack[-1].name) or type(self.model).__name__
+        key = (kind, self.here(), name, tuple(p.shape[1:]), tuple(map(tuple, seen.tolist())))
+        self.masks[key] = self.masks.get(key, 0) + 1
+
+
+@torch.no_grad()
+def attention_of(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """The probabilities that F.scaled_dot_product_attention does not return."""
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    logits = (q.float() @ k.float().mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(-1)
+
+
+def pattern(seen):
+    """Who sees whom in the first item: (B, .., M) bool -> (N, M). Axes along which nothing changes (heads)
+    are left out; if nothing changes at all, one row stands for all."""
+    seen = seen[0].cpu()
+    varying = [axis for axis in range(seen.ndim - 1) if not (seen == seen.narrow(axis, 0, 1)).all()]
+    for axis in reversed(range(seen.ndim - 1)):
+        if axis not in varying[-1:]:
+            seen = seen.select(axis, 0)
+    seen = seen.reshape(-1, seen.shape[-1])
+    for n in range(1, len(seen)):                   # queries that share keys are lined up one after the other
+        if len(seen) % n == 0 and (seen.view(-1, n, seen.shape[-1]) == seen[:n]).all():
+            return seen[:n]
+    return seen
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Printing
+
+
+def picture(seen, limit=20):
+    """(N, M) bool -> lines. Neighbours that are alike become one row or column, under their number; what is
+    still too large is thinned out."""
+    groups = lambda rows: [len(list(same)) for _, same in itertools.groupby(map(tuple, rows.tolist()))]
+    down, across = groups(seen), groups(seen.T)
+    ends = lambda sizes: torch.tensor(sizes).cumsum(0) - 1
+    seen = seen[ends(down)][:, ends(across)]
+    thin = lambda n: torch.linspace(0, n - 1, min(n, limit)).round().long().tolist()
+    rows, columns = thin(len(down)), thin(len(across))
+    width = max(len(str(across[c])) for c in columns)
+    out = []
+    if max(across) > 1:
+        out.append(" " * 8 + " ".join(str(across[c]).rjust(width) for c in columns) + "  keys")
+    for r in rows:
+        marks = " ".join("x.x"[not seen[r, c]].rjust(width) for c in columns)
+        out.append((str(down[r]) if max(down) > 1 else "").rjust(7) + " " + marks)
+    if max(down) > 1:
+        out[-1] += "  (left: how many queries)"
+    if len(rows) < len(down) or len(columns) < len(across):
+        out.append(f"        (thinned out from {len(down)} x {len(across)})")
+    return out
+
+
+def collapse(nodes):
+    """-> [(how often, [(how often, node, names)])]: first neighbours that are alike become one, then
+    stretches that repeat, the shortest first."""
+    runs = [list(same) for _, same in itertools.groupby(nodes, Node.like)]
+    runs = [(len(same), same[0], [node.name for node in same]) for same in runs]
+    likes = [(times, node.like()) for times, node, _ in runs]
+    out, i = [], 0
+    while i < len(runs):
+        times, length = 1, 1
+        for n in range(2, (len(runs) - i) // 2 + 1):
+            k = 1
+            while likes[i:i + n] == likes[i + k * n:i + (k + 1) * n]:
+                k += 1
+            if k > 1:
+                times, length = k, n
+                break
+        out.append((times, runs[i:i + length]))
+        i += times * length
+    return out
+
+
+def short(name):
+    """vlm.layers.0 -> layers.0, vlm.layers.0.q -> q"""
+    found = re.search(r"[^.\d][^.]*(\.\d+)*$", name)
+    return found[0] if found else name
+
+
+def tree(nodes, file, depth=0, told=None):
+    """Lines of the calls. What happens inside is told at the first of several calls that are alike."""
+    told, out = set() if told is None else told, []
+    column = len(file) + 7
+    for often, part in collapse(nodes):
+        if often > 1:
+            out.append(" " * column + "  " * depth + f"{often} times:")
+        for times, node, names in part:
+            named = dict.fromkeys(map(short, names))
+            name = next(iter(named)) + (f" x {times}" if times > 1 else "")
+            if 1 < len(named) <= 3 and not next(iter(named))[-1].isdigit():
+                name = ", ".join(named)             # q, k, v, but layers.0 x 4
+            text = f"{name}: {node.text}" if node.name else node.text + f" {name}" * (times > 1)
+            what = str((node.text, [inner.like(shapes=False) for inner in node.inside]))
+            again = bool(node.inside) and what in told
+            told.add(what)
+            indent = depth + (often > 1)
+            out.append(f"{file}:{node.line}".ljust(column) + "  " * indent + f"{text}  {node.shape}"
+                       + "  as above" * again)
+            if not again:
+                out += tree(node.inside, file, indent + 1, told)
+    return out
+
+
+def timeline(config):
+    """Which steps are observed, predicted and executed, counted from now."""
+    now, last = 0, config.first_action + config.pred_horizon - 1
+    first = min(1 - config.n_obs_steps, config.first_action)
+    steps = range(first, max(now, last) + 1)
+    width = 3 if len(steps) <= 30 else 1
+    row = lambda label, inside: label.ljust(11) + "".join(
+        ("x" if s in inside else ".").rjust(width) for s in steps)
+    numbers = "".join(str(s).rjust(width) for s in steps) if width > 1 else \
+        "".join("0" if s == 0 else " " if s % 10 else str(s // 10 % 10) for s in steps)
+    return ["step".ljust(11) + numbers + ("" if width > 1 else "   (0 = now, then tens)"),
+            row("observed", range(1 - config.n_obs_steps, 1)),
+            row("predicted", range(config.first_action, last + 1)),
+            row("executed", range(config.n_action_steps))]
+
+
+def batch_table(batch, description, normalizer, config):
+    """Keys, shapes, ranges, and what the numbers are."""
+    axes = {"actions": "B, Tp, A", "action_mask": "B, Tp", "state": "B, To, S", "images": "B, To, V, 3, H, W",
+            "text": "B, L", "control_hz": "B", "x": "B, ...", "label": "B"}
+    dims = lambda keys: ", ".join(f"{key} {dim}" for key, dim in keys.items())
+    told = {"images": "cameras " + ", ".join(description.get("camera_keys", [])),
+            "state": dims(description.get("state_keys", {})),
+            "actions": ", ".join(description.get("action_names") or []),
+            "control_hz": "control steps per second", "action_mask": "False: past the end of the episode",
+            "x": "scaled to about [-1, 1]", "label": ", ".join(description.get("class_names", [])[:8])}
+    if "text" in batch:
+        decode = getattr(config, "decode_text", decode_text)
+        told["text"] = f"codes, 0 = padding; the first reads {decode(batch['text'][0])!r}"
+    out = []
+    for key, x in batch.items():
+        low, high = x.min().item(), x.max().item()
+        values = f"{low:.3g} .. {high:.3g}" if x.dtype != torch.bool else f"True {x.float().mean():.0%}"
+        kind = str(x.dtype).removeprefix("torch.")
+        out.append(f"{key:12} {str(tuple(x.shape)):24} {axes.get(key, ''):18} {kind:8} {values}")
+        if told.get(key):
+            out.append(" " * 13 + told[key])
+        if normalizer and key in normalizer.stats:
+            stats = normalizer.stats[key]
+            if len(stats["min"]):
+                out.append(" " * 13 + f"normalised ({normalizer.mode}); in the data's units "
+                           f"{stats['min'].min():.3g} .. {stats['max'].max():.3g}")
+    return out
+
+
+def parameters(model):
+    """Parameters of the parts; a part that is nearly all of it is opened."""
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    total, parts = count(model), dict(model.named_children())
+    while True:
+        largest = max(parts, key=lambda name: count(parts[name]), default=None)
+        inner = dict(parts[largest].named_children()) if largest else {}
+        if not inner or count(parts[largest]) < 0.9 * total:
+            break
+        parts.pop(largest)
+        parts |= {f"{largest}.{name}": m for name, m in inner.items()}
+    rest = total - sum(map(count, parts.values()))
+    rows = [(name, count(m)) for name, m in parts.items() if count(m)] + [("(its own)", rest)] * bool(rest)
+    return [f"{name:24} {n:14,}  {100 * n / total:5.1f} %" for name, n in rows] + [f"{'all':24} {total:14,}"]
+
+
+def explain(module, config, items, description, normalizer, device="cpu", seed=0, n=5):
+    """Print what happens to n items in the `loss` and the `sample` of a model file. items: Windows or
+    Samples."""
+    path, watches, told = inspect.getsourcefile(module), {}, set()
+    file = Path(path).name
+    title = lambda text, lines: print(f"\n{text}", *lines, sep="\n  ")
+    torch.manual_seed(seed)
+    with Watch(path) as watches["building"]:
+        model = module.Model(config)
+    model = model.to(device)
+    batch = {k: v.to(device) for k, v in next(batches(items, min(n, len(items)), seed))[1].items()}
+    generator = torch.Generator().manual_seed(seed)
+
+    print(f"{file}, {type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    title(f"BATCH of {min(n, len(items))} items: {description['source']}",
+          batch_table(batch, description, normalizer, config))
+    if hasattr(config, "pred_horizon"):
+        title("TIMELINE in control steps, 0 is now", timeline(config))
+    title("PARAMETERS", parameters(model))
+    for name, call in (("loss", lambda: model.train().loss(batch)),
+                       ("sample", lambda: model.eval().sample(batch, generator=generator))):
+        with Watch(path, model) as watches[name]:
+            result = call()
+        title(f"{name.upper()}: where it is called, what (line of its class), shapes in -> out; "
+              "equations [n] where they are computed", tree(watches[name].root.inside, file, 0, told))
+        result = result if isinstance(result, dict) else {"result": result}
+        print("  -> " + ", ".join(f"{key} {x.item():.4g}" if x.ndim == 0 else f"{key} {tuple(x.shape)}"
+                                  for key, x in result.items()))
+
+    print("\nWHO SEES WHOM, in the first item: x = seen, . = a probability of exactly 0")
+    masks = {key: None for watch in watches.values() for key in watch.masks}
+    for key in masks:
+        kind, line, where, shape, seen = key
+        calls = ", ".join(f"{w.masks[key]} x in {name}" for name, w in watches.items() if key in w.masks)
+        seen = torch.tensor(seen)
+        all_seen = seen.all().item()
+        print(f"  {file}:{line} {kind} of {where}, {shape}, {calls}" + ": everyone sees all" * all_seen)
+        if not all_seen:
+            print(*(f"  {row}" for row in picture(seen)), sep="\n")
+    if not masks:
+        print("  there is no attention")
+
+    title("EQUATIONS: where this run met them, and the lines that carry their number", [
+        f"{f'[{number}]':5}{text[:60]:60}  "
+        + (", ".join(name for name in watches if number in watches[name].reached) or "-").ljust(24)
+        + ", ".join(map(str, lines)) for number, text, lines in equations(Path(path).read_text())])
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--map", action="store_true", help="print EQUATIONS.md", required=True)
+    parser.parse(argv)
+    print(equation_map(Path(__file__).parent), end="")
+
+
+if __name__ == "__main__":
+    run(main)

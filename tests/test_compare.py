@@ -1,0 +1,243 @@
+"""compare.py: runs side by side face the same states, and budgets are equal and can be resumed."""
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+from test_sample import Recorder, scaled
+from test_train import as_before, command, refused, write_demos  # noqa: F401
+
+import compare
+import data
+import dp_cnn
+import sample
+import tabletop
+import train
+
+SMALL = ["--steps", "3", "--batch_size", "8", "--eval_every", "0", "--episodes", "1", "--device", "cpu",
+         "--demos", "6"]
+CNN = ["--model", "dp_cnn", "--set", "down_dims=[16, 32]", "--set", "step_embed_dim=16"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{name: folder} of a policy that sees numbers, one that sees pictures and reads, and point models."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACTION_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        argv = {"numbers": CNN, "pictures": ["--model", "pi0", "--set", "depth=1", "--set", "vit_depth=1"],
+                "ddpm": ["--model", "ddpm", "--demos", "200"],
+                "flow": ["--model", "flow_matching", "--demos", "200"],
+                "spirals": ["--model", "flow_matching", "--demos", "200", "--data", "spirals"]}
+        for name, words in argv.items():
+            train.main([*SMALL, *words, "--out", str(folder / name)])
+    return {name: folder / name for name in argv}
+
+
+def page_data(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+# -- side by side --------------------------------------------------------------------------------------------
+
+
+def test_policies_side_by_side(runs, tmp_path, capsys):
+    argv = [str(runs["numbers"]), str(runs["pictures"]), "--compare", "--episodes", "3", "--seed", "2"]
+    tables = sample.main([*argv, "--out", str(tmp_path / "both")])
+    (title, rows), = tables.items()
+    assert title == "Policies in tabletop" and [row["run"] for row in rows] == ["numbers", "pictures"]
+    printed = capsys.readouterr().out
+    for row, name in zip(rows, ("numbers", "pictures")):
+        alone = sample.evaluate(sample.Policy.load(runs[name], seed=2), "tabletop", 3, seed=2)
+        assert row["success"] == f"{round(3 * alone['success'])} of 3"
+        low, high = (100 * share for share in sample.wilson(round(3 * alone["success"]), 3))
+        assert row["95 % interval"] == f"{low:.1f} to {high:.1f} %"
+        assert 0 < float(row["p50 ms"]) <= float(row["p95 ms"])
+        weights = sample.read_checkpoint(runs[name])["ema"]
+        assert int(row["parameters"].replace(",", "")) == sum(w.numel() for w in weights.values())
+        assert "| " + " | ".join(row.values()) + " |" in printed
+    assert json.loads((tmp_path / "both" / "compare.json").read_text()) == tables
+
+    data = page_data(tmp_path / "both" / "report.html")
+    first, second = data["chunks"]
+    assert [first["name"], second["name"]] == ["numbers", "pictures"]
+    assert first["image"] == second["image"] and first["view"] == second["view"]
+    assert first["trace"]["shape"][1] == second["trace"]["shape"][1] == 32
+    scenes = [(r["scene"].split(":")[0], r["name"]) for r in data["rollouts"]]
+    assert scenes == [(f"seed {sample.EVALUATION_SEEDS + 2000 + i}", name) for i in range(3)
+                      for name in ("numbers", "pictures")]
+
+
+class Moving(Recorder):
+    """Acts at random around the middle of the table; keeps what it is given."""
+
+    def sample(self, batch, steps=None, generator=None):
+        super().sample(batch)
+        return torch.randn(len(batch["state"]), 8, 3, generator=generator) / 4 + 1
+
+
+@pytest.mark.parametrize("first_action", [-1, 0])
+def test_policies_of_different_eyes_see_the_same_state(first_action):
+    """Numbers, twice; pictures, once: at the shared moment both histories are of one state of the table."""
+    normalizer = scaled(3, 16)
+    lowdim = {"state_keys": {"goal": 4, "object": 9, "robot0_eef_pos": 2, "robot0_gripper_qpos": 1},
+              "camera_keys": [], "image_size": None, "fps": 10.0}
+    image = lowdim | {"state_keys": {"robot0_eef_pos": 2}, "camera_keys": ["agentview_image"],
+                      "image_size": [32, 32]}
+    policies = [sample.Policy(Moving(2, first_action, 4), normalizer, lowdim),
+                sample.Policy(Moving(1, 0, 3), scaled(3, 2), image)]
+    args = types.SimpleNamespace(seed=1, instruction=None)
+    frame = compare.shared_moment(policies, ["tabletop", "tabletop"], args, n=3, looks=2)
+    numbers, pictures = (policy.history for policy in policies)
+    assert len(numbers) == 2 and len(pictures) == 1
+    raw = (numbers[-1]["state"] - 1) * 2
+    parts = dict(zip(lowdim["state_keys"], raw.split(list(lowdim["state_keys"].values()), dim=1)))
+    assert torch.allclose(parts["robot0_eef_pos"], (pictures[-1]["state"] - 1) * 2, atol=1e-6)
+    state = {key: value.numpy() for key, value in parts.items()}
+    seen = lambda size: tabletop.render(state, size)["agentview_image"][0]
+    assert np.array_equal(seen(32), pictures[-1]["images"][0, 0].numpy())
+    assert np.array_equal(seen(96), frame)
+    assert all(not policy.queue for policy in policies)
+
+
+def test_the_shared_moment_is_where_chunks_differ_most():
+    class Undecided(Recorder):
+        """Sure of itself in every episode but the one whose goal is 2."""
+
+        def sample(self, batch, steps=None, generator=None):
+            undecided = (batch["state"][:, -1, 1] > 1.9).float()[:, None, None]
+            noise = torch.randn(len(batch["state"]), 8, 2, generator=generator)
+            return 1 + undecided * noise
+
+    class World:
+        max_steps = 9
+
+        def __init__(self, *args):
+            pass
+
+        def reset(self, seeds):
+            self.t, self.n = 0, len(seeds)
+            return self.observe(), {}
+
+        def observe(self):
+            return {"a": np.full((self.n, 1), float(self.t)), "b": np.arange(self.n)[:, None] * 1.0}
+
+        def step(self, action):
+            self.t += 1
+            return self.observe(), np.zeros(self.n), np.zeros(self.n, bool), {}
+
+        def frame(self, i, obs):
+            return i
+
+    description = {"state_keys": {"a": 1, "b": 1}, "camera_keys": [], "image_size": None, "fps": 10.0}
+    normalizer = data.Normalizer("minmax", *({"actions": torch.full((2,), v), "state": torch.full((2,), v)}
+                                             for v in (1.0, 0.0)), {}, {})
+    policy = sample.Policy(Undecided(1, 0, 2), normalizer, description)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "make_episodes", World)
+        args = types.SimpleNamespace(seed=0, instruction=None)
+        assert compare.shared_moment([policy], [{"id": "World"}], args, n=3) == 2
+    assert policy.history[-1]["state"][0, 1] == 2
+
+
+def test_what_cannot_be_compared_stands_in_a_group_of_its_own(runs, tmp_path, capsys):
+    chosen = [str(runs[name]) for name in ("ddpm", "numbers", "flow", "spirals")]
+    tables = sample.main([*chosen, "--compare", "--episodes", "1", "--out", str(tmp_path)])
+    assert {title: [row["run"] for row in rows] for title, rows in tables.items()} == {
+        "Samples of moons (2,)": ["ddpm", "flow"], "Policies in tabletop": ["numbers"],
+        "Samples of spirals (2,)": ["spirals"]}
+    assert "3 groups" in capsys.readouterr().out
+    shown = page_data(tmp_path / "report.html")
+    assert [s["name"] for s in shown["samples"]] == ["ddpm", "flow", "spirals"] and len(shown["chunks"]) == 1
+    model, checkpoint = sample.load_model(runs["flow"])
+    alone = sample.compare_samples(model, sample.held_out_samples(checkpoint), 0)
+    assert tables["Samples of moons (2,)"][1]["distance"] == f"{alone['distance']:.4f}"
+
+
+def test_one_line_for_what_is_wrong(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = write_demos(tmp_path / "demos.hdf5")
+    train.main(command(folder, tmp_path / "own", steps=2, eval_every=0))
+    numbers = str(runs["numbers"])
+    wrong = {("own",): "--compare", ("own", "--compare"): "no environment",
+             ("nothing", "--compare"): "nothing",
+             ("--compare", "--instruction", "9", "--episodes", "1"): "0..3"}
+    for more, named in wrong.items():
+        refused(capsys, lambda: sample.main([numbers, *more]), named)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names():
+    assert compare.unique_names(["out/a", "out/b/checkpoint.pt"]) == ["a", "b"]
+    assert compare.unique_names(["x/a", "y/a", "out/b"]) == ["x/a", "y/a", "b"]
+    assert compare.unique_names(["a", "a"]) == ["a (1)", "a (2)"]
+
+
+# -- an equal budget -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_budget(monkeypatch):
+    """dp_cnn and the regression, tiny, on few demonstrations; a step takes what the test says."""
+    real = compare.parse_options
+
+    def parse_options(argv):
+        return real([*argv, "--batch_size", "8", "--set", "down_dims=[16, 32]", "--set", "step_embed_dim=16"])
+    monkeypatch.setattr(compare, "parse_options", parse_options)
+    times = {"measured": 0, "seconds": 0.01}
+
+    def step_seconds(options, module):
+        times["measured"] += 1
+        return times["seconds"]
+    monkeypatch.setattr(compare, "step_seconds", step_seconds)
+    return times
+
+
+def test_budget(tiny_budget, tmp_path, monkeypatch, capsys):
+    argv = ["--minutes", "0.001", "--only", "dp_cnn", "--only", "regression", "--seeds", "0", "1",
+            "--episodes", "2", "--demos", "6", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    rows = compare.main(argv)
+    assert [row["model"] for row in rows] == ["dp_cnn", "regression"]
+    kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["seed"]) for row in kept] == [("dp_cnn", 0), ("regression", 0), ("dp_cnn", 1),
+                                                            ("regression", 1)]
+    assert all(row["steps"] == 6 for row in kept)                   # 60 ms of steps of 10 ms
+    for row in rows:
+        mine = [k for k in kept if k["name"] == row["model"]]
+        assert row["success"] == f"{round(sum(2 * k['success'] for k in mine))} of 4" and row["steps"] == "6"
+        assert row["sees"] == "numbers"
+    assert tiny_budget["measured"] == 4
+    assert compare.main(argv) == rows and tiny_budget["measured"] == 4      # nothing is done again
+    assert compare.main([*argv, "--seeds", "0"]) != rows and tiny_budget["measured"] == 4
+    first = sample.read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_dp_cnn_seed0")
+    other = sample.read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_regression_seed0")
+    assert first["data"] == other["data"] and first["options"]["demos"] == 6    # the same demonstrations
+    assert "| dp_cnn | numbers |" in capsys.readouterr().out
+
+
+def test_an_interrupted_budget_goes_on(tiny_budget, tmp_path, monkeypatch):
+    argv = ["--minutes", "0.001", "--only", "dp_cnn", "--seeds", "0", "--episodes", "1", "--demos", "6",
+            "--out", str(tmp_path / "out"), "--device", "cpu"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def stop(*args):
+            raise KeyboardInterrupt
+        patch.setattr(sample, "write_json", stop)                   # trained, not yet evaluated
+        compare.main(argv)
+    tiny_budget["seconds"] = 0.001                                  # another time of a step, the same run
+    row, = compare.main(argv)
+    assert row["steps"] == "6" and tiny_budget["measured"] == 1
+
+
+def test_time_of_a_step(tmp_path):
+    options, explicit = train.parse_options([*CNN, *SMALL])
+    assert 1e-4 < compare.step_seconds(options, dp_cnn) < 5
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--only", "pi1"], "dp_transformer"), (["--minutes", "0"], "--minutes 0"),
+    (["--task", "pushed"], "pusht"), (["--minute", "1"], "did you mean 'minutes'")])
+def test_wrong_flags(argv, named, capsys, tmp_path):
+    refused(capsys, lambda: compare.main([*argv, "--out", str(tmp_path)]), named)
