@@ -89,7 +89,7 @@ class Config:
     # more cameras than this are refused
     max_cameras: int = 3
     # L, longest instruction in codes
-    text_len: int = 40
+    text_len: int = 24
     # number of codes; 257 = bytes + 1, 0 is padding
     vocab_size: int = 257
     # SentencePiece model file; "" = bytes
@@ -98,7 +98,7 @@ class Config:
     # side of the square that images are fitted into, pixels
     vit_size: int = 48
     # side of a patch, pixels
-    patch_size: int = 8
+    patch_size: int = 12
     # its width
     vit_width: int = 96
     # ... layers
@@ -113,7 +113,7 @@ class Config:
     # query heads
     n_heads: int = 4
     # heads of keys and values, each shared by n_heads / n_kv_heads queries
-    n_kv_heads: int = 2
+    n_kv_heads: int = 1
     # width of a head
     head_dim: int = 32
     # width of Gemma
@@ -395,11 +395,12 @@ class Gemma(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def block_mask(valid, starts):
-    """Who may see whom: valid (B, N) bool, starts (N,) with 1 where a block begins -> (B, N, N) bool, [query,
-    key]. A token sees its own block both ways and all blocks before it; padding neither sees nor is seen."""
+def block_mask(valid, starts, first=0):
+    """Who may see whom: valid (B, N) bool, starts (N,) with 1 where a block begins -> (B, N - first, N) bool,
+    [query, key], of the queries from `first` on. A token sees its own block both ways and all blocks before
+    it; padding neither sees nor is seen."""
     block = starts.cumsum(0)
-    return (block[:, None] >= block) & valid[:, None, :] & valid[:, :, None]
+    return (block[first:, None] >= block) & valid[:, None, :] & valid[:, first:, None]
 
 
 def time_embedding(t, dim):
@@ -511,7 +512,7 @@ class Pi0(nn.Module):
         P = valid.shape[1]
         starts = torch.zeros(P + S, dtype=torch.int, device=x.device)
         starts[P:P + 2] = 1  # the state begins a block, the first action begins the last one
-        mask = block_mask(F.pad(valid, (0, S), value=True), starts)[:, P:]      # (B, S, P + S)
+        mask = block_mask(F.pad(valid, (0, S), value=True), starts, first=P)    # (B, S, P + S)
         positions = valid.sum(1, keepdim=True) + torch.arange(S, device=x.device)
         x, _ = self.expert(x, mask, positions, past=cache)
         return self.action_out_proj(x[:, 1:]).float()
@@ -688,7 +689,7 @@ PRESETS = {
             "text_weight": 0.0},
 }
 RECIPES = {
-    "tiny": {"steps": 5000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
+    "tiny": {"steps": 4500, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "demos": 800, "dtype": "bfloat16"},
     # openpi's fine-tuning
     "pi0": {"steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
