@@ -46,13 +46,15 @@ def load_original(folder, name):
         sys.exit(f"{e}: give the folder of a checkout of real-stanford/diffusion_policy, and install einops")
 
 
-def median_ms(function, repeat):
-    times = []
+def median_ms(functions, repeat):
+    """Milliseconds of each. They take turns, so that a machine that slows down slows all of them."""
+    times = [[] for _ in functions]
     for _ in range(repeat + 1):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]) * 1e3
+        for function, spent in zip(functions, times):
+            began = time.perf_counter()
+            function()
+            spent.append(time.perf_counter() - began)
+    return [statistics.median(spent[1:]) * 1e3 for spent in times]
 
 
 def main():
@@ -78,11 +80,10 @@ def main():
             noisy = noiser.add_noise(batch["actions"], noise, t)
             return torch.nn.functional.mse_loss(predict(noisy, t, batch["state"]), noise)
 
-        rows = []
-        our_loss = lambda: ours.loss(batch)["loss"]
-        for model, loss, fused in ((theirs, their_loss, False), (ours, our_loss, True)):
+        def training(model, loss):
             ema = copy.deepcopy(model)
-            optimizer = torch.optim.AdamW(model.parameters(), 1e-6, (0.95, 0.999), 1e-8, 1e-6, fused=fused)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-6, (0.95, 0.999), 1e-8, 1e-6,
+                                          fused=model is ours)
 
             def step():
                 loss().backward()
@@ -95,8 +96,9 @@ def main():
                         for average, p in zip(ema.parameters(), model.parameters()):
                             average.mul_(0.999)
                             average.add_(p.data, alpha=0.001)
+            return step
 
-            rows.append(median_ms(step, 5))
+        rows = median_ms([training(theirs, their_loss), training(ours, lambda: ours.loss(batch)["loss"])], 9)
         label = f"training step, batch {B}"
         print(f"{label:24}{rows[0]:>9.0f} ms{rows[1]:>9.0f} ms{rows[1] / rows[0]:>8.2f}")
 
@@ -121,7 +123,7 @@ def main():
             return model.sample({"state": state}, steps, start, torch.Generator().manual_seed(0))
 
         chunks = [their_sample(), our_sample(ours), our_sample(half)]
-        ms = [median_ms(f, 5) for f in (their_sample, lambda: our_sample(ours), lambda: our_sample(half))]
+        ms = median_ms([their_sample, lambda: our_sample(ours), lambda: our_sample(half)], 9)
         for label, i in ((f"chunk, {name.upper()} {steps}", 1), ("    in bfloat16", 2)):
             error = (chunks[i] - chunks[0]).abs().max().item()
             print(f"{label:24}{ms[0]:>9.0f} ms{ms[i]:>9.0f} ms{ms[i] / ms[0]:>8.2f}   differ by {error:.1e}")
