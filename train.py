@@ -203,8 +203,9 @@ def validate(model, items, normalizer, seed, n=256):
         row["action_error"] = error(raw[0])
         # What knows nothing does: the mean action; and, where states are what actions are, to stay.
         row["error_of_mean"] = error(normalizer.stats["actions"]["mean"].to(raw.device).expand_as(raw[1]))
-        names = getattr(model.config, "action_names", ())
-        if names and names == model.config.state_names:
+        names, demos = getattr(model.config, "action_names", ()), items.demos
+        joints = list(demos.state_keys) == ["qpos"] and demos.state_dim == demos.action_dim  # as ALOHA has it
+        if joints or names and names == model.config.state_names:
             pose = normalizer.unnormalize("state", batch["state"][:, model.config.n_obs_steps - 1])
             row["error_of_staying"] = error(pose[:, None].expand_as(raw[1]))
     return row
