@@ -660,6 +660,9 @@ class RDT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         c = self.config
+        for m in self.modules():
+            if isinstance(m, Norm):
+                m.weight.fill_(1.0)
         for part in (self.lang_adaptor, self.img_adaptor, self.state_adaptor):  # torch's own rule
             for m in part:
                 if isinstance(m, nn.Linear):

@@ -984,6 +984,16 @@ def test_every_equation_of_the_docstring_is_tagged_in_the_code():
     assert listed == tagged == {str(i) for i in range(1, len(listed) + 1)}
 
 
+def test_init_weights_sets_every_weight():
+    """A model that is built on the meta device has nothing but what this method writes."""
+    model = small()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    model.init_weights()
+    assert not [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+
+
 @pytest.mark.skipif(not os.environ.get("RDT_FULL"), reason="set RDT_FULL=1: takes 6 GB and minutes on a CPU")
 def test_the_full_size_samples_a_chunk_on_a_cpu():
     """Random bfloat16 weights; embeddings of a 32-word instruction and of six pictures are given."""
