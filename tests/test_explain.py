@@ -12,6 +12,7 @@ from test_house import MODELS, ROOT, each_model, source
 
 import explain
 import options
+import pi0
 import train
 
 
@@ -116,7 +117,9 @@ def test_the_masks_of_pi0_are_those_of_its_docstring(printed):
     found = re.findall(r"expert.layers.\*, .*\n +([\d ]+) +keys\n +(1 .*)\n +(16 .*?) +\(", printed("pi0"))
     (keys, state, actions), = found
     real, padding, *suffix = keys.split()
-    assert suffix == ["1", "16"] and int(real) + int(padding) == 2 * 36 + 40
+    config = pi0.Config()
+    prefix = 2 * (config.vit_size // config.patch_size) ** 2 + config.text_len
+    assert suffix == ["1", "16"] and int(real) + int(padding) == prefix
     assert state.split() == ["1", "x", ".", "x", "."] and actions.split() == ["16", "x", ".", "x", "x"]
 
 
