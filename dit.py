@@ -902,7 +902,7 @@ PRESETS = {
 }
 
 RECIPES = {
-    "tiny": {"data": "shapes", "demos": 8000, "steps": 3000, "batch_size": 64, "lr": 1e-3, "warmup": 100,
+    "tiny": {"data": "shapes", "demos": 8000, "steps": 3000, "batch_size": 64, "lr": 3e-3, "warmup": 100,
              "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0, "ema_max": 0.995, "eval_every": 0},
     **{name: {"steps": 400_000, "batch_size": 256, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
               "betas": (0.9, 0.999), "weight_decay": 0.0} for name in PRESETS if name != "tiny"},
