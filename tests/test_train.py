@@ -596,6 +596,9 @@ def test_every_yaml_of_the_project_is_read(path):
         cameras = [m["shape"] for m in meta["obs"].values() if m.get("type") == "rgb"]
         facts = {"action_dim": meta["action"]["shape"][0], "n_cameras": len(cameras)}
         facts |= {"image_size": tuple(cameras[0][1:])} if cameras else {}
+    for kind in ("action", "state"):                                    # rdt.py: a name for each dimension
+        if f"{kind}_names" in content.get("set", {}):
+            facts[f"{kind}_dim"] = len(content["set"][f"{kind}_names"])
     config = options.make_config(module, options.with_recipe(chosen, explicit, module), facts)
     assert all(getattr(config, field) == (tuple(v) if isinstance(v, list) else v)
                for field, v in content.get("set", {}).items())
