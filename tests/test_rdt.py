@@ -994,7 +994,7 @@ def test_init_weights_sets_every_weight():
     assert not [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
 
 
-@pytest.mark.skipif(not os.environ.get("RDT_FULL"), reason="set RDT_FULL=1: takes 6 GB and minutes on a CPU")
+@pytest.mark.skipif(not os.environ.get("RDT_FULL"), reason="set RDT_FULL=1: takes 4 GB and a minute on a CPU")
 def test_the_full_size_samples_a_chunk_on_a_cpu():
     """Random bfloat16 weights; embeddings of a 32-word instruction and of six pictures are given."""
     import resource
