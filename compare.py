@@ -2,13 +2,12 @@
 
     python sample.py out/dp_cnn out/pi0 --compare       same seeds, same observations: a table and report.html
     python compare.py --minutes 5                       every policy and a regression, the same data, minutes
-                                                        and seeds: the table of the README
+                                                        and seeds
 
 The first shows what checkpoints do that are there. The second trains them: `budget` below says how.
 """
 import dataclasses
 import json
-import sys
 import time
 import types
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 import report
 import sample
-from data import Normalizer, UserError
+from data import UserError
 from options import Parser, load_module, parse_options, run, with_recipe
 
 # ----------------------------------------------------------------------------------------------------------
@@ -38,8 +37,7 @@ def side_by_side(args):
                 environment = sample.environment_of(args, checkpoint)
             except UserError as e:
                 raise UserError(f"{path}: {e}") from None
-            policy = sample.Policy(model, Normalizer.from_state(checkpoint["normalizer"]), checkpoint["data"],
-                                   device, dtype, args.sampler_steps or None, args.seed)
+            policy = sample.policy_of(model, checkpoint, device, dtype, args)
             checkpoint |= {"policy": policy, "environment": environment}
             key = ("policies in", environment if isinstance(environment, str) else environment["id"])
         groups.setdefault(key, []).append((name, model, checkpoint))
@@ -218,7 +216,7 @@ def budget(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "results.jsonl"
-    wanted = [name for name in args.only or TASKS[args.task] if is_there(name)]
+    wanted = args.only or list(TASKS[args.task])
     done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     same = {"task": args.task, "minutes": args.minutes, "episodes": args.episodes, "demos": args.demos,
             "preset": args.preset}
@@ -235,13 +233,6 @@ def budget(args):
             for name in wanted]
     print(markdown(f"{args.task}, {args.minutes:g} minutes of training each, seeds {args.seeds}", rows))
     return rows
-
-
-def is_there(name):
-    if (Path(__file__).parent / f"{'dp_cnn' if name == 'regression' else name}.py").exists():
-        return True
-    print(f"note: {name}.py is not there", file=sys.stderr)
-    return False
 
 
 def train_one(name, seed, folder, args):

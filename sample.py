@@ -24,11 +24,10 @@ import yaml
 
 import report
 import tabletop
-from data import Normalizer, UserError, encode_text, open_samples, written_aside
+from data import MixedDemos, Normalizer, UserError, encode_text, open_samples, written_aside
 from options import Parser, hint, load_module, model_config, parse_set, pick_device, run
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
-BACKGROUND = 127          # what a covered camera shows, 0..255
 EVALUATION_SEEDS = 100_000  # episode i has seed 100000 + 1000 * --seed + i; the paper's are 100000 + i
 
 
@@ -212,7 +211,7 @@ class Policy:
             step["state"] = self.normalizer.normalize("state", state)
         if d["camera_keys"]:
             images = [np.asarray(observation[k]) for k in d["camera_keys"]]
-            images = [np.full_like(x, BACKGROUND) if key in self.without else x
+            images = [np.full_like(x, MixedDemos.BACKGROUND) if key in self.without else x
                       for key, x in zip(d["camera_keys"], images)]
             images = np.stack([i[None] if single else i for i in images], axis=1)  # (n, V, H, W, 3)
             if images.dtype != np.uint8 or images.shape[2:] != (*d["image_size"], 3):
@@ -516,6 +515,12 @@ def load_run(path, args):
     return model, checkpoint, device, dtype
 
 
+def policy_of(model, checkpoint, device, dtype, args):
+    normalizer = Normalizer.from_state(checkpoint["normalizer"])
+    return Policy(model, normalizer, checkpoint["data"], device, dtype, args.sampler_steps or None, args.seed,
+                  args.robot or None, args.without, [word_pair(x) for x in args.swap])
+
+
 def held_out_samples(checkpoint, split="valid"):
     options = checkpoint["options"]
     return open_samples(options["data"] or "moons", options["demos"] or None, options["seed"], split=split)
@@ -557,9 +562,7 @@ def main(argv=None):
             result = compare_samples(model, held_out, args.seed, held_out_samples(checkpoint, "train"))
             shown = pictures(model, held_out, None, checkpoint["data"], args.seed)
         else:
-            normalizer = Normalizer.from_state(checkpoint["normalizer"])
-            policy = Policy(model, normalizer, checkpoint["data"], device, dtype, args.sampler_steps or None,
-                            args.seed, args.robot or None, args.without, [word_pair(x) for x in args.swap])
+            policy = policy_of(model, checkpoint, device, dtype, args)
             result = evaluate(policy, environment_of(args, checkpoint), args.episodes, args.seed,
                               instruction=args.instruction)
             shown = {"rollouts": result.pop("rollouts")}
