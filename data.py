@@ -329,7 +329,8 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None,
     text         whether instructions will be read
     shape_meta   {"obs": {key: {"shape": [..], "type": "rgb" | "low_dim"}}, "action": {"shape": [..]}} as in
                  Diffusion Policy: the keys, their order and their shapes, which are checked. rgb is [3, H, W]
-    episodes     for tabletop: how many rollouts to generate (default 1000, with cameras 600)
+    episodes     for tabletop: how many rollouts to generate (default 1000, with cameras 2000,
+                 most of which end with the grasp)
     val_ratio    share of the episodes to hold out, at least one. None: what the files' masks say, else 0.05
     seed         of the split and of the generated set
     cache        folder of the generated set (default $ACTION_DIFFUSION_CACHE, else ~/.cache/action_diffusion)
@@ -473,7 +474,7 @@ def new_hdf5(path):
 def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
     """The generated set, as a file like any other: made on first use, and anew when tabletop.py changes."""
     import tabletop
-    rollouts = rollouts or (600 if cameras else 1000)
+    rollouts = rollouts or (2000 if cameras else 1000)
     version = hashlib.sha256(Path(tabletop.__file__).read_bytes()).hexdigest()[:8]
     folder = cache or os.environ.get("ACTION_DIFFUSION_CACHE") or "~/.cache/action_diffusion"
     name = f"{robot}_{rollouts}_{'cameras' if cameras else 'lowdim'}_seed{seed}_{version}.hdf5"

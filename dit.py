@@ -78,7 +78,7 @@ class Config:
 
     # -- the autoencoder
     # feature maps per level; each level but the first halves the image. () = none: diffusion of the pixels
-    vae_channels: tuple = (16, 32, 32)
+    vae_channels: tuple = (8, 16, 32)
     # residual blocks per level of the encoder; the decoder has one more
     vae_res_blocks: int = 1
     # groups of its GroupNorms; must divide every level's feature maps
@@ -88,7 +88,7 @@ class Config:
     # standard deviation of p(x | z), in units of the data [1]: how exact the decoder has to be
     vae_std: float = 0.1
     # so many batches train the autoencoder, all later ones the transformer; 0 = its weights are loaded
-    vae_steps: int = 400
+    vae_steps: int = 500
     # s [4]; 0 = measured on the first batch after vae_steps. Released: 0.18215
     latent_scale: float = 0.0
     # the autoencoder's weights, where --init names those of the transformer
@@ -122,7 +122,7 @@ class Config:
     # "ddim": share of fresh noise; 0 = none
     eta: float = 0.0
     # w [13]; 1 = none
-    guidance: float = 3.0
+    guidance: float = 4.0
     # how many channels are guided, from the first on; 0 = all. The released sampler: 3 of 4
     guidance_channels: int = 0
 
@@ -902,8 +902,9 @@ PRESETS = {
 }
 
 RECIPES = {
-    "tiny": {"data": "shapes", "demos": 8000, "steps": 3000, "batch_size": 64, "lr": 3e-3, "warmup": 100,
-             "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0, "ema_max": 0.995, "eval_every": 0},
+    "tiny": {"data": "shapes", "demos": 8000, "steps": 6500, "batch_size": 64, "lr": 3e-3, "warmup": 100,
+             "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0, "ema_max": 0.995, "eval_every": 0,
+             "dtype": "bfloat16"},
     **{name: {"steps": 400_000, "batch_size": 256, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
               "betas": (0.9, 0.999), "weight_decay": 0.0} for name in PRESETS if name != "tiny"},
 }

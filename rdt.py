@@ -150,6 +150,8 @@ class Config:
     # factor on the adaptors' initial weights. Torch's own rule, 1, shrinks what a word or a patch says so far
     # that its position drowns it, and which colour is asked for is not learned
     adaptor_init: float = 2.4
+    # ... on those of SigLIP's patches and positions: what a patch shows would drown in the layers' own output
+    image_init: float = 5.0
     # factor on the initial positions, for the same reason; 1 = as released
     pos_init: float = 0.1
     # -- training
@@ -699,7 +701,8 @@ class RDT(nn.Module):
             for m in self.vision.modules():
                 if isinstance(m, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
                     m.reset_parameters()
-            self.vision.position.normal_(std=c.vit_width ** -0.5)
+            self.vision.position.normal_(std=c.image_init * c.vit_width ** -0.5)
+            self.vision.patch.weight.mul_(c.image_init)
             for m in self.t5.modules():
                 if isinstance(m, nn.Linear):
                     m.weight.normal_(std=m.in_features ** -0.5)
@@ -975,7 +978,8 @@ RELEASED = {"action_dim": 14, "state_dim": 14, "action_names": ALOHA, "state_nam
             "vocab_size": 32128, "encoders": "none", "vit_size": 384, "patch_size": 14, "vit_width": 1152,
             "vit_depth": 27, "vit_mlp": 4304, "vit_heads": 16, "t5_width": 4096, "t5_depth": 24,
             "t5_heads": 64, "t5_head_dim": 64, "t5_mlp": 10240, "norm": "released", "qk_init": 1.0,
-            "adaptor_init": 1.0, "pos_init": 1.0, "masked": False, "n_draws": 1, "mask_prob": 0.1}
+            "adaptor_init": 1.0, "image_init": 1.0, "pos_init": 1.0, "masked": False, "n_draws": 1,
+            "mask_prob": 0.1}
 PRESETS = {
     # Learns the built-in task on two CPU cores.
     "tiny": {},
@@ -987,8 +991,8 @@ PRESETS = {
 FINE_TUNING = {"steps": 200_000, "batch_size": 32, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
                "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 1e-2, "normalizer": "meanstd"}
 RECIPES = {
-    "tiny": {"steps": 3500, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
-             "weight_decay": 1e-3, "ema_max": 0.995, "demos": 800, "dtype": "bfloat16",
+    "tiny": {"steps": 4500, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
+             "weight_decay": 1e-3, "ema_max": 0.995, "demos": 2000, "dtype": "bfloat16",
              "normalizer": "meanstd"},
     "170M": FINE_TUNING, "1B": FINE_TUNING,
 }

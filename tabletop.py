@@ -240,7 +240,7 @@ def touches_wall(start, end):
 # Mid-grey is about 0 for a network: a bright table would be a large constant in every patch.
 FLOOR, TABLE, GREEN, GREY = (36, 36, 40), (128, 124, 118), (112, 164, 108), (66, 62, 58)
 RED, BLUE, PALM, FINGER = (205, 50, 45), (45, 85, 205), (232, 230, 226), (20, 20, 22)
-HAND_VIEW = 0.4                         # half-extent of the picture from the hand, table units
+HAND_VIEW = 0.3                         # half-extent of the picture from the hand, table units
 # Two cameras never agree on white. It tells an encoder that they share through which one it looks.
 HAND_TINT = (1.35, 1.15, 0.9)
 
@@ -349,6 +349,7 @@ class Expert:
 
 # ------------------------------------------------------------------------------------------- demonstrations
 
+WHOLE = 3                               # with cameras, one rollout in so many goes on after the grasp
 DEMO_SEEDS = 10**9                      # demonstrations use the seeds from here on; evaluate on smaller ones
 
 
@@ -364,6 +365,8 @@ def demonstrations(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
 
     A kick is nobody's intention, so its steps are no data. The rollout is cut there: a segment ends with the
     last step before a kick, the next one begins with the first step after it; single steps are dropped.
+    With cameras, one rollout in WHOLE is recorded to its end, the others only up to the grasp: what has to be
+    found in the pictures is the block, and of a whole rollout three steps in four come after that.
     "episode" numbers the rollouts, so that validation can keep whole ones apart; those that failed in spite
     of all (a few per hundred) are left out, and their numbers with them.
     """
@@ -373,6 +376,7 @@ def demonstrations(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
     # Drawn as (n, steps, ...), from one stream each: a row is then the same however many rows follow.
     tremble = np.random.default_rng([seed, 1]).normal(0, 0.01, (n, MAX_STEPS, 2))
     dice = np.random.default_rng([seed, 2]).random((n, MAX_STEPS, 4))
+    whole = (np.arange(n) % WHOLE == 0) | (not cameras)
     noise, left, heading, shut = np.zeros((n, 2)), np.zeros(n, int), np.zeros((n, 2)), np.zeros(n, bool)
     history = {"actions": [], "obs": [], "real": []}
     for t in range(robot.max_steps * robot.fps // FPS):
@@ -391,7 +395,7 @@ def demonstrations(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
 
         history["actions"].append(env.command(clean))
         history["obs"].append(obs)
-        history["real"].append((env.outcome == "running") & ~kicked)
+        history["real"].append((env.outcome == "running") & ~kicked & (whole | ~holding))
         noise = 0.9 * noise + np.sqrt(1 - 0.9**2) * tremble[:, t]           # same variance, correlated
         done = clean + np.column_stack([noise, np.zeros(n)])
         pushed = np.column_stack([env.gripper + heading, np.where(shut, 1, -1)])

@@ -46,7 +46,9 @@ def fit(model, items, steps, seed):
         _, batch = next(stream)
         train.seed_step(seed, step, 0)
         began = time.perf_counter()
-        model.loss(batch)["loss"].backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=RECIPE["dtype"] == "bfloat16"):
+            loss = model.loss(batch)["loss"]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE["clip"])
         optimizer.step()
         optimizer.zero_grad()

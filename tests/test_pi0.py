@@ -701,6 +701,17 @@ def test_initial_queries_and_keys_are_as_wide_as_configured():
     assert layer.k(x).std().item() == pytest.approx(2.0 * plain, rel=0.05)
 
 
+def test_initial_picture_tokens_are_as_large_as_configured():
+    models = []
+    for factor in (1.0, 4.0):
+        torch.manual_seed(0)
+        models.append(small(image_init=factor))
+    a, b = models
+    torch.testing.assert_close(b.vision.patch.weight, 4 * a.vision.patch.weight)
+    torch.testing.assert_close(b.vision.position, 4 * a.vision.position)
+    torch.testing.assert_close(b.projector.weight, 2 * a.projector.weight)
+
+
 def test_every_equation_of_the_docstring_is_tagged_in_the_code():
     head, _, code = open(pi0.__file__).read()[3:].partition('"""')
     listed = set(re.findall(r"^    \[(\d+)\] ", head, flags=re.M))
