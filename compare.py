@@ -308,7 +308,7 @@ def main(argv=None):
     add("--only", action="append", help="this model (may be given several times)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; each has its own episodes")
     add("--episodes", type=int, default=100, help="of each run")
-    add("--demos", type=int, default=2000, help="tabletop: demonstrations, the same for all")
+    add("--demos", type=int, default=2000, help="tabletop: rollouts, the same for all; with cameras two in three end at the grasp")
     add("--preset", default="tiny", help="where a file has it; else tiny")
     add("--data", default="", help="pusht: its HDF5 file")
     add("--device", default="auto")

@@ -329,8 +329,8 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None,
     text         whether instructions will be read
     shape_meta   {"obs": {key: {"shape": [..], "type": "rgb" | "low_dim"}}, "action": {"shape": [..]}} as in
                  Diffusion Policy: the keys, their order and their shapes, which are checked. rgb is [3, H, W]
-    episodes     for tabletop: how many rollouts to generate (default 1000, with cameras 2000,
-                 most of which end with the grasp)
+    episodes     for tabletop: how many rollouts to generate (default 1000, with cameras 2000:
+                 see tabletop.demonstrations)
     val_ratio    share of the episodes to hold out, at least one. None: what the files' masks say, else 0.05
     seed         of the split and of the generated set
     cache        folder of the generated set (default $ACTION_DIFFUSION_CACHE, else ~/.cache/action_diffusion)

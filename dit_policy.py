@@ -715,7 +715,7 @@ PUBLISHED_RECIPE = {"steps": 150_000, "batch_size": 150, "lr": 3e-4, "warmup": 2
                     "weight_decay": 1e-6, "ema_max": 0.0}
 RECIPES = {
     "tiny": {"steps": 3000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
-             "weight_decay": 1e-3, "ema_max": 0.995, "demos": 2000, "dtype": "bfloat16"},
+             "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
     # trainer=bc_cos_sched of the original, which does not average weights
     "droid": PUBLISHED_RECIPE, "aloha": PUBLISHED_RECIPE,
 }

@@ -699,7 +699,7 @@ PRESETS = {
 }
 RECIPES = {
     "tiny": {"steps": 4000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
-             "weight_decay": 1e-3, "ema_max": 0.995, "demos": 2000, "dtype": "bfloat16"},
+             "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
     # openpi's fine-tuning
     "pi0": {"steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
             "betas": (0.9, 0.95), "weight_decay": 1e-10, "ema_max": 0.99, "normalizer": "meanstd"},

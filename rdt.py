@@ -148,12 +148,12 @@ class Config:
     # initial weight of the norms of queries and keys; more than 1: attention that starts focused
     qk_init: float = 1.75
     # factor on the adaptors' initial weights. Torch's own rule, 1, shrinks what a word or a patch says so far
-    # that its position drowns it, and which colour is asked for is not learned
+    # that its position drowns it, and what a letter asks for in `main` is not learned
     adaptor_init: float = 2.4
-    # ... on those of SigLIP's patches and positions: what a patch shows would drown in the layers' own output
-    image_init: float = 5.0
     # factor on the initial positions, for the same reason; 1 = as released
     pos_init: float = 0.1
+    # factor on the initial weights of SigLIP's patches and positions, as in pi0.py
+    image_init: float = 5.0
     # -- training
     # True: keep to the dimensions that the robot has; False: as released (difference 2)
     masked: bool = True
@@ -992,7 +992,7 @@ FINE_TUNING = {"steps": 200_000, "batch_size": 32, "lr": 1e-4, "lr_schedule": "c
                "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 1e-2, "normalizer": "meanstd"}
 RECIPES = {
     "tiny": {"steps": 4500, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
-             "weight_decay": 1e-3, "ema_max": 0.995, "demos": 2000, "dtype": "bfloat16",
+             "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16",
              "normalizer": "meanstd"},
     "170M": FINE_TUNING, "1B": FINE_TUNING,
 }

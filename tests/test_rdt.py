@@ -984,6 +984,16 @@ def test_every_equation_of_the_docstring_is_tagged_in_the_code():
     assert listed == tagged == {str(i) for i in range(1, len(listed) + 1)}
 
 
+def test_initial_patches_and_positions_are_as_large_as_configured():
+    models = []
+    for factor in (1.0, 4.0):
+        torch.manual_seed(0)
+        models.append(RDT(Config(**SMALL | {"image_init": factor})))
+    a, b = models
+    torch.testing.assert_close(b.vision.patch.weight, 4 * a.vision.patch.weight)
+    torch.testing.assert_close(b.vision.position, 4 * a.vision.position)
+
+
 def test_init_weights_sets_every_weight():
     """A model that is built on the meta device has nothing but what this method writes."""
     model = small()
