@@ -308,7 +308,8 @@ def main(argv=None):
     add("--only", action="append", help="this model (may be given several times)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; each has its own episodes")
     add("--episodes", type=int, default=100, help="of each run")
-    add("--demos", type=int, default=2000, help="tabletop: rollouts, the same for all; with cameras two in three end at the grasp")
+    add("--demos", type=int, default=2000, help="tabletop: rollouts, the same for all; of most, cameras "
+                                                "see the way to the grasp only")
     add("--preset", default="tiny", help="where a file has it; else tiny")
     add("--data", default="", help="pusht: its HDF5 file")
     add("--device", default="auto")
