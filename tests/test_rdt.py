@@ -749,6 +749,18 @@ def test_hiding_happens_in_training_only_and_leaves_the_target_alone():
     assert loss() == 0
 
 
+@pytest.mark.parametrize("alpha", [1.0, 5.0])
+def test_training_times_follow_the_beta_distribution_and_are_uniform_as_released(alpha):
+    """[3]: P(t / K < q) = q^alpha."""
+    torch.manual_seed(0)
+    model = small(time_alpha=alpha, n_draws=2000)
+    with torch.no_grad():
+        t = model.loss(small_batch(model.config))["t"]
+    assert len(t) == 6000 and 0 <= t.min() and t.max() <= 1
+    for q in (0.3, 0.6, 0.9):
+        assert (t < q).float().mean().item() == pytest.approx(q**alpha, abs=0.02)  # three deviations
+
+
 def test_draws_that_share_an_observation_are_so_many_losses():
     model = small(n_draws=3)
     batch, noise, t = small_batch(model.config), torch.randn(9, 5, 128), torch.randint(1000, (9,))
@@ -857,6 +869,7 @@ def test_two_robots_in_one_batch_are_each_alone():
         ({"encoders": "big"}, "encoders 'big'"),
         ({"n_draws": 0}, "n_draws 0"),
         ({"mask_prob": 1.0}, "mask_prob 1.0"),
+        ({"time_alpha": 0.0}, "time_alpha 0.0"),
         ({"sampler_steps": 0}, "sampler steps 0"),
         ({"sampler_steps": 1000}, "sampler steps 1000"),
     ],
