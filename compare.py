@@ -1,8 +1,8 @@
 """Comparisons: finished runs side by side, and training on an equal budget.
 
     python sample.py out/dp_cnn out/pi0 --compare       same seeds, same observations: a table and report.html
-    python compare.py --minutes 5                       every policy and a regression, the same data, minutes
-                                                        and seeds
+    python compare.py --minutes 5                       every policy and a regression: the same rollouts,
+                                                        minutes and seeds
 
 The first shows what checkpoints do that are there. The second trains them: `budget` below says how.
 """
@@ -134,10 +134,10 @@ def compare_policies(members, where, args):
 
 
 def shared_moment(policies, environments, args, n=8, looks=6):
-    """Give all policies the same observation, one where they have to choose: of the states that the first one
-    passes in n episodes, that from which the chunks differ most. Every policy has a world of its own, in
-    which the same seeds and the same actions make the same things happen, and sees it with its own eyes
-    (numbers or pictures, last step or last two). -> picture of the state"""
+    """Give all policies the same observation, one where they have to choose: of the states at the first
+    `looks` samplings of the first one in n episodes, that where the chunks of all differ most. Every policy
+    has a world of its own, in which the same seeds and the same actions make the same things happen, and sees
+    it with its own eyes (numbers or pictures, last step or last two). -> picture of the state"""
     worlds = [sample.make_episodes(environment, n, policy.description, args.instruction)
               for policy, environment in zip(policies, environments)]
     seeds = sample.EVALUATION_SEEDS + 1000 * args.seed + np.arange(n)
@@ -208,11 +208,12 @@ TASKS = {
 
 
 def budget(args):
-    """Train every model of a task for the same minutes, from the same demonstrations, with each training
-    seed, and let it act in the same episodes (those of the seed). The minutes become a number of steps by the
-    time of a step, measured before, so that the learning rate's schedule ends when they do; what the training
-    took in the end is in the table. A line of results.jsonl per run: what is there is not done again, and a
-    run that was interrupted goes on."""
+    """Train every model of a task for the same minutes, from the same rollouts (on the tabletop whole for who
+    sees numbers, two in three up to the grasp for who sees pictures; each seed has its own), with each
+    training seed, and let it act in the same episodes (those of the seed). The minutes become a number of
+    steps by the time of a step, measured before, so that the learning rate's schedule ends when they do; what
+    the training took in the end is in the table. A line of results.jsonl per run: what is there is not done
+    again, and a run that was interrupted goes on."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "results.jsonl"

@@ -590,7 +590,9 @@ def convert_official(state_dict, config, state_dim=None):
             cameras += [] if name[1] in cameras else [name[1]]
             key = key.replace(name[0], f"encoders.{cameras.index(name[1])}.", 1)
         if lerobot and config.n_cameras and key.endswith(".film.weight"):
-            value = value[:, lerobot_columns(config, state_dim)]
+            columns = lerobot_columns(config, state_dim)
+            # Of another width they are weights for other observations: from_official will say so.
+            value = value[:, columns] if value.shape[1] == len(columns) else value
         weights[key] = value
     return weights
 

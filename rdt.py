@@ -4,10 +4,12 @@
     "RDT-1B: a Diffusion Foundation Model for Bimanual Manipulation", arXiv:2410.07864
     official code: github.com/thu-ml/RoboticsDiffusionTransformer
 
-p(A | l, o): a chunk A of Tp actions, given an instruction l and o = (the pictures of the last To steps,
-proprioception, control frequency). A transformer over [t, frequency, state, actions] predicts the clean
-chunk. Language (a T5 encoder) and pictures (SigLIP) stand outside that sequence: hundreds or thousands of
-tokens, read by cross-attention, in turn.
+p(A | l, o): a chunk A of Tp actions, given an instruction l and o = (the pictures of the last To steps, the
+robot's own state, or proprioception, its control frequency). Diffusion, as in ddpm.py: training mixes noise
+into a chunk, to a level t, and a transformer over [t, frequency, state, noised actions] predicts the clean
+chunk; sampling starts with noise alone and lowers t in a few steps, predicting anew in each. Language (a T5
+encoder) and pictures (SigLIP) stand outside that sequence: hundreds or thousands of tokens, read by
+cross-attention, in turn.
 
     block 0   [t, hz, s, a_1 .. a_Tp] <-> each other   then <- words of the instruction   then MLP
     block 1   [t, hz, s, a_1 .. a_Tp] <-> each other   then <- patches of the pictures    then MLP
@@ -16,24 +18,27 @@ tokens, read by cross-attention, in turn.
 Every robot's numbers have their place in one vector of 128 (table UNIFIED below), by physical meaning; a
 mask says which of them a robot has. So robots with different arms, actions and rates share all weights.
 
-Axes: B items, To observed steps, V cameras, N tokens, D width, L text codes, A a robot's dimensions, U = 128.
+Axes: B items, Tp predicted steps, To observed ones, V cameras, N tokens, D width, L text codes, A a robot's
+dimensions of action, S of state, U = 128.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise), K - 1 is noise.
 Time of the robot: pictures of now and before, state of now; the chunk starts now.
 
-    [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t <= 0.999 schedule
+    [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t cut at 0.999
     [2]  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)                     noising
-    [3]  L = mean (f_theta(l, o, x_t, t) - x0)^2,   t = floor(K b), b ~ Beta(a, 1): the network       loss
-         predicts x0. Released: a = 1, t uniform in 0..K-1
-    [4]  x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) D,   h = lambda_s - lambda_t,       DPM-Solver++
-         lambda = log(alpha / sigma), alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar); 5 steps, s < t
-    [5]  D = x0_hat in the first and the last step, else x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
+    [3]  loss = mean (x0_hat - x0)^2,   x0_hat = f_theta(l, o, x_t, t): the network predicts x0;        loss
+         t = floor(K b), b ~ Beta(a, 1). Released: a = 1, t uniform in 0..K-1
+    [4]  x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) X,   h = lambda_s - lambda_t,       DPM-Solver++
+         lambda = log(alpha / sigma), alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar); 5 steps t -> s,
+         s < t, the last to clean data: alpha_s = 1, sigma_s = 0
+    [5]  X = x0_hat in the first and the last step, else x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
     [6]  RMSNorm(x) = w x / sqrt(mean(x^2) + 1e-6);   released: w x / sqrt(var(x) + 1e-6)
     [7]  softmax(RMSNorm(q) RMSNorm(k)' / sqrt(d)) v                                                QK-norm
-    [8]  x += self(x);  x += cross(x, c_i);  x += MLP(x);   c_i = language for even i, pictures for odd
+    [8]  x += self(norm(x));  x += cross(norm(x), c_i);  x += MLP(norm(x)),   three norms as in [6];
+         c_i = language for even i, pictures for odd
     [9]  token of a state or an action = MLP([v, m]), v its 128 numbers, m the mask; MLP decoder at the end
     [10] Fourier features of the paper: sin, cos of 2^j pi v, j = 0..n-1, appended to v. Released: none
     [11] token of t and of the control frequency (Hz) = MLP(cos, sin of (value) 10000^(-i/128))
-    [12] training hides each modality with a probability of its own, 0.1 in the paper
+    [12] training hides each modality independently of the others, with probability 0.1 in the paper
     [13] T5: softmax(q k' + b(j - i)) v, b learned per head and bucket of the distance; no 1 / sqrt(d)
 
 Map: Config | UNIFIED, slots | Siglip | T5Encoder | norms, attention, RDTBlock | DPM-Solver++ | RDT: loss,
@@ -42,8 +47,8 @@ sample, from_official | PRESETS | main.
 Differs from the original:
  1. The released norms divide by the deviation around the mean, not by the root mean square: timm 1.0.3's
     mistake, which their weights rely on. Both are here, `norm` chooses.
- 2. `masked` (tiny): noise, input, output and loss keep to the dimensions that a robot has. The original
-    noises and trains all 128 and only clears the result.
+ 2. `masked` (tiny): dimensions that a robot lacks are 0 in the network's input and left out of the loss. The
+    original feeds noise to all 128 and trains all 128. A sample has the robot's own in both.
  3. Steps past the end of an episode are left out of the loss; the original trains on a repeated last action.
  4. Keys and values of language and pictures are computed once per chunk, and once for n_draws draws of noise.
  5. A hidden state is 0, which is the data set's mean (as in the original) if it is normalised by mean and
@@ -54,7 +59,7 @@ Differs from the original:
     learn with the rest: frozen, as published, they would have to know something beforehand, and frozen random
     ones would be a farce.
 
-Run alone: `python rdt.py` trains two robots on one set of weights, in half a minute on two CPU cores.
+Run alone: `python rdt.py` trains two robots on one set of weights, in a quarter of a minute on two CPU cores.
 """
 import difflib
 import functools
@@ -161,8 +166,9 @@ class Config:
     masked: bool = True
     # draws of noise and time per observation
     n_draws: int = 1
-    # a in [3]; 1: uniform, as released. More: practice at noise, where words and pictures have to decide. As
-    # soon as a chunk shows through x_t it can be had from there, and teaches nothing about them
+    # a in [3]; 1: uniform, as released. More: practice near noise, where words and pictures alone can tell
+    # which chunk is meant; where it shows through x_t it can be read off, which teaches nothing about them.
+    # With 5, half of all t lie above 0.87 K and 1 % below 0.4 K, enough for the easy end
     time_alpha: float = 5.0
     # probability with which each modality is hidden in training (released: 0.1)
     mask_prob: float = 0.05
@@ -321,7 +327,7 @@ def unpack(x, places):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# SigLIP: a vision transformer whose patches become words
+# SigLIP: a vision transformer; every patch of a picture becomes a token
 
 BACKGROUND = 127  # SigLIP's mean colour, 0..255: what a missing or hidden picture shows
 
@@ -411,8 +417,7 @@ class Norm(nn.Module):
         return self.norm(x, self.weight)
 
 
-# Added to logits of masked keys. Finite, so that a row in which everything is masked (a padded query, which
-# nobody reads) is even and not NaN.
+# Added to the logits of masked keys: huge, but finite in bfloat16 too. Some key is always left (lang_mask).
 MASKED = -2.3819763e38
 
 
@@ -558,8 +563,8 @@ class RDTBlock(nn.Module):
 
     def forward(self, x, k, v, bias=None):
         x = x + self.attn(self.norm1(x))                                        # [8]
-        x = x + self.cross_attn(self.norm2(x), k, v, bias)
-        return x + self.ffn(self.norm3(x))
+        x = x + self.cross_attn(self.norm2(x), k, v, bias)                      # [8]
+        return x + self.ffn(self.norm3(x))                                      # [8]
 
 
 def adaptor(dim, width, layers):
@@ -612,9 +617,9 @@ def solver_times(K, steps):
 def dpm_solver(denoise, x_t, alpha_bar, steps, trace=None):
     """DPM-Solver++ of second order: from noise x_t to a sample, in `steps` calls of denoise(x_t, t) -> x0.
 
-    alpha_bar at the last time is of the order 1e-9: x_t holds next to nothing of x0 there, and a network that
-    predicted eps could not be turned into x0 (division by sqrt(alpha_bar)). x0 is used as it is. The step to
-    clean data, sigma = 0 and e^-h = 0, gives the last x0 itself.
+    At t = K - 1, where sampling starts, alpha_bar is of the order 1e-9: x_t holds next to nothing of x0, and
+    a predicted eps could not be turned into x0 (division by sqrt(alpha_bar)). x0 is used as predicted. The
+    step to clean data, sigma = 0 and e^-h = 0, gives the last x0 itself.
     """
     times = solver_times(len(alpha_bar), steps)
     alpha_bar = alpha_bar.double()[times]
@@ -624,11 +629,11 @@ def dpm_solver(denoise, x_t, alpha_bar, steps, trace=None):
     for i, t in enumerate(times.tolist()):
         x0 = denoise(x_t, t)
         e_h = (sigma[i + 1] / alpha[i + 1]) / (sigma[i] / alpha[i])             # e^-h
-        D = x0
+        X = x0
         if 0 < i < steps - 1:
             h = -math.log(e_h)
-            D = x0 + h / (2 * h_previous) * (x0 - previous)                     # [5]
-        x_t = sigma[i + 1] / sigma[i] * x_t + alpha[i + 1] * (1 - e_h) * D      # [4]
+            X = x0 + h / (2 * h_previous) * (x0 - previous)                     # [5]
+        x_t = sigma[i + 1] / sigma[i] * x_t + alpha[i + 1] * (1 - e_h) * X      # [4]
         previous, h_previous = x0, -math.log(e_h) if e_h else math.inf
         if trace is not None:
             trace.append(x_t)
@@ -745,8 +750,8 @@ class RDT(nn.Module):
         return given.float()
 
     def hide(self, batch):
-        """[12]: control frequency 0, state 0 (the mean), masks of state and actions all 0, each picture the
-        background, text empty; each with its own draw for each item."""
+        """[12]: control frequency 0, state 0 (the mean), the masks of state and actions all 0 ("told"), each
+        picture the background, text empty; an independent draw for each of these and each item."""
         B, device = len(batch["state"]), batch["state"].device
         keep = lambda *shape: torch.rand(B, *shape, device=device) >= self.config.mask_prob
         noise = self.config.state_noise * torch.randn_like(batch["state"])
@@ -797,7 +802,8 @@ class RDT(nn.Module):
         return x.reshape(B, N, c.vit_width)
 
     def lang_mask(self, batch):
-        """Which words are read, (B, L). The first always is: an empty text is one word that says nothing."""
+        """Which tokens of the text are read, (B, L). The first always is: an empty text is one token that
+        says nothing."""
         if "lang_embeds" in batch:
             mask = batch.get("lang_mask", batch["lang_embeds"].new_ones(batch["lang_embeds"].shape[:2]) > 0)
         else:
@@ -872,7 +878,8 @@ class RDT(nn.Module):
         """
         x0, mask = self.unify("action", batch["actions"]), batch["action_mask"]  # (B, Tp, U), (B, Tp)
         B, n = len(x0), self.config.n_draws if noise is None else len(noise) // len(x0)
-        encoded = self.encode(self.hide(batch) if self.training and self.config.mask_prob else batch)
+        hides = self.training and (self.config.mask_prob or self.config.state_noise)
+        encoded = self.encode(self.hide(batch) if hides else batch)
         valid = self.valid("action", batch) if self.config.masked else torch.ones_like(x0[:, 0])
         draws = lambda x: x if n == 1 else x.repeat(n, *[1] * (x.ndim - 1))     # (B, ...) -> (n B, ...)
         x0, mask, valid = draws(x0), draws(mask), draws(valid)[:, None]
@@ -1010,13 +1017,13 @@ RECIPES = {
 # ----------------------------------------------------------------------------------------------------------
 
 
-# The second robot drives where the first one goes, and its arm is the left one.
+# Two robots with the same goals: one commands positions of its right arm, one velocities of its left arm.
 ROBOTS = (("right_eef_pos_x", "right_eef_pos_y"), ("left_eef_vel_x", "left_eef_vel_y"))
 
 
 def lamps_for_two_robots(n, config, generator):
     """n scenes with a red and a blue square, one left, one right; "r" or "b" asks for one of them, and the
-    actions go there: as positions of the right arm, or as velocities of the left one, at half the rate.
+    actions go there: as positions of the right arm at 10 Hz, or as velocities of the left one at 20 Hz.
     -> batch, the side that is asked for (n,): -1 left, 1 right; the robot (n,)"""
     red_side, colour, robot = torch.randint(2, (3, n), generator=generator)
     images = torch.zeros(n, 1, 1, 3, 16, 16, dtype=torch.uint8)

@@ -150,12 +150,12 @@ class Policy:
         self.reset()
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0):
+    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0, robot=None):
         model, checkpoint = load_model(path, device)
         if checkpoint["normalizer"] is None:
             raise UserError(f"{path}: {checkpoint['model']} generates samples, it is no policy")
         normalizer = Normalizer.from_state(checkpoint["normalizer"])
-        return cls(model, normalizer, checkpoint["data"], device, dtype, steps, seed)
+        return cls(model, normalizer, checkpoint["data"], device, dtype, steps, seed, robot)
 
     def reset(self):
         """Forget the past: call it at the start of every episode."""

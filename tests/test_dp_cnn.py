@@ -1,4 +1,5 @@
 """dp_cnn.py against the official implementations, closed forms, and what it says of itself."""
+import dataclasses
 import math
 
 import pytest
@@ -177,6 +178,14 @@ def test_golden_lerobot(case):
         case.check(f"out/{sampler}_chunk", chunk[:, executed])
         if f"{sampler}_trace" in case.out:
             case.check(f"out/{sampler}_trace", torch.stack(trace))
+
+
+@golden("dp_cnn.LeRobotDiffusionPolicy")
+def test_lerobot_weights_for_other_observations_are_refused_in_one_line(case):
+    config = dataclasses.replace(lerobot_config(case), state_dim=lerobot_config(case).state_dim + 5)
+    with pytest.raises(ValueError, match="film.weight is .* and should be") as error:
+        DiffusionPolicyCNN.from_official(case.sd, config)
+    assert "\n" not in str(error.value)
 
 
 def count(**overrides):

@@ -53,6 +53,8 @@ def test_a_policy_acts_in_the_body_it_is_asked_for(run):
         cameras = checkpoint["data"]["camera_keys"]
         covered = batch["images"][0, :, cameras.index("agentview_image")]
         assert (covered == 127).all() and (batch["images"] == 0).any()
+    loaded = sample.Policy.load(out, robot="tabletop_velocity")
+    assert loaded.description["fps"] == 5 and loaded.places["actions"] == policy.places["actions"]
     for robot, words in (
         (None, "add --robot with one of tabletop, tabletop_velocity"),
         ("tabletop_v", "not trained on, did you mean 'tabletop"),
