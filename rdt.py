@@ -1005,8 +1005,8 @@ PRESETS = {
 FINE_TUNING = {"steps": 200_000, "batch_size": 32, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
                "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 1e-2, "normalizer": "meanstd"}
 RECIPES = {
-    # Only in one window of five does it matter which block is meant. Uniform times in batches of 32, and times
-    # near noise in batches of 64, were not enough: after as many steps it still went to either.
+    # Only in one window of five does it matter which block is meant. Uniform times in batches of 32, and
+    # times near noise in batches of 64, were not enough: after as many steps it still went to either.
     "tiny": {"steps": 2000, "batch_size": 128, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16",
              "normalizer": "meanstd"},
