@@ -677,7 +677,7 @@ function ticks(low, high, count, log) {
 }
 
 function drawChart(grid, {title, lines, log, percent}) {
-  const figure = add(grid, "figure"), left = 44;
+  const figure = add(grid, "figure"), left = 52;
   add(figure, "figcaption", {}, title);
   const text = value => value === null ? "not finite"
     : percent ? `${+(100 * value).toPrecision(3)} %` : show(value);
