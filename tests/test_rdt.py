@@ -973,7 +973,7 @@ def test_documented_shapes():
 
 def test_the_loss_falls():
     torch.manual_seed(0)
-    model = RDT(Config(**SMALL | {"mask_prob": 0.0, "n_draws": 4})).train()
+    model = RDT(Config(**SMALL | {"mask_prob": 0.0, "n_draws": 4, "time_alpha": 1.0})).train()
     batch = small_batch(model.config, B=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
