@@ -973,17 +973,17 @@ def test_documented_shapes():
 
 def test_the_loss_falls():
     torch.manual_seed(0)
-    model = RDT(Config(**SMALL | {"mask_prob": 0.0, "n_draws": 4, "time_alpha": 1.0})).train()
+    model = RDT(Config(**SMALL | {"mask_prob": 0.0, "n_draws": 4})).train()
     batch = small_batch(model.config, B=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         loss = model.loss(batch)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
 
 
 def test_main_learns_to_read_one_letter_in_two_bodies():
