@@ -230,8 +230,8 @@ def budget(args):
                 with open(lines, "a") as f:
                     f.write(json.dumps(row) + "\n")
                 done.append(row)
-    rows = [pooled(name, [row for row in done if row["name"] == name and row["seed"] in args.seeds])
-            for name in wanted]
+    done = sorted((row for row in done if row["seed"] in args.seeds), key=lambda row: row["seed"])
+    rows = [pooled(name, [row for row in done if row["name"] == name]) for name in wanted]
     print(markdown(f"{args.task}, {args.minutes:g} minutes of training each, seeds {args.seeds}", rows))
     return rows
 
