@@ -1008,8 +1008,7 @@ RECIPES = {
     # Only in one window of five does it matter which block is meant. Uniform times in batches of 32, and
     # times near noise in batches of 64, were not enough: after as many steps it still went to either.
     "tiny": {"steps": 2000, "batch_size": 128, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
-             "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16",
-             "normalizer": "meanstd"},
+             "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16", "normalizer": "meanstd"},
     "170M": FINE_TUNING, "1B": FINE_TUNING,
 }
 

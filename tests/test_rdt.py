@@ -749,6 +749,17 @@ def test_hiding_happens_in_training_only_and_leaves_the_target_alone():
     assert loss() == 0
 
 
+def test_noise_on_the_state_does_not_need_hiding():
+    model = small(mask_prob=0.0, state_noise=0.5)
+    batch = small_batch(model.config)
+    noise, t = torch.randn(3, 5, 128), torch.full((3,), 999)
+    loss = lambda: model.loss(batch, noise=noise, t=t)["loss"].item()
+    clean = loss()
+    assert loss() == clean
+    model.train()
+    assert loss() != clean
+
+
 @pytest.mark.parametrize("alpha", [1.0, 5.0])
 def test_training_times_follow_the_beta_distribution_and_are_uniform_as_released(alpha):
     """[3]: P(t / K < q) = q^alpha."""
