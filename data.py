@@ -1,14 +1,12 @@
-"""Demonstrations and images on disk -> batches.
+"""Episodes -> normalised windows -> batches.
 
-    open_demos("tabletop" or HDF5 files) -> Demos       what is there, checked; which episodes are held out
-    MixedDemos({robot: (Demos, ...)})    -> Demos       several robots in one unified action vector
-    fit_normalizer(demos, "minmax")      -> Normalizer  y = x * scale + offset, per dimension
-    Windows(demos, normalizer, ...)                     one item per time step; a batch is one gather
-    open_samples("moons" or FILE.npz)    -> Samples     2-D points and images (image_sets.py)
-    batches(windows or samples, batch_size, seed)       (indices, batch) without end, from any step on
-    python data.py FILE_OR_FOLDER                       what is in it, what looks wrong (check_data.py)
+    open_data(options, module)           what train.py asks for: facts for the Config, items, normaliser
+    fit_normalizer(demos, "minmax")      -> Normalizer, fitted to the training episodes
+    Windows(demos, normalizer, ...)      one item per time step; a batch is one gather
+    batches(items, batch_size, seed)     (indices, batch) without end, from any step on
 
-How the files look is in episodes.py. A window around "now" = t, for n_obs_steps 2, horizon 16 and
+Where episodes come from is in demos/: open_demos (HDF5 files, the built-in task) and open_samples (2-D points
+and images, for the generative files). A window around "now" = t, for n_obs_steps 2, horizon 16 and
 first_action -1 (the convention of Diffusion Policy):
 
     step             t-1   t   t+1 ... t+14
@@ -18,406 +16,77 @@ first_action -1 (the convention of Diffusion Policy):
 Past either end of the episode its first or last step is repeated, and action_mask is False. Every t of every
 episode has its window. (Diffusion Policy leaves out the last ones, where more than n_action_steps - 1 actions
 would be padding, because it trains on the padding.)
-
-Numbers (actions, state) are read once and stay in memory: five million steps of 50 dimensions are 1 GB.
-Images stay there too if they fit; if not, every process opens the files for itself and reads what it needs.
 """
-import contextlib
 import copy
-import functools
-import hashlib
-import io
-import json
-import os
+import dataclasses
 import sys
-from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
-from episodes import (UserError, decode_jpeg, faults, find_files, nearest, nonfinite, one_line, open_file,
-                      read_episodes)
-from image_sets import Samples, open_samples  # noqa: F401  (so that data.py is all that a caller needs)
+from demos.dataset import open_demos
+from demos.images import open_samples
+from demos.mixed import MixedDemos
+from robot.errors import UserError
+from robot.normalizer import Normalizer
+from robot.text import encode_text
+
+# ----------------------------------------------------------------------------------------------------------
+# What train.py asks for
 
 
-def encode_text(text, length):
-    """Text as its UTF-8 bytes + 1, int64 (length,). 0 is padding; what is beyond `length` bytes is cut, which
-    is said once."""
-    if len(text.encode()) > length:
-        say_once(f"an instruction has {len(text.encode())} bytes and is cut to {length}: {text!r}")
-    codes = np.frombuffer(text.encode()[:length], np.uint8).astype(np.int64) + 1
-    return torch.from_numpy(np.pad(codes, (0, length - len(codes))))
+def open_data(options, module, cache=None):
+    """-> (facts about the data for the Config, function (config, device) -> [training items, held-out items],
+    description for the checkpoint, normaliser or None for a generative model). cache: folder of generated
+    demonstrations, default as data.py says."""
+    fields = {f.name: f.default for f in dataclasses.fields(module.Config)}
+    if "data_shape" in fields:  # points or images
+        train, valid = (open_samples(options.data or "moons", n=options.demos or None, seed=options.seed,
+                                     split=split) for split in ("train", "valid"))
+        facts = {"data_shape": train.shape, "n_classes": train.n_classes}
+        return facts, lambda config, device: [train, valid], train.description(), None
 
-
-@functools.lru_cache
-def say_once(note):
-    print(f"note: {note}", file=sys.stderr)
-
-
-def decode_text(codes):
-    """The text of one row of codes, without a character that the cut has split."""
-    return bytes(int(c) - 1 for c in codes if c > 0).decode(errors="ignore")
-
-
-class Normalizer:
-    """y = x * scale + offset, per key and dimension; all numbers are float32 tensors.
-
-    mode      what it does to the data                              scale, offset
-    minmax    into [-1, 1]                                          2 / (max - min), -1 - scale * min
-    meanstd   mean 0, (unbiased) deviation 1                        1 / std, -mean / std
-    maxabs    into [-1, 1], zero stays zero                         1 / max |x|, 0
-    quantile  1 % .. 99 % into [-1, 1], what lies beyond goes out   as minmax, from these two points
-
-    A near-constant dimension (range, deviation or max |x| below EPS) would be blown up to noise of full size.
-    It is only shifted: its smallest value, its mean or its 1 % point goes to 0. near_constant = {key:
-    [dimensions]}. The first three are "limits", "gaussian" and "limits without offset" of Diffusion Policy's
-    LinearNormalizer (diffusion_policy/model/common/normalizer.py).
-    """
-    MODES = ("minmax", "meanstd", "maxabs", "quantile")
-    EPS = 1e-4
-
-    def __init__(self, mode, scale, offset, stats, near_constant):
-        self.mode, self.scale, self.offset = mode, scale, offset
-        self.stats, self.near_constant = stats, near_constant
-
-    @classmethod
-    def fit(cls, data, mode="minmax"):
-        """data: {key: (N, D) array}, finite. Raises UserError for an unknown mode."""
-        if mode not in cls.MODES:
-            known = nearest(mode, cls.MODES) or f": it is one of {', '.join(cls.MODES)}"
-            raise UserError(f"there is no normaliser {mode!r}{known}")
-        self = cls(mode, {}, {}, {}, {})
-        float32 = lambda a: torch.tensor(a, dtype=torch.float32)
-        for key, x in data.items():
-            x = np.asarray(x, np.float64)
-            low, high, mean, std = x.min(0), x.max(0), x.mean(0), x.std(0, ddof=1)
-            stats = {"min": low, "max": high, "mean": mean, "std": std}
-            self.stats[key] = {name: float32(a) for name, a in stats.items()}
-            if mode == "quantile":
-                low, high = np.quantile(x, [0.01, 0.99], axis=0)
-            width = {"meanstd": std, "maxabs": np.maximum(abs(low), abs(high))}.get(mode, high - low)
-            flat = width < cls.EPS
-            width = np.where(flat, 1, width)
-            if mode == "meanstd":
-                scale, offset = 1 / width, -mean / width
-            elif mode == "maxabs":
-                scale, offset = 1 / width, np.zeros_like(width)
-            else:
-                scale = np.where(flat, 1, 2 / width)
-                offset = np.where(flat, -low, -1 - scale * low)
-            self.scale[key], self.offset[key] = float32(scale), float32(offset)
-            self.near_constant[key] = np.flatnonzero(flat).tolist()
-        return self
-
-    def normalize(self, key, x):
-        """x (..., D), a tensor on any device"""
-        return x * self.scale[key].to(x.device) + self.offset[key].to(x.device)
-
-    def unnormalize(self, key, x):
-        """The inverse of `normalize`."""
-        return (x - self.offset[key].to(x.device)) / self.scale[key].to(x.device)
-
-    def state(self):
-        """Everything as plain dicts, lists and tensors, for torch.save and torch.load(weights_only=True)."""
-        return {name: getattr(self, name) for name in ("mode", "scale", "offset", "stats", "near_constant")}
-
-    @classmethod
-    def from_state(cls, state):
-        return cls(**state)
-
-    def summary(self):
-        """One line per key, with a warning where dimensions hardly move."""
-        lines = []
-        for key, stats in self.stats.items():
-            line = f"{key}: {len(stats['min'])} dimensions, {self.mode}"
-            if len(stats["min"]):
-                line += f", raw values from {stats['min'].min():.4g} to {stats['max'].max():.4g}"
-            if self.near_constant[key]:
-                names = ", ".join(map(str, self.near_constant[key]))
-                line += f"; WARNING: near-constant dimensions {names} (within {self.EPS:g}) are not scaled"
-            lines.append(line)
-        return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Which observations, which episodes
-
-
-def choose_keys(first, obs, text, shape_meta):
-    """(state keys, camera keys): named by shape_meta, or else found by their kind in the first episode."""
-    if shape_meta:
-        return keys_of_shape_meta(first, shape_meta)
-    if obs not in ("lowdim", "image"):
-        raise UserError(f"obs is 'lowdim' or 'image', not {obs!r}{nearest(obs, ('lowdim', 'image'))}")
-    # `object` is what only a simulator knows; `goal` says in numbers what the instruction says in words.
-    hidden = [] if obs == "lowdim" else ["object", "goal"] if text else ["object"]
-    state = [key for key, array in sorted(first.obs.items()) if array.kind == "state" and key not in hidden]
-    cameras = [key for key, array in sorted(first.obs.items()) if array.kind in ("camera", "jpeg")]
-    if obs == "lowdim":
-        cameras = []
-    if not (cameras if obs == "image" else state):
-        wanted = "camera, uint8 (T, H, W, 3)" if obs == "image" else "state, float (T, D)"
-        raise UserError(f"{first.name} has no {wanted}; its observations: {', '.join(first.obs) or 'none'}")
-    return state, cameras
-
-
-def keys_of_shape_meta(first, shape_meta):
-    try:
-        wanted = {key: (m.get("type", "low_dim"), tuple(m["shape"])) for key, m in shape_meta["obs"].items()}
-        actions = tuple(shape_meta["action"]["shape"]) if "action" in shape_meta else first.actions.shape[1:]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError("shape_meta must read {obs: {KEY: {shape: [..], type: rgb or low_dim}}, "
-                        f"action: {{shape: [..]}}}}, not {shape_meta!r}") from None
-    if actions != first.actions.shape[1:]:
-        raise UserError(f"shape_meta: actions have shape {list(actions)}, but in {first.name} "
-                        f"{list(first.actions.shape[1:])}: correct it")
-    for key, (kind, shape) in wanted.items():
-        if kind not in ("rgb", "low_dim"):
-            raise UserError(f"shape_meta: the type of '{key}' is 'rgb' or 'low_dim', not {kind!r}")
-        array = first.obs.get(key)
-        if array is None or (kind, array.kind) == ("rgb", "jpeg"):
-            continue                    # `faults` names a missing key; JPEGs show their size once decoded
-        has = (3, *array.shape[1:3]) if kind == "rgb" else array.shape[1:] or (1,)
-        if shape != has or (kind == "rgb") != (array.kind == "camera"):
-            raise UserError(f"shape_meta: '{key}' is {kind} {list(shape)}, but in {first.name} {array.dtype} "
-                            f"{list(array.shape[1:])} per step: correct it (rgb is [3, H, W])")
-    return [[key for key in wanted if wanted[key][0] == kind] for kind in ("low_dim", "rgb")]
-
-
-def split_episodes(episodes, val_ratio, max_train_episodes, seed):
-    """(train, valid): episode numbers. Rollouts are held out whole, so that no scene is on both sides."""
-    masked = all(e.split is not None for e in episodes) and any(e.split == "train" for e in episodes)
-    if masked and val_ratio is None and max_train_episodes is None:
-        splits = np.array([e.split for e in episodes])
-        return [np.flatnonzero(splits == name) for name in ("train", "valid")]
-    val_ratio = 0.05 if val_ratio is None else val_ratio
-    if not 0 <= val_ratio < 1:
-        raise UserError(f"val_ratio must be at least 0 and below 1, not {val_ratio}")
-    if max_train_episodes is not None and max_train_episodes < 1:
-        raise UserError(f"max_train_episodes must be at least 1, not {max_train_episodes}")
-    number = {rollout: i for i, rollout in enumerate(dict.fromkeys(e.rollout for e in episodes))}
-    n = len(number)
-    # The draws of Diffusion Policy's get_val_mask and downsample_mask: a seed trains on the same episodes as
-    # there. (There, what max_train_episodes leaves over is validated on; here it is not used.)
-    n_valid = min(max(1, round(n * val_ratio)), n - 1) if val_ratio else 0
-    valid = np.random.default_rng(seed).choice(n, n_valid, replace=False)
-    train = np.setdiff1d(np.arange(n), valid)
-    if max_train_episodes is not None and max_train_episodes < len(train):
-        train = train[np.random.default_rng(seed).choice(len(train), max_train_episodes, replace=False)]
-    rollout = np.array([number[e.rollout] for e in episodes])
-    return [np.flatnonzero(np.isin(rollout, part)) for part in (train, valid)]
-
-
-class Demos:
-    """A checked set of demonstrations, see open_demos.
-
-    Of the set: state_keys {key: dim}, camera_keys, state_dim, action_dim, action_names, image_size (H, W) or
-    None, fps (of the first episode), notes (what a user should know).
-    Of each episode: lengths, instructions, episode_names, episode_fps. train_episodes, valid_episodes:
-    numbers. Of each step: actions (N, action_dim), state (N, state_dim): float32, in the units of the file,
-    all episodes in a row; episode e begins at starts[e]. The state keys stand side by side in their order.
-    """
-
-    def __init__(self, source, episodes, state_keys, camera_keys, split, memory_gb):
-        first = episodes[0]
-        self.source, self.episodes, self.memory_gb = str(source), episodes, memory_gb
-        self.notes, self.files = [], {}
-        self.train_episodes, self.valid_episodes = split
-        for episode in episodes:
-            for fault in faults(episode, first, state_keys, camera_keys):
-                raise UserError(fault)
-        self.lengths = np.array([e.length for e in episodes])
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        self.instructions = [e.instruction for e in episodes]
-        self.episode_names = [e.name for e in episodes]
-        # Neither robosuite (20 Hz unless told otherwise) nor ALOHA (50 Hz) writes its rate down.
-        usual = 50.0 if first.actions.path == "/action" else 20.0
-        self.episode_fps = np.array([e.fps or usual for e in episodes])
-        self.fps = float(self.episode_fps[0])
-        silent = [e.name for e in episodes if not e.fps]
-        if silent:
-            self.notes.append(f"{silent[0]} does not say its rate, {usual:g} Hz assumed: set attribute 'fps'")
-        if not len(self.valid_episodes):
-            self.notes.append(f"no episode of {source} is held out, {len(self.train_episodes)} trained on")
-
-        self.state_keys = {key: int(np.prod(first.obs[key].shape[1:])) for key in state_keys}
-        self.camera_keys, self.action_names = list(camera_keys), first.action_names
-        self.state_dim, self.action_dim = sum(self.state_keys.values()), first.actions.shape[1]
-        self.actions = np.concatenate([self._numbers(e, "actions", e.actions) for e in episodes])
-        state = [[self._numbers(e, key, e.obs[key]) for e in episodes] for key in self.state_keys]
-        self.state = np.concatenate([self.actions[:, :0], *map(np.concatenate, state)], axis=1)
-
-        sizes = {key: self._frames(first, key, 0, 1).shape[1:3] for key in self.camera_keys}
-        if len(set(sizes.values())) > 1:
-            raise UserError(f"{first.name}: cameras differ in size, {sizes}: name equal ones in shape_meta")
-        self.image_size = next(iter(sizes.values()), None)
-        self.close()
-
-    def _read(self, episode, array, lo=None, hi=None):
-        # Handles belong to the process that opened them: after a fork, HDF5 would share the file position.
-        # Few are kept, because a folder can hold more episode files than a process may open.
-        key = (os.getpid(), episode.file)
-        if key not in self.files:
-            if len(self.files) >= 64:
-                self.files.pop(next(iter(self.files))).close()
-            self.files[key] = open_file(episode.file)
-        try:
-            return self.files[key][array.path][lo:hi]
-        except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(f"{episode.name}: {array.path} cannot be read, copy the file again: "
-                            f"{one_line(error)}") from None
-
-    def _numbers(self, episode, key, array):
-        x = self._read(episode, array).reshape(episode.length, -1).astype(np.float32)
-        for fault in nonfinite(episode.name, key, x):
-            raise UserError(fault)
-        return x
-
-    def _frames(self, episode, key, lo, hi):
-        frames = self._read(episode, episode.obs[key], lo, hi)
-        if episode.obs[key].kind == "camera":
-            return frames
-        try:
-            return np.stack([decode_jpeg(frame) for frame in frames])
-        except (UserError, ValueError) as error:        # ValueError: frames of different size
-            raise UserError(f"{episode.name}: '{key}', steps {lo} to {hi - 1}: {error}") from None
-
-    def images(self, e, lo, hi):
-        """Steps lo .. hi-1 of episode e from all cameras: (hi - lo, V, 3, H, W) uint8, RGB."""
-        out = np.empty((hi - lo, len(self.camera_keys), 3, *self.image_size), np.uint8)
-        for v, key in enumerate(self.camera_keys):
-            frames = self._frames(self.episodes[e], key, lo, hi)                # (T, H, W, 3)
-            if frames.shape[1:3] != self.image_size:
-                raise UserError(f"{self.episode_names[e]}: '{key}' is {frames.shape[1:3]}, others are "
-                                f"{self.image_size}: bring all pictures to one size")
-            out[:, v] = np.moveaxis(frames, 3, 1)
-        return out
-
-    def rows(self, episodes):
-        """Where the steps of these episodes lie in `actions` and `state`."""
-        spans = [np.arange(self.starts[e], self.starts[e] + self.lengths[e]) for e in episodes]
-        return np.concatenate([np.zeros(0, int), *spans])
-
-    def close(self):
-        """Close the files, so that others can write them; what is read next opens them again."""
-        for file in self.files.values():
-            file.close()
-        self.files = {}
-
-    def __getstate__(self):                             # a process that is spawned opens files of its own
-        return self.__dict__ | {"files": {}}
-
-    def description(self):
-        """What a checkpoint keeps of the data: plain values only."""
-        return {"source": self.source, "fps": self.fps,
-                "state_keys": dict(self.state_keys), "camera_keys": list(self.camera_keys),
-                "image_size": list(self.image_size) if self.image_size else None,
-                "state_dim": self.state_dim, "action_dim": self.action_dim, "action_names": self.action_names,
-                "instructions": sorted(set(self.instructions) - {""}), "episode_names": self.episode_names,
-                "lengths": self.lengths.tolist(), "train_episodes": self.train_episodes.tolist(),
-                "valid_episodes": self.valid_episodes.tolist()}
-
-
-def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None, val_ratio=None,
-               max_train_episodes=None, seed=0, cache=None, memory_gb=4.0):
-    """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
-
-    source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of HDF5
-    obs          "lowdim": all float observations, no cameras. "image": cameras, and all float observations
-                 but `object` (with text=True also without `goal`). Not looked at if shape_meta is given
-    text         whether instructions will be read
-    shape_meta   {"obs": {key: {"shape": [..], "type": "rgb" | "low_dim"}}, "action": {"shape": [..]}} as in
-                 Diffusion Policy: the keys, their order and their shapes, which are checked. rgb is [3, H, W]
-    episodes     for tabletop: how many rollouts to generate (default 1000, with cameras 2000:
-                 see tabletop.demonstrations)
-    val_ratio    share of the episodes to hold out, at least one. None: what the files' masks say, else 0.05
-    seed         of the split and of the generated set
-    cache        folder of the generated set (default $ACTION_DIFFUSION_CACHE, else ~/.cache/action_diffusion)
-    memory_gb    images that take more than this, decoded, are left in the files
-    """
-    if source in ("tabletop", "tabletop_velocity"):
-        files = [tabletop_file(obs == "image", episodes, seed, cache, source)]
+    chosen = fields | module.PRESETS.get(options.preset, {}) | options.set
+    opened = lambda source: open_demos(
+        source, obs=chosen.get("obs", "image"), text="text_len" in fields,
+        shape_meta=options.shape_meta or None, episodes=options.demos or None,
+        val_ratio=options.val_ratio or None, max_train_episodes=options.max_train_episodes or None,
+        seed=options.seed, cache=cache)
+    if options.robots:
+        demos = mix_robots(options.robots, module, opened)
     else:
-        files = find_files(source)
-    found = [episode for path in files for episode in read_episodes(path)]
-    state_keys, camera_keys = choose_keys(found[0], obs, text, shape_meta)
-    split = split_episodes(found, val_ratio, max_train_episodes, seed)
-    demos = Demos(source, found, state_keys, camera_keys, split, memory_gb)
-    for key in camera_keys if shape_meta else []:
-        if tuple(shape_meta["obs"][key]["shape"]) != (3, *demos.image_size):
-            raise UserError(f"shape_meta: '{key}' is {shape_meta['obs'][key]['shape']}, but the pictures of "
-                            f"{source} are {[3, *demos.image_size]}: correct it")
-    if text and not any(demos.instructions):
-        demos.notes.append(f"{source} has no instructions, texts are empty: set 'language_instruction'")
-    for note in demos.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return demos
+        demos = opened(options.data or "tabletop")
+    normalizer = fit_normalizer(demos, options.normalizer)
+    facts = {"action_dim": demos.action_dim, "state_dim": demos.state_dim,
+             "n_cameras": len(demos.camera_keys)}
+    if demos.image_size:
+        facts["image_size"] = tuple(demos.image_size)
+    if options.robots:  # their actions and states come packed
+        facts |= {"action_names": (), "state_names": ()}
+
+    def windows(config, device):
+        return [Windows(demos, normalizer, config.pred_horizon, config.n_obs_steps, config.first_action,
+                        n_state_steps=config.n_obs_loaded, text_len=getattr(config, "text_len", 0),
+                        split=split, device=device, encode=getattr(config, "encode_text", None))
+                for split in ("train", "valid")]
+
+    return facts, windows, demos.description(), normalizer
 
 
-class MixedDemos(Demos):
-    """Sets of several robots as one: actions and state stand at their places in a unified vector of `dim`
-    numbers, 0 elsewhere.
-
-    parts {robot: (Demos, places of its actions, places of its state)}. A set with fewer cameras than another
-    shows BACKGROUND for the others; the pictures of all have one size. robots: their names; of each:
-    action_valid, state_valid (robots, dim) bool, which places it has; of each episode: robot, its number.
-    """
-    BACKGROUND = 127
-
-    def __init__(self, parts, dim=128):
-        self.robots, self.parts = list(parts), [demos for demos, _, _ in parts.values()]
-        self.places = {name: {"actions": list(a), "state": list(s)} for name, (_, a, s) in parts.items()}
-        first = max(self.parts, key=lambda demos: len(demos.camera_keys))
-        sizes = {name: demos.image_size for name, (demos, _, _) in parts.items() if demos.image_size}
-        if len(set(sizes.values())) > 1:
-            raise UserError(f"pictures of the robots differ in size, {sizes}: bring them to one size")
-        for name, (demos, actions, state) in parts.items():
-            for kind, places in (("action", actions), ("state", state)):
-                has = getattr(demos, f"{kind}_dim")
-                if has != len(places):
-                    raise UserError(f"robot {name}: {demos.source} has {has} {kind} dimensions, {kind}_names "
-                                    f"names {len(places)}: name each, in their order")
-        chain = lambda name: [x for demos in self.parts for x in getattr(demos, name)]
-        self.source, self.memory_gb = " + ".join(d.source for d in self.parts), first.memory_gb
-        self.notes, self.files, self.episodes = [], {}, chain("episodes")
-        self.state_keys, self.camera_keys, self.action_names = {}, first.camera_keys, []
-        self.image_size, self.state_dim, self.action_dim = first.image_size, dim, dim
-        self.instructions, self.episode_names = chain("instructions"), chain("episode_names")
-        self.lengths, self.episode_fps = np.array(chain("lengths")), np.array(chain("episode_fps"))
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        self.fps = float(self.episode_fps[0])
-        counts = np.array([len(demos.lengths) for demos in self.parts])
-        self.robot, self.offsets = np.repeat(np.arange(len(counts)), counts), np.cumsum(counts) - counts
-        shifted = lambda name: np.concatenate(
-            [first + getattr(demos, name) for first, demos in zip(self.offsets, self.parts)])
-        self.train_episodes, self.valid_episodes = shifted("train_episodes"), shifted("valid_episodes")
-        for kind in ("actions", "state"):
-            places = [self.places[name][kind] for name in self.robots]
-            packed = [np.zeros((len(demos.actions), dim), np.float32) for demos in self.parts]
-            for x, demos, at in zip(packed, self.parts, places):
-                x[:, at] = getattr(demos, kind)
-            setattr(self, kind, np.concatenate(packed))
-            setattr(self, f"{kind.rstrip('s')}_valid", np.stack([np.isin(np.arange(dim), p) for p in places]))
-
-    def images(self, e, lo, hi):
-        demos = self.parts[self.robot[e]]
-        out = np.full((hi - lo, len(self.camera_keys), 3, *self.image_size), self.BACKGROUND, np.uint8)
-        if demos.camera_keys:
-            out[:, :len(demos.camera_keys)] = demos.images(e - self.offsets[self.robot[e]], lo, hi)
-        return out
-
-    def close(self):
-        for demos in self.parts:
-            demos.close()
-
-    def description(self):
-        each = {}
-        for name, demos in zip(self.robots, self.parts):
-            part = demos.description()
-            keys = ("source", "fps", "state_keys", "camera_keys", "image_size", "action_names")
-            each[name] = {key: part[key] for key in keys} | {"places": self.places[name]}
-        return super().description() | {"robots": each}
+def mix_robots(robots, module, opened):
+    """One set of all robots of the YAML, packed by the names of their actions and states."""
+    if not hasattr(module, "slots"):
+        raise UserError(f"robots: {module.__name__} has no unified action vector: use --model rdt")
+    parts = {}
+    for name, spec in robots.items():
+        try:
+            places = [module.slots(spec[key]) for key in ("action_names", "state_names")]
+        except (KeyError, TypeError):
+            raise UserError(f"robots: {name}: needs action_names and state_names, lists of names") from None
+        except ValueError as e:
+            raise UserError(f"robots: {name}: {e}") from None
+        parts[name] = (opened(spec.get("data", name)), *places)
+    return MixedDemos(parts)
 
 
 def fit_normalizer(demos, mode="minmax"):
@@ -442,64 +111,7 @@ def fit_normalizer(demos, mode="minmax"):
     return whole
 
 
-@contextlib.contextmanager
-def written_aside(path):
-    """A name to write to; renamed to `path` at the end, removed on an error: `path` is whole or as it was."""
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with open(aside, "rb") as written:
-            os.fsync(written.fileno())          # or a power cut could leave the new name with nothing in it
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}, make room or take another folder: {one_line(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-
-
-@contextlib.contextmanager
-def new_hdf5(path):
-    """An h5py.File to fill, written to `path` as a whole. It grows in memory, because HDF5 does not survive a
-    full disk: it prints an error for every object and may crash."""
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
-        yield file
-    with written_aside(path) as aside:
-        aside.write_bytes(buffer.getbuffer())
-
-
-def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
-    """The generated set, as a file like any other: made on first use, and anew when tabletop.py changes."""
-    import tabletop
-    rollouts = rollouts or (2000 if cameras else 1000)
-    version = hashlib.sha256(Path(tabletop.__file__).read_bytes()).hexdigest()[:8]
-    folder = cache or os.environ.get("ACTION_DIFFUSION_CACHE") or "~/.cache/action_diffusion"
-    name = f"{robot}_{rollouts}_{'cameras' if cameras else 'lowdim'}_seed{seed}_{version}.hdf5"
-    path = Path(folder).expanduser() / name
-    if path.exists():
-        return path
-    print(f"note: generating {rollouts} demonstrations, kept in {path}", file=sys.stderr)
-    with new_hdf5(path) as file:
-        data = file.create_group("data")
-        robot = tabletop.ROBOTS[robot]
-        names = json.dumps(robot.action_names)
-        data.attrs.update(format_version=1, fps=float(robot.fps), action_names=names)
-        for i, demo in enumerate(tabletop.demonstrations(rollouts, seed=seed, cameras=cameras, robot=robot)):
-            group = data.create_group(f"demo_{i}")
-            group.attrs.update(num_samples=len(demo["actions"]), language_instruction=demo["instruction"],
-                               rollout=demo["episode"])
-            group["actions"] = demo["actions"]
-            for key, x in demo["obs"].items():
-                # Rendered images shrink to a few per cent even at the fastest level.
-                packed = {"chunks": (min(16, len(x)), *x.shape[1:]), "compression": 1} if x.ndim == 4 else {}
-                group.create_dataset(f"obs/{key}", data=x, **packed)
-    return path
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Windows and batches
 
 
@@ -668,5 +280,5 @@ class BatchByIndices(torch.utils.data.Dataset):
 
 
 if __name__ == "__main__":
-    from check_data import main
-    sys.exit(main())
+    print("data.py: to see what is in a data set, run python -m demos.check FILE_OR_FOLDER", file=sys.stderr)
+    sys.exit(2)

@@ -29,6 +29,8 @@ import data  # noqa: E402
 import dit  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from demos.images import open_samples
+from tools.quality import compare_samples
 
 RECIPE = dit.RECIPES["tiny"]
 
@@ -60,7 +62,7 @@ def fit(model, items, steps, seed):
 
 
 def conditionings(steps, seeds=3):
-    items, held_out = (data.open_samples("shapes", RECIPE["demos"], split=split)
+    items, held_out = (open_samples("shapes", RECIPE["demos"], split=split)
                        for split in ("train", "valid"))
     config = dit.Config()
     torch.manual_seed(0)
@@ -83,7 +85,7 @@ def conditionings(steps, seeds=3):
             with torch.no_grad():
                 losses = [ema.loss(batch) for _ in range(8)]
             mean = lambda key: statistics.mean(out[key].item() for out in losses)
-            result = sample.compare_samples(ema, held_out, 0, items)
+            result = compare_samples(ema, held_out, 0, items)
             rows.append((ms, mean("loss"), mean("mse"), 100 * result["accuracy_samples"],
                          100 * result["accuracy_real"]))
         n = sum(p.numel() for p in model.net.parameters())

@@ -12,11 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-import check_data
-import convert
+from demos import check
+from demos import convert
 import data
-from data import Normalizer, UserError
 from golden_cases import golden
+from demos.dataset import open_demos
+from demos.generated import demonstrations, new_hdf5
+from demos.images import open_samples
+from demos.mixed import MixedDemos
+from robot.errors import UserError, written_aside
+from robot.normalizer import Normalizer
+from robot.text import decode_text, encode_text
 
 ROOT = Path(data.__file__).parent
 
@@ -97,7 +103,7 @@ def test_normalizer_ranges_round_trip_and_checkpoint(mode, tmp_path):
 def test_normalizer_is_fitted_on_training_episodes_only(tmp_path):
     def masks(file):
         file["mask/train"], file["mask/valid"] = np.array([b"demo_0", b"demo_2"]), np.array([b"demo_1"])
-    demos = data.open_demos(write(tmp_path / "a.hdf5", edit=masks))
+    demos = open_demos(write(tmp_path / "a.hdf5", edit=masks))
     normalizer = data.fit_normalizer(demos)
     assert normalizer.stats["actions"]["max"].tolist() == [202, 0]                 # demo_1 reaches 107
     assert normalizer.stats["state"]["min"].tolist() == [0, 0, 0.25, 0.5]          # angle, then pos
@@ -110,15 +116,15 @@ def test_normalizer_is_fitted_on_training_episodes_only(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "put the red block in the left zone", "grüße 🤖"])
 def test_text_round_trip(text):
-    codes = data.encode_text(text, 64)
+    codes = encode_text(text, 64)
     assert codes.dtype == torch.int64 and codes.shape == (64,)
-    assert data.decode_text(codes) == text
+    assert decode_text(codes) == text
     assert (codes > 0).sum() == len(text.encode()) and (codes[(codes > 0).sum():] == 0).all()
 
 
 def test_text_is_cut_at_a_whole_character():
-    assert data.decode_text(data.encode_text("ab\x00ü", 3)) == "ab\x00"            # 0 is a byte, not padding
-    assert data.decode_text(data.encode_text("aüb", 2)) == "a"
+    assert decode_text(encode_text("ab\x00ü", 3)) == "ab\x00"            # 0 is a byte, not padding
+    assert decode_text(encode_text("aüb", 2)) == "a"
 
 
 # ---- windows
@@ -126,7 +132,7 @@ def test_text_is_cut_at_a_whole_character():
 
 @pytest.mark.parametrize("To, Tp, first, n_state", [(2, 4, -1, None), (1, 16, 0, None), (3, 6, -2, 7)])
 def test_window_holds_the_right_steps(tmp_path, To, Tp, first, n_state):
-    demos = data.open_demos(write(tmp_path / "a.hdf5"), "image", val_ratio=0)
+    demos = open_demos(write(tmp_path / "a.hdf5"), "image", val_ratio=0)
     windows = data.Windows(demos, None, Tp, To, first, n_state_steps=n_state, text_len=8)
     assert len(windows) == 16
     batch = windows.batch(torch.arange(16))
@@ -140,7 +146,7 @@ def test_window_holds_the_right_steps(tmp_path, To, Tp, first, n_state):
         assert batch["state"][i].tolist() == [[s, s, s + 0.25, s + 0.5] for s in seen]      # angle, pos
         assert (batch["images"][i, :, 0] == torch.tensor(seen)[:, None, None, None]).all()     # left
         assert (batch["images"][i, :, 1] == 250 - torch.tensor(seen)[:, None, None, None]).all()
-        assert data.decode_text(batch["text"][i]) == f"task {e}"
+        assert decode_text(batch["text"][i]) == f"task {e}"
     assert batch["images"].dtype == torch.uint8 and batch["images"].shape[2:] == (2, 3, 4, 6)
     assert batch["control_hz"].tolist() == [10.0] * 16
     assert windows.episode(torch.tensor([0, 5, 15])) == ["a.hdf5:demo_0", "a.hdf5:demo_1", "a.hdf5:demo_2"]
@@ -151,13 +157,13 @@ def test_channels_come_first_and_in_order(tmp_path):
 
     def edit(file):
         file["data/demo_0/obs/left"][:] = picture
-    demos = data.open_demos(write(tmp_path / "a.hdf5", edit=edit), "image", val_ratio=0)
+    demos = open_demos(write(tmp_path / "a.hdf5", edit=edit), "image", val_ratio=0)
     image = data.Windows(demos, None, 2, 1, 0).batch(torch.tensor([3]))["images"][0, 0, 0]
     assert all(image[c, h, w] == picture[3, h, w, c] for c, h, w in np.ndindex(3, 4, 6))
 
 
 def test_batch_is_normalised_and_undone_by_the_normaliser(tmp_path):
-    demos = data.open_demos(write(tmp_path / "a.hdf5"), val_ratio=0)
+    demos = open_demos(write(tmp_path / "a.hdf5"), val_ratio=0)
     normalizer = data.fit_normalizer(demos, "meanstd")
     raw, scaled = (data.Windows(demos, n, 4, 2, -1).batch(torch.arange(16)) for n in (None, normalizer))
     for key in ("actions", "state"):
@@ -169,7 +175,7 @@ def test_batch_is_normalised_and_undone_by_the_normaliser(tmp_path):
 def test_images_read_from_files_equal_those_in_memory(tmp_path):
     path = write(tmp_path / "a.hdf5", lengths=(5, 9, 7, 6))
     items = torch.tensor([26, 0, 13, 4, 5, 5])
-    windows = [data.Windows(data.open_demos(path, "image", val_ratio=0, memory_gb=gb), None, 4, 2, -1, 4)
+    windows = [data.Windows(open_demos(path, "image", val_ratio=0, memory_gb=gb), None, 4, 2, -1, 4)
                for gb in (1, 0)]
     assert windows[0].images is not None and windows[1].images is None
     held, read = (w.batch(items) for w in windows)
@@ -180,7 +186,7 @@ def test_images_read_from_files_equal_those_in_memory(tmp_path):
 
 @pytest.mark.parametrize("memory_gb", [1, 0])
 def test_workers_make_the_same_batches(tmp_path, memory_gb):
-    demos = data.open_demos(write(tmp_path / "a.hdf5"), "image", val_ratio=0, memory_gb=memory_gb)
+    demos = open_demos(write(tmp_path / "a.hdf5"), "image", val_ratio=0, memory_gb=memory_gb)
     windows = data.Windows(demos, None, 4, 2, -1, text_len=6)
     windows.batch(torch.arange(3))                              # the file is open before the workers fork
     streams = [data.batches(windows, 5, seed=3, start_step=2, workers=w) for w in (0, 2)]
@@ -202,7 +208,7 @@ def test_a_file_that_breaks_on_the_way_is_one_line_with_workers_too(tmp_path):
     with open(path, "r+b") as raw:
         raw.seek(chunk.byte_offset)
         raw.write(bytes(chunk.size))
-    windows = data.Windows(data.open_demos(path, "image", val_ratio=0, memory_gb=0), None, 4, 2, -1)
+    windows = data.Windows(open_demos(path, "image", val_ratio=0, memory_gb=0), None, 4, 2, -1)
     windows.batch(torch.arange(5))                              # what is sound can be read
     for workers in (0, 1):
         with pytest.raises(UserError, match="a.hdf5:demo_1: /data/demo_1/obs/packed cannot be read") as error:
@@ -215,7 +221,7 @@ def test_a_file_that_breaks_on_the_way_is_one_line_with_workers_too(tmp_path):
 
 
 def first_indices(n, steps, **kwargs):
-    samples = data.open_samples("moons", n=n)
+    samples = open_samples("moons", n=n)
     return [i.tolist() for i, _ in itertools.islice(data.batches(samples, **kwargs), steps)]
 
 
@@ -248,16 +254,16 @@ def test_seed_and_epoch_are_mixed():
 
 def test_batch_larger_than_the_set():
     with pytest.raises(UserError, match="batch_size 91 is more than the 90 items"):
-        data.batches(data.open_samples("moons", n=100), 91, 0)
+        data.batches(open_samples("moons", n=100), 91, 0)
     with pytest.raises(UserError, match="on each of 2 processes"):
-        data.batches(data.open_samples("moons", n=100), 46, 0, world=2)
+        data.batches(open_samples("moons", n=100), 46, 0, world=2)
 
 
 # ---- which keys, which episodes
 
 
 def test_demos_come_in_the_order_of_their_numbers(tmp_path):
-    demos = data.open_demos(write(tmp_path / "a.hdf5", lengths=range(2, 14), images=False))
+    demos = open_demos(write(tmp_path / "a.hdf5", lengths=range(2, 14), images=False))
     assert demos.lengths.tolist() == list(range(2, 14))
     assert demos.episode_names[2] == "a.hdf5:demo_2" and demos.instructions[11] == "task 11"
 
@@ -268,7 +274,7 @@ def test_privileged_keys_are_hidden_from_cameras(tmp_path):
             demo["obs/object"] = demo["obs/goal"] = np.zeros((len(demo["actions"]), 2), np.float32)
             demo["obs/count"] = np.zeros((len(demo["actions"]), 1), np.int64)
     path = write(tmp_path / "a.hdf5", edit=edit)
-    keys = lambda *args: (lambda d: (list(d.state_keys), d.camera_keys))(data.open_demos(path, *args))
+    keys = lambda *args: (lambda d: (list(d.state_keys), d.camera_keys))(open_demos(path, *args))
     assert keys("lowdim") == (["angle", "goal", "object", "pos"], [])
     assert keys("image") == (["angle", "goal", "pos"], ["left", "right"])
     assert keys("image", True) == (["angle", "pos"], ["left", "right"])
@@ -278,7 +284,7 @@ def test_shape_meta_names_keys_and_their_order(tmp_path):
     path = write(tmp_path / "a.hdf5")
     meta = {"obs": {"right": {"shape": [3, 4, 6], "type": "rgb"}, "pos": {"shape": [3]},
                     "angle": {"shape": [1], "type": "low_dim"}}, "action": {"shape": [2]}}
-    demos = data.open_demos(path, shape_meta=meta)
+    demos = open_demos(path, shape_meta=meta)
     assert demos.state_keys == {"pos": 3, "angle": 1} and demos.camera_keys == ["right"]
     assert demos.state[9].tolist() == [104, 104.25, 104.5, 104] and demos.image_size == (4, 6)
     for key, spec, words in [("pos", {"shape": [4]}, r"low_dim \[4\], but in a.hdf5:demo_0 float64 \[3\]"),
@@ -287,35 +293,35 @@ def test_shape_meta_names_keys_and_their_order(tmp_path):
                              ("pos", {"shape": [3], "type": "depth"}, "'rgb' or 'low_dim'"),
                              ("pso", {"shape": [3]}, "no 'pso', did you mean 'pos'")]:
         with pytest.raises(UserError, match=words):
-            data.open_demos(path, shape_meta={"obs": {key: spec}})
+            open_demos(path, shape_meta={"obs": {key: spec}})
     with pytest.raises(UserError, match=r"actions have shape \[7\]"):
-        data.open_demos(path, shape_meta={"obs": {"pos": {"shape": [3]}}, "action": {"shape": [7]}})
+        open_demos(path, shape_meta={"obs": {"pos": {"shape": [3]}}, "action": {"shape": [7]}})
     with pytest.raises(UserError, match="shape_meta must read"):
-        data.open_demos(path, shape_meta={"pos": [3]})
+        open_demos(path, shape_meta={"pos": [3]})
 
 
 def test_masks_decide_unless_asked_otherwise(tmp_path):
     def masks(file):
         file["mask/train"], file["mask/valid"] = np.array([b"demo_0", b"demo_3"]), np.array([b"demo_1"])
     path = write(tmp_path / "a.hdf5", lengths=[4] * 10, edit=masks, images=False)
-    demos = data.open_demos(path)
+    demos = open_demos(path)
     assert demos.train_episodes.tolist() == [0, 3] and demos.valid_episodes.tolist() == [1]
-    demos = data.open_demos(path, val_ratio=0.3)
+    demos = open_demos(path, val_ratio=0.3)
     assert len(demos.train_episodes) == 7 and len(demos.valid_episodes) == 3
     assert not set(demos.train_episodes) & set(demos.valid_episodes)
-    few = data.open_demos(path, val_ratio=0.3, max_train_episodes=4)
+    few = open_demos(path, val_ratio=0.3, max_train_episodes=4)
     assert len(few.train_episodes) == 4 and set(few.train_episodes) < set(demos.train_episodes)
     assert few.valid_episodes.tolist() == demos.valid_episodes.tolist()         # not the episodes left over
     assert len(data.Windows(demos, None, 4, 2, -1, split="valid")) == 12
     with pytest.raises(UserError, match="val_ratio must be"):
-        data.open_demos(path, val_ratio=1.0)
+        open_demos(path, val_ratio=1.0)
     with pytest.raises(UserError, match="max_train_episodes must be"):
-        data.open_demos(path, max_train_episodes=0)
+        open_demos(path, max_train_episodes=0)
 
 
 def test_split_is_diffusion_policys(tmp_path):
     """get_val_mask(206, 0.02, seed 42) there: default_rng(42).choice(206, 4, replace=False)."""
-    demos = data.open_demos(write(tmp_path / "a.hdf5", [2] * 206, images=False), val_ratio=0.02, seed=42)
+    demos = open_demos(write(tmp_path / "a.hdf5", [2] * 206, images=False), val_ratio=0.02, seed=42)
     drawn = np.random.default_rng(42).choice(206, size=4, replace=False)
     assert demos.valid_episodes.tolist() == sorted(drawn)
 
@@ -324,12 +330,12 @@ def test_parts_of_a_rollout_are_held_out_together(tmp_path):
     def edit(file):
         for i, demo in enumerate(file["data"].values()):
             demo.attrs["rollout"] = i // 3
-    demos = data.open_demos(write(tmp_path / "a.hdf5", [3] * 9, edit, images=False), val_ratio=0.4)
+    demos = open_demos(write(tmp_path / "a.hdf5", [3] * 9, edit, images=False), val_ratio=0.4)
     assert len(demos.valid_episodes) == 3 and len(set(demos.valid_episodes // 3)) == 1
 
 
 def test_a_single_episode_is_trained_on_and_said(tmp_path, capsys):
-    demos = data.open_demos(write(tmp_path / "a.hdf5", [7], images=False), val_ratio=0.5)
+    demos = open_demos(write(tmp_path / "a.hdf5", [7], images=False), val_ratio=0.5)
     assert demos.train_episodes.tolist() == [0] and len(demos.valid_episodes) == 0
     assert "no episode of" in capsys.readouterr().err
     assert len(data.Windows(demos, None, 4, 2, -1, text_len=4, split="valid")) == 0
@@ -339,20 +345,20 @@ def test_a_single_episode_is_trained_on_and_said(tmp_path, capsys):
     ({"fps": 15}, 15), ({"env_args": '{"control_freq": 30}'}, 30),
     ({"env_args": '{"env_kwargs": {"control_freq": 25}}'}, 25), ({"total": 1}, 20)])
 def test_rate(tmp_path, capsys, attrs, fps):
-    demos = data.open_demos(write(tmp_path / "a.hdf5", images=False, **attrs))
+    demos = open_demos(write(tmp_path / "a.hdf5", images=False, **attrs))
     assert demos.fps == fps and ("20 Hz assumed" in capsys.readouterr().err) == (fps == 20)
 
 
 def test_every_episode_keeps_its_own_rate(tmp_path):
     for name, fps in (("a", 10), ("b", 50)):
         write(tmp_path / f"{name}.hdf5", [4], images=False, fps=fps)
-    demos = data.open_demos(tmp_path, val_ratio=0)
+    demos = open_demos(tmp_path, val_ratio=0)
     assert data.Windows(demos, None, 4, 2, -1).batch(torch.tensor([0, 7]))["control_hz"].tolist() == [10, 50]
 
 
 def test_description_is_plain(tmp_path):
     path = write(tmp_path / "a.hdf5", fps=10, action_names=json.dumps(["x", "y"]))
-    description = data.open_demos(path, "image").description()
+    description = open_demos(path, "image").description()
     assert json.loads(json.dumps(description)) == description
     assert description["state_keys"] == {"angle": 1, "pos": 3} and description["image_size"] == [4, 6]
     assert description["action_names"] == ["x", "y"] and description["fps"] == 10
@@ -363,14 +369,14 @@ def test_description_is_plain(tmp_path):
 
 def test_aloha_folder(tmp_path, capsys):
     folder = write_aloha(tmp_path / "set", [3] * 11, language_instruction="fold")
-    demos = data.open_demos(folder, "image", text=True)
+    demos = open_demos(folder, "image", text=True)
     assert demos.episode_names[9:] == ["episode_9.hdf5", "episode_10.hdf5"]        # not 0, 1, 10, 2
     assert demos.state_keys == {"qpos": 14, "qvel": 14} and demos.camera_keys == ["top"]
     assert demos.fps == 50 and "50 Hz assumed" in capsys.readouterr().err
     assert set(demos.instructions) == {"fold"}
     images = data.Windows(demos, None, 2, 1, 0).images          # every picture shows its episode's number
     assert images.unique().tolist() == demos.train_episodes.tolist()
-    assert len(data.open_demos(str(folder / "episode_1*.hdf5"), val_ratio=0).lengths) == 2      # 1 and 10
+    assert len(open_demos(str(folder / "episode_1*.hdf5"), val_ratio=0).lengths) == 2      # 1 and 10
 
 
 @pytest.mark.parametrize("form", ["variable", "padded", "strings"])
@@ -399,22 +405,22 @@ def test_jpeg_frames_have_their_colours_put_right(tmp_path, form):
 
     folder = write_aloha(tmp_path / "set", [3, 4], write_frames)
     (folder / "expanded_instruction_gpt-4-turbo.json").write_text(json.dumps({"instruction": "pour"}))
-    demos = data.open_demos(folder, "image")
+    demos = open_demos(folder, "image")
     image = torch.from_numpy(demos.images(1, 0, 4))
     assert demos.image_size == (16, 24) and image.shape == (4, 1, 3, 16, 24)
     assert (image[:, :, 0] > 245).all() and (image[:, :, 1:] < 10).all()
     assert demos.instructions == ["pour", "pour"]
     meta = {"obs": {"top": {"type": "rgb", "shape": [3, 16, 24]}, "qpos": {"shape": [14]}}}
-    assert data.open_demos(folder, shape_meta=meta).camera_keys == ["top"]
+    assert open_demos(folder, shape_meta=meta).camera_keys == ["top"]
     meta["obs"]["top"]["shape"] = [3, 24, 16]
     with pytest.raises(UserError, match=r"'top' is \[3, 24, 16\], but the pictures of .* are \[3, 16, 24\]"):
-        data.open_demos(folder, shape_meta=meta)
+        open_demos(folder, shape_meta=meta)
 
     demos.close()
     with h5py.File(folder / "episode_1.hdf5", "a") as file:
         file["observations/images/top"][2] = np.zeros_like(file["observations/images/top"][2])
     with pytest.raises(UserError, match="episode_1.hdf5: 'top', steps 2 to 2: a JPEG frame cannot"):
-        data.open_demos(folder, "image").images(1, 2, 3)
+        open_demos(folder, "image").images(1, 2, 3)
 
 
 # ---- bad input
@@ -466,29 +472,29 @@ def claim(number):
 def test_bad_file(tmp_path, edit, words):
     path = write(tmp_path / "a.hdf5", edit=edit)
     with pytest.raises(UserError, match=words) as error:
-        data.open_demos(path, "image")
+        open_demos(path, "image")
     assert "\n" not in str(error.value)
 
 
 def test_episode_of_one_step(tmp_path):
     with pytest.raises(UserError, match="demo_1 has 1 step, an episode needs at least 2"):
-        data.open_demos(write(tmp_path / "a.hdf5", [4, 1]))
+        open_demos(write(tmp_path / "a.hdf5", [4, 1]))
 
 
 def test_no_camera_and_no_state(tmp_path):
     path = write(tmp_path / "a.hdf5", images=False)
     with pytest.raises(UserError, match="no camera, uint8"):
-        data.open_demos(path, "image")
+        open_demos(path, "image")
     with pytest.raises(UserError, match="did you mean 'lowdim'"):
-        data.open_demos(path, "low_dim")
+        open_demos(path, "low_dim")
 
     def images_only(file):
         for demo in file["data"].values():
             del demo["obs/pos"], demo["obs/angle"]
     path = write(tmp_path / "b.hdf5", edit=images_only)
     with pytest.raises(UserError, match="no state, float"):
-        data.open_demos(path)
-    demos = data.open_demos(path, "image")                      # cameras alone are enough
+        open_demos(path)
+    demos = open_demos(path, "image")                      # cameras alone are enough
     normalizer = data.fit_normalizer(demos)
     assert data.Windows(demos, normalizer, 4, 2, -1).batch(torch.arange(3))["state"].shape == (3, 2, 0)
 
@@ -498,7 +504,7 @@ def test_two_files_that_do_not_match(tmp_path):
     write(tmp_path / "b.hdf5", edit=lambda f: [replace(f"data/{d}/obs/pos", np.zeros((n, 2)))(f)
                                                for d, n in zip(list(f["data"]), (5, 8, 3))])
     with pytest.raises(UserError, match=r"b.hdf5:demo_0: 'pos' has shape \(2,\) per step, in a.hdf5:demo_0"):
-        data.open_demos(tmp_path)
+        open_demos(tmp_path)
 
 
 def test_cameras_of_different_size(tmp_path):
@@ -506,7 +512,7 @@ def test_cameras_of_different_size(tmp_path):
         for demo in file["data"].values():
             replace(f"{demo.name}/obs/right", np.zeros((len(demo["actions"]), 8, 8, 3), np.uint8))(file)
     with pytest.raises(UserError, match="cameras differ in size"):
-        data.open_demos(write(tmp_path / "a.hdf5", edit=edit), "image")
+        open_demos(write(tmp_path / "a.hdf5", edit=edit), "image")
 
 
 def test_paths_that_lead_nowhere(tmp_path):
@@ -519,12 +525,12 @@ def test_paths_that_lead_nowhere(tmp_path):
     (tmp_path / "lerobot" / "meta" / "info.json").write_text("{}")
     for name, words in [("whola.hdf5", "did you mean 'whole.hdf5'"), ("empty", "holds no"),
                         ("no*.h5", "check the path"), ("text.hdf5", "cannot be opened as HDF5"),
-                        ("cut.hdf5", "cut short"), ("lerobot", "LeRobot"), ("buffer.zarr", "convert.py")]:
+                        ("cut.hdf5", "cut short"), ("lerobot", "LeRobot"), ("buffer.zarr", "demos.convert")]:
         with pytest.raises(UserError, match=words) as error:
-            data.open_demos(tmp_path / name)
+            open_demos(tmp_path / name)
         assert "\n" not in str(error.value) and name.split(".")[0] in str(error.value)
     with pytest.raises(UserError, match="did you mean 'tabletop'"):
-        data.open_demos("tabeltop")
+        open_demos("tabeltop")
 
 
 def test_damage_inside_the_data_is_one_line(tmp_path):
@@ -541,13 +547,13 @@ def test_damage_inside_the_data_is_one_line(tmp_path):
         raw.seek(chunk.byte_offset)
         raw.write(bytes(chunk.size))
     with pytest.raises(UserError, match="demo_0: /data/demo_0/obs/packed cannot be read, copy") as error:
-        data.open_demos(path)
+        open_demos(path)
     assert "\n" not in str(error.value)
 
 
 def test_files_are_not_kept_open(tmp_path):
     path = write(tmp_path / "a.hdf5")
-    demos = data.open_demos(path, "image")
+    demos = open_demos(path, "image")
     data.Windows(demos, None, 4, 2, -1)
     with h5py.File(path, "a") as file:                          # raises while anybody reads
         file["data"].attrs["note"] = "still mine"
@@ -558,15 +564,15 @@ def test_files_are_not_kept_open(tmp_path):
 def test_written_aside_keeps_what_was_there(tmp_path):
     path = tmp_path / "result"
     path.write_text("old")
-    with pytest.raises(RuntimeError), data.written_aside(path) as aside:
+    with pytest.raises(RuntimeError), written_aside(path) as aside:
         aside.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with data.written_aside(path) as aside:
+    with written_aside(path) as aside:
         aside.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
-    with pytest.raises(UserError, match="cannot write"), data.written_aside(path / "below a file"):
+    with pytest.raises(UserError, match="cannot write"), written_aside(path / "below a file"):
         pass
 
 
@@ -580,7 +586,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="make room or take another folder: .* No space left"):
-        with data.new_hdf5(path) as file:
+        with new_hdf5(path) as file:
             file["x"] = np.zeros(1000)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -590,12 +596,12 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 def two_robots(tmp_path, memory_gb=4.0, **second):
     """Set "a" with two cameras at 10 Hz, set "b" with one at 5 Hz, in other places of a vector of ten."""
-    a = data.open_demos(write(tmp_path / "a.hdf5"), obs="image", seed=1)
+    a = open_demos(write(tmp_path / "a.hdf5"), obs="image", seed=1)
     meta = {"obs": {"pos": {"shape": [3]}, "right": {"shape": [3, 4, 6], "type": "rgb"}}}
-    b = data.open_demos(write(tmp_path / "b.hdf5", lengths=(4, 6), fps=5), shape_meta=meta, seed=1)
+    b = open_demos(write(tmp_path / "b.hdf5", lengths=(4, 6), fps=5), shape_meta=meta, seed=1)
     for demos in (a, b):
         demos.memory_gb = memory_gb
-    return data.MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 8], [9, 5, 4])}, dim=10), a, b
+    return MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 8], [9, 5, 4])}, dim=10), a, b
 
 
 @pytest.mark.parametrize("memory_gb", [4.0, 0.0])
@@ -631,7 +637,7 @@ def test_a_place_is_normalised_over_the_robots_that_have_it(tmp_path, mode):
     demos, a, b = two_robots(tmp_path)
     n = data.fit_normalizer(demos, mode)
     train = lambda d: d.actions[d.rows(d.train_episodes)]
-    one = lambda x: data.Normalizer.fit({"x": x[:, None]}, mode)
+    one = lambda x: Normalizer.fit({"x": x[:, None]}, mode)
     for place, values in ((0, train(a)[:, 1]), (8, train(b)[:, 1]),
                           (1, np.concatenate([train(a)[:, 0], train(b)[:, 0]]))):
         want = one(values)
@@ -662,26 +668,26 @@ def test_the_description_of_robots_is_plain_and_tells_each(tmp_path):
 def test_robots_that_do_not_fit(tmp_path):
     _, a, b = two_robots(tmp_path)
     with pytest.raises(UserError, match="robot b: .*2 action dimensions, action_names names 3"):
-        data.MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 2, 3], [9, 5, 4])}, dim=10)
+        MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 2, 3], [9, 5, 4])}, dim=10)
     b.image_size = (5, 5)
     with pytest.raises(UserError, match="robots differ in size.*bring them to one size"):
-        data.MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 8], [9, 5, 4])}, dim=10)
+        MixedDemos({"a": (a, [1, 0], [4, 5, 6, 7]), "b": (b, [1, 8], [9, 5, 4])}, dim=10)
 
 
 @pytest.mark.parametrize("fps", [0, -5, float("nan")])
 def test_a_control_frequency_is_above_zero(tmp_path, fps):
     with pytest.raises(UserError, match="frequency is .* Hz, it must be above 0: correct attribute 'fps'"):
-        data.open_demos(write(tmp_path / "a.hdf5", fps=float(fps)))
+        open_demos(write(tmp_path / "a.hdf5", fps=float(fps)))
 
 
 def test_text_that_is_cut_is_said_once(capsys):
     for _ in range(3):
-        data.encode_text("a long instruction, cut", 6)
+        encode_text("a long instruction, cut", 6)
     assert capsys.readouterr().err.count("has 23 bytes and is cut to 6") == 1
 
 
 def test_a_model_file_may_make_its_own_codes(tmp_path):
-    demos = data.open_demos(write(tmp_path / "a.hdf5"), text=True)
+    demos = open_demos(write(tmp_path / "a.hdf5"), text=True)
     encode = lambda text: torch.tensor([7, 8, int(text[-1])])
     windows = data.Windows(demos, None, 4, 1, 0, text_len=3, encode=encode)
     codes = windows.batch(torch.arange(len(windows)))["text"].tolist()
@@ -694,9 +700,9 @@ def test_a_model_file_may_make_its_own_codes(tmp_path):
 
 
 def test_the_second_robot_of_the_built_in_task(tmp_path):
-    demos = data.open_demos("tabletop_velocity", episodes=6, cache=tmp_path)
+    demos = open_demos("tabletop_velocity", episodes=6, cache=tmp_path)
     assert demos.fps == 5 and demos.action_names == ["velocity_x", "velocity_y", "gripper"]
-    first = data.open_demos("tabletop", episodes=6, cache=tmp_path)
+    first = open_demos("tabletop", episodes=6, cache=tmp_path)
     assert first.fps == 10 and len(list(tmp_path.iterdir())) == 2
     assert demos.lengths.sum() < 0.8 * first.lengths.sum()
 
@@ -705,14 +711,14 @@ def test_the_second_robot_of_the_built_in_task(tmp_path):
 
 def test_tabletop_is_made_once_and_read_like_any_file(tmp_path, monkeypatch, capsys):
     import tabletop
-    demos = data.open_demos("tabletop", "image", text=True, episodes=4, cache=tmp_path, val_ratio=0.25)
+    demos = open_demos("tabletop", "image", text=True, episodes=4, cache=tmp_path, val_ratio=0.25)
     path, = tmp_path.iterdir()
     assert path.name.startswith("tabletop_4_cameras_seed0_") and path.suffix == ".hdf5"
     written = path.stat().st_mtime_ns
     assert demos.fps == tabletop.FPS and demos.image_size == (64, 64) and len(demos.camera_keys) == 2
     assert not {"object", "goal"} & demos.state_keys.keys()
     assert set(demos.instructions) <= set(tabletop.INSTRUCTIONS)
-    made = tabletop.demonstrations(4, seed=0, cameras=True)
+    made = demonstrations(4, seed=0, cameras=True)
     assert demos.lengths.tolist() == [len(d["actions"]) for d in made]
     assert np.array_equal(demos.actions, np.concatenate([d["actions"] for d in made]))
     camera = made[1]["obs"][demos.camera_keys[0]]
@@ -720,15 +726,15 @@ def test_tabletop_is_made_once_and_read_like_any_file(tmp_path, monkeypatch, cap
     rollout = np.array([d["episode"] for d in made])
     assert not set(rollout[demos.train_episodes]) & set(rollout[demos.valid_episodes])
 
-    data.open_demos("tabletop", "image", episodes=4, cache=tmp_path)
+    open_demos("tabletop", "image", episodes=4, cache=tmp_path)
     assert path.stat().st_mtime_ns == written
     changed = tmp_path / "changed" / "tabletop.py"
     changed.parent.mkdir()
     changed.write_text(Path(tabletop.__file__).read_text() + "# one line more\n")
     monkeypatch.setattr(tabletop, "__file__", str(changed))
-    data.open_demos("tabletop", "lowdim", episodes=3, cache=tmp_path)
+    open_demos("tabletop", "lowdim", episodes=3, cache=tmp_path)
     monkeypatch.setenv("ACTION_DIFFUSION_CACHE", str(tmp_path / "elsewhere"))
-    data.open_demos("tabletop", "lowdim", episodes=3, seed=1)
+    open_demos("tabletop", "lowdim", episodes=3, seed=1)
     names = sorted(p.name for p in tmp_path.rglob("*.hdf5"))
     assert [n.rsplit("_", 1)[0] for n in names] == ["tabletop_3_lowdim_seed0", "tabletop_3_lowdim_seed1",
                                                     "tabletop_4_cameras_seed0"]
@@ -742,33 +748,33 @@ def test_tabletop_is_made_once_and_read_like_any_file(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("name, classes", [("moons", 2), ("checkerboard", 0), ("eight_gaussians", 8),
                                            ("spirals", 2)])
 def test_points(name, classes):
-    train, valid = (data.open_samples(name, n=5000, split=split) for split in ("train", "valid"))
+    train, valid = (open_samples(name, n=5000, split=split) for split in ("train", "valid"))
     assert (len(train), len(valid), train.shape, train.n_classes) == (4500, 500, (2,), classes)
     x = torch.cat([train.x, valid.x])
     assert x.dtype == torch.float32 and x.abs().max() < 1.15 and x.abs().amax(0).min() > 0.4
-    assert torch.equal(data.open_samples(name, n=5000).x, train.x)
-    assert not torch.equal(data.open_samples(name, n=5000, seed=1).x, train.x)
+    assert torch.equal(open_samples(name, n=5000).x, train.x)
+    assert not torch.equal(open_samples(name, n=5000, seed=1).x, train.x)
     batch = train.batch(torch.tensor([3, 0]))
     assert torch.equal(batch["x"], train.x[[3, 0]]) and ("label" in batch) == bool(classes)
     assert train.episode(torch.tensor([3])) == [f"{name}:3"] and train.to("cpu") is train
 
 
 def test_points_lie_where_they_should():
-    x = data.open_samples("checkerboard", n=4000).x
+    x = open_samples("checkerboard", n=4000).x
     field = ((x + 1) * 2).floor().long()
     assert (field.sum(1) % 2 == 0).all()                        # only the fields of one colour
     assert torch.bincount(field[:, 1] * 4 + field[:, 0], minlength=16).gt(300).sum() == 8
-    s = data.open_samples("eight_gaussians", n=4000)
+    s = open_samples("eight_gaussians", n=4000)
     angle = s.label * torch.pi / 4
     rest = s.x - 0.8 * torch.stack([angle.cos(), angle.sin()], 1)
     assert (rest.std(0) - 0.05).abs().max() < 0.003
-    s = data.open_samples("spirals", n=2000)                    # half a turn makes one arm the other
+    s = open_samples("spirals", n=2000)                    # half a turn makes one arm the other
     nearest = torch.cdist(-s.x[s.label == 0], s.x[s.label == 1]).min(1).values
     assert nearest.median() < 0.02
 
 
 def test_shapes_can_be_told_apart():
-    s = data.open_samples("shapes", n=1600)
+    s = open_samples("shapes", n=1600)
     assert s.shape == (3, 32, 32) and s.n_classes == 8 and s.class_names[:2] == ["disc", "square"]
     x = s.batch(torch.arange(len(s)))["x"]
     assert x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1
@@ -803,7 +809,7 @@ def test_image_files(tmp_path, suffix):
     digits = rng.integers(0, 256, (40, 28, 28), dtype=np.uint8)
     digits[:, 0, 0] = 7                                         # what the corner shows is the background
     path = save(tmp_path / f"digits.{suffix}", x=digits, y=np.arange(40) % 10)
-    train, valid = data.open_samples(path), data.open_samples(path, split="valid")
+    train, valid = open_samples(path), open_samples(path, split="valid")
     assert (len(train), len(valid), train.shape, train.n_classes) == (36, 4, (1, 32, 32), 10)
     assert (train.x[:, 0, 2:30, 2:30].numpy() == digits[:36]).all() and (train.x[:, 0, :2] == 7).all()
     assert valid.label.tolist() == [6, 7, 8, 9]
@@ -813,11 +819,11 @@ def test_image_files(tmp_path, suffix):
     colour = rng.integers(0, 256, (10, 16, 24, 3), dtype=np.uint8)
     path = save(tmp_path / f"colour.{suffix}", x_train=colour[:7], y_train=np.zeros(7, np.uint8),
                 x_test=colour[7:], y_test=np.ones(3, np.uint8), class_names=np.array(["cat", "dog"]))
-    train, valid = data.open_samples(path), data.open_samples(path, split="valid")
+    train, valid = open_samples(path), open_samples(path, split="valid")
     assert (len(train), len(valid), train.shape, train.class_names) == (7, 3, (3, 16, 24), ["cat", "dog"])
     assert (train.x[2, 1].numpy() == colour[2, :, :, 1]).all()
-    assert data.open_samples(save(tmp_path / f"n.{suffix}", x=digits)).n_classes == 0
-    assert len(data.open_samples(path, n=5)) == 5
+    assert open_samples(save(tmp_path / f"n.{suffix}", x=digits)).n_classes == 0
+    assert len(open_samples(path, n=5)) == 5
 
 
 @pytest.mark.parametrize("arrays, words", [
@@ -837,7 +843,7 @@ def test_image_files(tmp_path, suffix):
 def test_bad_image_file(tmp_path, arrays, words):
     for suffix in ("npz", "hdf5"):
         with pytest.raises(UserError, match=words):
-            data.open_samples(save(tmp_path / f"a.{suffix}", **arrays))
+            open_samples(save(tmp_path / f"a.{suffix}", **arrays))
 
 
 def test_bad_image_paths(tmp_path):
@@ -847,12 +853,12 @@ def test_bad_image_paths(tmp_path):
     np.savez(tmp_path / "pickle.npz", x=np.array([{"a": 1}], dtype=object))
     for name in ("text", "cut", "pickle"):
         with pytest.raises(UserError, match=f"{name}.npz cannot be read as .npz") as error:
-            data.open_samples(tmp_path / f"{name}.npz")
+            open_samples(tmp_path / f"{name}.npz")
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="did you mean 'moons'"):
-        data.open_samples("moon")
+        open_samples("moon")
     with pytest.raises(UserError, match="did you mean 'whole.npz'"):
-        data.open_samples(tmp_path / "whol.npz")
+        open_samples(tmp_path / "whol.npz")
 
 
 # ---- the inspector
@@ -868,7 +874,7 @@ def test_inspector_names_what_was_planted(tmp_path, capsys):
         for key in ("actions", "obs/pos", "obs/angle", "obs/dead", "obs/right"):
             file[f"data/demo_3/{key}"][:20] = file[f"data/demo_3/{key}"][0]         # waits for 2 s
     path = write(tmp_path / "a.hdf5", [30, 30, 30, 40], edit)
-    check_data.inspect(path)
+    check.inspect(path)
     report = capsys.readouterr().out
     wrong, odd = report.split("must be mended:")[1].split("worth a look:")
     assert "demo_1: 'actions' is not finite at step 6 (1 of 30 steps)" in wrong
@@ -883,33 +889,33 @@ def test_inspector_names_what_was_planted(tmp_path, capsys):
 def test_inspector_counts_padding(tmp_path, capsys):
     """Against the action masks of the windows themselves."""
     path = write(tmp_path / "a.hdf5", [5, 20, 40])
-    check_data.inspect(path)
-    demos = data.open_demos(path, val_ratio=0)
+    check.inspect(path)
+    demos = open_demos(path, val_ratio=0)
     masks = data.Windows(demos, None, 16, 2, -1).batch(torch.arange(65))["action_mask"]
     assert f"padding       {1 - masks.float().mean():.1%}" in capsys.readouterr().out
 
 
 def test_inspector_on_other_files(tmp_path, capsys):
-    check_data.inspect(write(tmp_path / "fine.hdf5", [20, 20]))
+    check.inspect(write(tmp_path / "fine.hdf5", [20, 20]))
     assert capsys.readouterr().out.endswith("nothing looks wrong\n")
     folder = write_aloha(tmp_path / "set", [20, 30])
     (folder / "broken.hdf5").write_text("no")
-    check_data.inspect(folder)
+    check.inspect(folder)
     report = capsys.readouterr().out
     assert "2 episodes, 50 steps at unknown Hz" in report and "broken.hdf5 cannot be opened" in report
     ones = np.ones((5, 28, 28), np.uint8)
-    check_data.inspect(save(tmp_path / "a.npz", x=ones, y=np.array([0, 1, 1, 3, 3])))
+    check.inspect(save(tmp_path / "a.npz", x=ones, y=np.array([0, 1, 1, 3, 3])))
     report = capsys.readouterr().out
     assert "1 x 32 x 32 after padding" in report and "all: no image of class 2" in report
     assert "no value above 1" in report
-    check_data.inspect(save(tmp_path / "b.hdf5", x=np.ones((5, 28), np.uint8)))
+    check.inspect(save(tmp_path / "b.hdf5", x=np.ones((5, 28), np.uint8)))
     assert "must be mended" in capsys.readouterr().out
 
 
 def test_command_line_ends_in_one_line(tmp_path):
     (tmp_path / "text.hdf5").write_text("this is no HDF5")
-    command = [sys.executable, ROOT / "data.py", tmp_path / "text.hdf5"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "demos.check", tmp_path / "text.hdf5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "cannot be opened as HDF5" in done.stderr
 
@@ -931,7 +937,7 @@ def test_convert_a_replay_buffer(tmp_path):
     for source, images in (("b.zarr", False), ("b.zarr.zip", True)):
         out = tmp_path / f"{images}.hdf5"
         assert convert.convert(tmp_path / source, out, images, fps=12, instruction="push") == (2, 50)
-        demos = data.open_demos(out, "image" if images else "lowdim", val_ratio=0)
+        demos = open_demos(out, "image" if images else "lowdim", val_ratio=0)
         assert demos.lengths.tolist() == [20, 30] and demos.fps == 12 and demos.instructions == ["push"] * 2
         assert demos.state_keys == {"agent_pos": 2, "keypoint": 18, "state": 5}
         assert np.array_equal(demos.actions, arrays["action"].astype(np.float32))
@@ -973,7 +979,7 @@ real = pytest.mark.skipif("DEMO_DATA" not in os.environ, reason="DEMO_DATA names
     ("lift_scripted_lowdim", "lowdim", 200, 26, 20)])
 def test_real_demonstrations(name, obs, episodes, state, fps, capsys):
     path = Path(os.environ["DEMO_DATA"]) / f"{name}.hdf5"
-    demos = data.open_demos(path, obs, memory_gb=0)
+    demos = open_demos(path, obs, memory_gb=0)
     assert (len(demos.lengths), demos.state_dim, demos.fps) == (episodes, state, fps)
     normalizer = data.fit_normalizer(demos)
     windows = data.Windows(demos, normalizer, 16, 2, -1)
@@ -981,7 +987,7 @@ def test_real_demonstrations(name, obs, episodes, state, fps, capsys):
     assert batch["actions"].abs().max() <= 1 + 1e-5
     if name.startswith("lift"):
         assert normalizer.near_constant["actions"] == [3, 4, 5]         # the script never turns the hand
-    check_data.inspect(path)
+    check.inspect(path)
     assert "must be mended" not in capsys.readouterr().out
 
 
@@ -990,7 +996,7 @@ def test_real_demonstrations(name, obs, episodes, state, fps, capsys):
                                                        ("cifar10_subset", (3, 32, 32), 2000, 500)])
 def test_real_images(name, shape, train, valid):
     path = Path(os.environ["DEMO_DATA"]) / f"{name}.npz"
-    parts = [data.open_samples(path, split=split) for split in ("train", "valid")]
+    parts = [open_samples(path, split=split) for split in ("train", "valid")]
     assert [len(p) for p in parts] == [train, valid] and parts[0].shape == shape and parts[0].n_classes == 10
     if name == "mnist_t10k":
         assert (parts[0].x[:, 0, :2] == 0).all()

@@ -8,6 +8,8 @@ from golden_cases import golden, manifest
 
 import dit
 from dit import Config, DiT, Transformer
+from robot.checkpoint import read_checkpoint
+from tools import runs
 
 LN2 = math.log(2)
 
@@ -296,10 +298,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
             "--log_every", "1", "--warmup", "0", "--set", "vae_channels=[8, 8, 8]", "--set", "width=16",
             "--set", "depth=1", "--set", "n_heads=2", "--set", "sampler_steps=2", "--set", "vae_steps=3"]
     train.main([*argv, "--out", str(tmp_path / "whole")])
-    import sample
-    whole = sample.read_checkpoint(tmp_path / "whole")
+    whole = read_checkpoint(tmp_path / "whole")
     for stop in (2, 4):
-        out, save = tmp_path / f"stop{stop}", sample.save_checkpoint
+        out, save = tmp_path / f"stop{stop}", runs.save_checkpoint
 
         class Stop(Exception):
             pass
@@ -309,19 +310,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
             if content["step"] == stop:
                 raise Stop
 
-        sample.save_checkpoint = save_and_stop
+        runs.save_checkpoint = save_and_stop
         try:
             with pytest.raises(Stop):
                 train.main([*argv, "--out", str(out)])
         finally:
-            sample.save_checkpoint = save
+            runs.save_checkpoint = save
         train.main([*argv, "--out", str(out), "--resume"])
-        resumed = sample.read_checkpoint(out)
+        resumed = read_checkpoint(out)
         for part in ("weights", "ema"):
             assert whole[part].keys() == resumed[part].keys()
             for key, value in whole[part].items():
                 assert torch.equal(value, resumed[part][key]), (part, key)
     assert whole["weights"]["_extra_state"] == 6 and whole["weights"]["scale"] != 1
+    import sample
     result = sample.main([str(tmp_path / "whole"), "--sampler_steps", "2"])
     assert 0 <= result["accuracy_samples"] <= 1
 

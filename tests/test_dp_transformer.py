@@ -12,12 +12,14 @@ import yaml
 from golden_cases import golden, manifest
 
 import dp_transformer
-import options
+from tools import options
 import sample
 import train
-from data import UserError
 from dp_transformer import (PRESETS, BertTransformer, Config, DecoderTransformer, DiffusionPolicyTransformer,
                             convert_official, official_normalizer)
+from robot.checkpoint import read_checkpoint
+from robot.errors import UserError
+from robot.policy import Policy
 
 CONFIGS = Path(dp_transformer.__file__).parent / "configs"
 
@@ -620,7 +622,7 @@ def test_robomimic_images_train_resume_load_and_act(robomimic_file, tmp_path, si
     out = tmp_path / "out"
     train.main(robomimic_command(robomimic_file, out))
     train.main(robomimic_command(robomimic_file, out, "--resume", steps=3))
-    checkpoint = sample.read_checkpoint(out)
+    checkpoint = read_checkpoint(out)
     assert checkpoint["step"] == 3 and checkpoint["data"]["camera_keys"] == list(CAMERAS)
     assert checkpoint["data"]["state_keys"] == STATE
     config = checkpoint["config"]
@@ -628,7 +630,7 @@ def test_robomimic_images_train_resume_load_and_act(robomimic_file, tmp_path, si
     assert (config["horizon"], config["n_action_steps"], tuple(config["crop_size"])) == (10, 8, (76, 76))
     assert [g["weight_decay"] for g in checkpoint["optimizer"]["param_groups"]] == [1e-3, 0.0, 1e-6]
 
-    policy = sample.Policy.load(out)
+    policy = Policy.load(out)
     with h5py.File(robomimic_file) as file:
         demo = file["data/demo_0"]
         observe = lambda t: {key: demo[f"obs/{key}"][t] for key in (*CAMERAS, *STATE)}

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-import options
+from robot.models import MODELS, load_module
+from tools import options
 
-ROOT = Path(options.__file__).parent
-MODELS = [name for name in options.MODELS if (ROOT / f"{name}.py").exists()]
-FILES = sorted(path for pattern in ("*", "tests/*", "configs/*", ".ci/*") for path in ROOT.glob(pattern)
+ROOT = Path(options.__file__).parent.parent
+FOLDERS = ("*", "robot/*", "demos/*", "tools/*", "docs/*", "tests/**/*", "configs/*", ".ci/*")
+FILES = sorted(path for pattern in FOLDERS for path in ROOT.glob(pattern)
                if path.suffix in (".py", ".md", ".yaml", ".txt") or path.parent.name == ".ci")
 named = lambda path: str(path.relative_to(ROOT))
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -150,6 +151,6 @@ trainings = [argv[2:] for argv in commands() if argv[:2] == ["python", "train.py
 def test_training_commands_of_the_readme_are_understood(argv, monkeypatch):
     monkeypatch.chdir(ROOT)                         # --config is a path of the repository
     chosen, _ = options.parse_options(argv)
-    module = options.load_module(chosen.model)
+    module = load_module(chosen.model)
     assert chosen.preset in module.PRESETS
     assert not set(chosen.set) - {field.name for field in dataclasses.fields(module.Config)}

@@ -5,7 +5,10 @@ import torch
 
 import sample
 import train
-from data import UserError
+from robot.checkpoint import load_model
+from robot.errors import UserError
+from robot.normalizer import Normalizer
+from robot.policy import Policy
 
 SMALL = ["--steps", "2", "--warmup", "1", "--batch_size", "4", "--demos", "4", "--episodes", "2", "--dtype",
          "float32", "--set", "vit_depth=1", "--set", "width=32", "--set", "depth=2", "--set", "horizon=8"]
@@ -29,8 +32,8 @@ def test_each_robot_is_evaluated_in_its_own_world(run):
 
 def test_a_policy_acts_in_the_body_it_is_asked_for(run):
     out, _ = run
-    model, checkpoint = sample.load_model(out)
-    normalizer = sample.Normalizer.from_state(checkpoint["normalizer"])
+    model, checkpoint = load_model(out)
+    normalizer = Normalizer.from_state(checkpoint["normalizer"])
     seen = []
     inner = model.sample
     model.sample = lambda batch, **kw: seen.append(batch) or inner(batch, **kw)
@@ -42,7 +45,7 @@ def test_a_policy_acts_in_the_body_it_is_asked_for(run):
         "robot0_eye_in_hand_image": np.zeros((64, 64, 3), np.uint8),
     }
     for robot, hz, places in (("tabletop", 10, [10, 30, 31]), ("tabletop_velocity", 5, [10, 39, 40])):
-        policy = sample.Policy(
+        policy = Policy(
             model, normalizer, checkpoint["data"], robot=robot, without=["agentview_image"]
         )
         assert policy.act(obs).shape == (3,) and policy.chunk.shape == (1, 8, 3)
@@ -53,16 +56,16 @@ def test_a_policy_acts_in_the_body_it_is_asked_for(run):
         cameras = checkpoint["data"]["camera_keys"]
         covered = batch["images"][0, :, cameras.index("agentview_image")]
         assert (covered == 127).all() and (batch["images"] == 0).any()
-    loaded = sample.Policy.load(out, robot="tabletop_velocity")
+    loaded = Policy.load(out, robot="tabletop_velocity")
     assert loaded.description["fps"] == 5 and loaded.places["actions"] == policy.places["actions"]
     for robot, words in (
         (None, "add --robot with one of tabletop, tabletop_velocity"),
         ("tabletop_v", "not trained on, did you mean 'tabletop"),
     ):
         with pytest.raises(UserError, match=words):
-            sample.Policy(model, normalizer, checkpoint["data"], robot=robot)
+            Policy(model, normalizer, checkpoint["data"], robot=robot)
     with pytest.raises(UserError, match="no camera 'agentview', did you mean 'agentview_image'"):
-        sample.Policy(model, normalizer, checkpoint["data"], robot="tabletop", without=["agentview"])
+        Policy(model, normalizer, checkpoint["data"], robot="tabletop", without=["agentview"])
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,20 @@ from test_train import ROOT, as_before, command, refused, spoil, write_demos  # 
 import data
 import dp_cnn
 import sample
-import tabletop
+from robot import tabletop
 import train
+from tools import quality
+from demos.dataset import open_demos
+from demos.generated import DEMO_SEEDS
+from demos.images import open_samples
+from robot.checkpoint import FORMAT, load_model, read_checkpoint
+from robot.environments import GymEpisodes, pick
+from robot.errors import UserError
+from robot.normalizer import Normalizer
+from robot.policy import Policy
+from robot.rollout import EVALUATION_SEEDS, closed_loop, wilson
+from robot.text import decode_text
+from tools.quality import classifier, compare_samples
 
 LOWDIM = {"state_keys": {"a": 1, "b": 2}, "camera_keys": [], "image_size": None, "fps": 10.0}
 
@@ -42,11 +54,11 @@ def scaled(action_dim=2, state_dim=3):
     """normalised = raw / 2 + 1, for actions and state"""
     dims = {"actions": action_dim, "state": state_dim}
     scale, offset = ({key: torch.full((dim,), value) for key, dim in dims.items()} for value in (0.5, 1.0))
-    return data.Normalizer("minmax", scale, offset, {}, {})
+    return Normalizer("minmax", scale, offset, {}, {})
 
 
 def recorder(description=LOWDIM, **config):
-    return sample.Policy(Recorder(**config), scaled(), description)
+    return Policy(Recorder(**config), scaled(), description)
 
 
 def observed(t):
@@ -138,11 +150,11 @@ def test_images_and_instructions_arrive_where_the_model_expects_them():
     for i, step in enumerate(seen[2:]):
         for v, key in enumerate(("front", "hand")):
             assert np.array_equal(images[0, i, v].permute(1, 2, 0).numpy(), step[key])
-    assert data.decode_text(policy.model.batches[1]["text"][0]) == "go there"
+    assert decode_text(policy.model.batches[1]["text"][0]) == "go there"
     both = {key: np.stack([value, value]) for key, value in seen[0].items()}
     policy.reset()
     policy.act(both | {"instruction": ["left", "right"]})
-    assert [data.decode_text(row) for row in policy.model.batches[-1]["text"]] == ["left", "right"]
+    assert [decode_text(row) for row in policy.model.batches[-1]["text"]] == ["left", "right"]
 
 
 def test_the_policy_sees_what_it_was_trained_on(tmp_path):
@@ -150,10 +162,10 @@ def test_the_policy_sees_what_it_was_trained_on(tmp_path):
     def with_camera(i, actions, obs):
         rng = np.random.default_rng(i)
         return actions, obs | {"cam": rng.integers(0, 256, (len(actions), 8, 8, 3), np.uint8)}
-    found = data.open_demos(write_demos(tmp_path / "cam.hdf5", change=with_camera), obs="image")
+    found = open_demos(write_demos(tmp_path / "cam.hdf5", change=with_camera), obs="image")
     normalizer = data.fit_normalizer(found)
     windows = data.Windows(found, normalizer, 8, 3, -2)
-    policy = sample.Policy(Recorder(n_action_steps=1), normalizer, found.description())
+    policy = Policy(Recorder(n_action_steps=1), normalizer, found.description())
     T = found.lengths[found.train_episodes[0]]
     raw = found.state[found.rows(found.train_episodes[:1])]
     frames = found.images(found.train_episodes[0], 0, T)
@@ -176,7 +188,7 @@ def test_a_model_file_may_bring_its_own_codes():
     policy.model.config.encode_text = encode_text
     policy.act(observed(0) | {"instruction": "go"})
     assert policy.model.batches[0]["text"].tolist() == [[7, 8, 9, 2]]
-    with pytest.raises(data.UserError, match="'go there' is too long"):
+    with pytest.raises(UserError, match="'go there' is too long"):
         policy.act(observed(1) | {"instruction": "go there"})
 
 
@@ -184,14 +196,14 @@ def test_words_can_be_exchanged_to_see_whether_a_policy_listens():
     policy = recorder(text_len=40)
     policy.swap = [sample.word_pair("red,blue")]
     policy.act(observed(0) | {"instruction": "red block, reduced, on the blue one"})
-    assert data.decode_text(policy.model.batches[0]["text"][0]) == "blue block, reduced, on the red one"
-    with pytest.raises(data.UserError, match="--swap red: write it as two words, for example"):
+    assert decode_text(policy.model.batches[0]["text"][0]) == "blue block, reduced, on the red one"
+    with pytest.raises(UserError, match="--swap red: write it as two words, for example"):
         sample.word_pair("red")
 
 
 def test_copies_and_trace_of_a_chunk(tiny):
     """Several chunks for each episode, with noise of their own; the trace ends with the chunks."""
-    policy, trace = sample.Policy.load(tiny), []
+    policy, trace = Policy.load(tiny), []
     for step in episode(2, 3):
         policy.observe(step)
     chunks = policy.sample_chunk(copies=4, trace=trace)
@@ -202,7 +214,7 @@ def test_copies_and_trace_of_a_chunk(tiny):
     assert np.ptp(rows, axis=1).max() > 1e-3
     policy.generator = torch.Generator().manual_seed(0)
     whole = policy.sample_chunk()
-    alone = sample.Policy.load(tiny)
+    alone = Policy.load(tiny)
     for step in episode(2, 3):
         alone.observe(step)
     assert np.array_equal(alone.sample_chunk(), whole)
@@ -215,7 +227,7 @@ def test_copies_and_trace_of_a_chunk(tiny):
 def test_observations_that_do_not_fit_are_named(change, named):
     policy = recorder(LOWDIM | {"camera_keys": ["front"], "image_size": [4, 6]})
     observation = observed(0) | {"front": np.zeros((4, 6, 3), np.uint8)} | change
-    with pytest.raises(data.UserError, match=named):
+    with pytest.raises(UserError, match=named):
         policy.act({key: value for key, value in observation.items() if value is not None})
 
 
@@ -225,51 +237,51 @@ def test_observations_that_do_not_fit_are_named(change, named):
 def test_same_seed_same_actions(tiny):
     def acted(policy, count=None):
         return np.stack([policy.act(step) for step in episode(6, count)])
-    policy = sample.Policy.load(tiny)
+    policy = Policy.load(tiny)
     first = acted(policy)
     policy.reset()
     assert first.shape == (6, 2) and np.array_equal(acted(policy), first)
-    assert np.array_equal(acted(sample.Policy.load(tiny)), first)
-    assert not np.allclose(acted(sample.Policy.load(tiny, seed=1)), first, atol=1e-3)
+    assert np.array_equal(acted(Policy.load(tiny)), first)
+    assert not np.allclose(acted(Policy.load(tiny, seed=1)), first, atol=1e-3)
     # A batch draws noise of its own for every episode.
-    several = acted(sample.Policy.load(tiny), count=2)
+    several = acted(Policy.load(tiny), count=2)
     assert several.shape == (6, 2, 2) and not np.allclose(several[0, 0], several[0, 1], atol=1e-3)
 
 
 def test_bfloat16_acts_like_float32(tiny):
-    exact, half = (sample.Policy.load(tiny, dtype=dtype) for dtype in (None, torch.bfloat16))
+    exact, half = (Policy.load(tiny, dtype=dtype) for dtype in (None, torch.bfloat16))
     for step in episode(5, 16):
         a, b = exact.act(step), half.act(step)
         assert b.dtype == np.float32 and np.abs(a - b).mean() < 0.02 * a.std()
 
 
 def test_load_uses_the_averaged_weights_in_evaluation_mode(tiny):
-    model, checkpoint = sample.load_model(tiny)
+    model, checkpoint = load_model(tiny)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(torch.equal(w, checkpoint["ema"][key]) for key, w in model.state_dict().items())
     assert any(not torch.equal(w, checkpoint["weights"][key]) for key, w in model.state_dict().items())
 
 
 def test_load_refuses_weights_that_compute_something_else(tiny, tmp_path, capsys):
-    content = sample.read_checkpoint(tiny)
+    content = read_checkpoint(tiny)
     key = next(k for k in content["ema"] if k.endswith("final_out.weight"))
     content["ema"][key] += 0.1
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(data.UserError, match="another output"):
-        sample.Policy.load(tmp_path)
+    with pytest.raises(UserError, match="another output"):
+        Policy.load(tmp_path)
     refused(capsys, lambda: sample.main([str(tmp_path)]), "another output", tmp_path)
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"normalizer": None}, "no policy"), ({"format": sample.FORMAT + 1}, "update the code"),
+    ({"normalizer": None}, "no policy"), ({"format": FORMAT + 1}, "update the code"),
     ({"model": "dp_cmm"}, "did you mean 'dp_cnn'"), ({"config": {"horizont": 8}}, "did you mean 'horizon'")])
 def test_load_names_what_does_not_fit(changes, named, tiny, tmp_path):
-    torch.save(sample.read_checkpoint(tiny), tmp_path / "checkpoint.pt")
+    torch.save(read_checkpoint(tiny), tmp_path / "checkpoint.pt")
     spoil(tmp_path, **changes)
-    with pytest.raises(data.UserError, match=named):
-        sample.Policy.load(tmp_path)
-    with pytest.raises(data.UserError, match="nothing"):
-        sample.Policy.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match=named):
+        Policy.load(tmp_path)
+    with pytest.raises(UserError, match="nothing"):
+        Policy.load(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -294,10 +306,10 @@ def test_official_weights_through_the_command_line(case, suffix, tmp_path, capsy
             "--device", "cpu", "--init", str(path), *fields]
     train.main([*argv, "--out", str(tmp_path / "out")])
     official = dp_cnn.Model.from_official(case.sd, config).state_dict()
-    model, checkpoint = sample.load_model(tmp_path / "out")
+    model, checkpoint = load_model(tmp_path / "out")
     for weights in (checkpoint["weights"], model.state_dict()):
         assert all(torch.equal(weights[key], w) for key, w in official.items())
-    policy = sample.Policy.load(tmp_path / "out")
+    policy = Policy.load(tmp_path / "out")
     assert policy.act({"state": np.zeros(config.state_dim)}).shape == (config.action_dim,)
     other = config.step_embed_dim + 8                               # weights of another size are named
     argv += ["--set", f"step_embed_dim={other}", "--out", str(tmp_path / "misfit")]
@@ -310,7 +322,7 @@ def test_official_weights_through_the_command_line(case, suffix, tmp_path, capsy
 @pytest.mark.parametrize("successes, n", [(0, 7), (10, 10), (37, 50), (50, 100)])
 def test_wilson_interval(successes, n):
     """Its ends are the shares p from which the observed one lies exactly 1.96 standard deviations away."""
-    low, high = sample.wilson(successes, n)
+    low, high = wilson(successes, n)
     for p, sign in ((low, 1), (high, -1)):
         assert successes / n - p == pytest.approx(sign * 1.96 * math.sqrt(max(0, p * (1 - p)) / n), abs=1e-9)
     assert 0 <= low + 1e-12 and high <= 1 + 1e-12
@@ -336,24 +348,24 @@ class Scripted:
 
 def test_evaluation_of_the_expert_and_of_one_that_keeps_still():
     expert, still = Scripted(), Scripted(moves=False)
-    good, bad = (sample.evaluate(policy, "tabletop", 12, seed=0) for policy in (expert, still))
+    good, bad = (closed_loop(policy, "tabletop", 12, seed=0) for policy in (expert, still))
     assert (good["success"], good["score"], good["outcomes"]) == (1.0, 1.0, {"success": 12})
-    assert good["interval"] == pytest.approx(sample.wilson(12, 12), abs=1e-3)
+    assert good["interval"] == pytest.approx(wilson(12, 12), abs=1e-3)
     assert (bad["success"], bad["score"], bad["outcomes"]) == (0.0, 0.0, {"timeout": 12})
     assert good["latency_ms"] == pytest.approx(30) and good["episodes"] == 12
     assert np.array_equal(expert.starts, still.starts)              # every policy gets the same episodes
     first, *_ = rollouts = good["rollouts"]
-    assert len(rollouts) == 6 and first["seed"] == sample.EVALUATION_SEEDS and first["success"]
+    assert len(rollouts) == 6 and first["seed"] == EVALUATION_SEEDS and first["success"]
     assert first["frames"].dtype == np.uint8 and len(first["frames"]) < len(bad["rollouts"][0]["frames"])
-    sample.evaluate(expert, "tabletop", 12, seed=1)
+    closed_loop(expert, "tabletop", 12, seed=1)
     assert not np.array_equal(expert.starts, still.starts)
-    assert sample.EVALUATION_SEEDS + 12_000 < tabletop.DEMO_SEEDS   # never trained on
+    assert EVALUATION_SEEDS + 12_000 < DEMO_SEEDS   # never trained on
 
 
 def test_another_instruction_in_the_same_scenes():
     plain, asked = Scripted(), Scripted()
-    sample.evaluate(plain, "tabletop", 5, seed=0)
-    assert sample.evaluate(asked, "tabletop", 5, seed=0, instruction=3)["success"] == 1
+    closed_loop(plain, "tabletop", 5, seed=0)
+    assert closed_loop(asked, "tabletop", 5, seed=0, instruction=3)["success"] == 1
     assert (asked.starts[:, -1] == 3).all() and np.array_equal(asked.starts[:, :6], plain.starts[:, :6])
 
 
@@ -421,13 +433,13 @@ class Walker:
 def test_gymnasium_environments(spec, corridor):
     spec = {"id": "Corridor-v0", "max_steps": 6} | spec
     corridor.steps_after_the_end = 0
-    result = sample.evaluate(Walker(), spec, 6, seed=0)
+    result = closed_loop(Walker(), spec, 6, seed=0)
     assert result["success"] == 1 and result["score"] == 5.0 and corridor.steps_after_the_end == 0
     # Seeds 100000 ...: goals 2, 3, 1, ... are 4, 6 and 2 steps away; frames are kept every second step.
     assert [len(film["frames"]) for film in result["rollouts"]] == [2, 3, 1] * 2
-    result = sample.evaluate(Walker(), spec | {"max_steps": 5}, 6, seed=0)
+    result = closed_loop(Walker(), spec | {"max_steps": 5}, 6, seed=0)
     assert result["success"] == pytest.approx(4 / 6) and result["outcomes"] == {"failure": 2, "success": 4}
-    result = sample.evaluate(Walker(0.2), spec, 6, seed=0)          # never gets to 0.5 unless the goal is 3
+    result = closed_loop(Walker(0.2), spec, 6, seed=0)          # never gets to 0.5 unless the goal is 3
     assert result["success"] == 0
     assert result["score"] == pytest.approx(np.mean([0.84, 5.0, 0.92]))
 
@@ -441,14 +453,14 @@ def test_gymnasium_environments(spec, corridor):
     ({"kwargs": {"colour": 1}}, "colour")])
 def test_environments_that_do_not_fit_are_named(spec, named, corridor):
     spec = {key: value for key, value in ({"id": "Corridor-v0"} | spec).items() if value is not None}
-    with pytest.raises(data.UserError, match=named):
-        sample.evaluate(Walker(), spec, 6, seed=0)
+    with pytest.raises(UserError, match=named):
+        closed_loop(Walker(), spec, 6, seed=0)
 
 
 def test_keypoints_of_a_rigid_body():
     x, y, angle = 200.0, 310.0, 2.2
     points = [[9.3, 90.0], [-61.0, -1.2], [0.0, 0.0]]
-    found = sample.pick(np.array([7, 8, x, y, angle]), {"pose": "state[2:5]", "points": points})
+    found = pick(np.array([7, 8, x, y, angle]), {"pose": "state[2:5]", "points": points})
     for (px, py), (wx, wy) in zip(points, found.reshape(-1, 2)):
         far, direction = math.hypot(px, py), math.atan2(py, px) + angle
         assert (wx, wy) == pytest.approx((x + far * math.cos(direction), y + far * math.sin(direction)))
@@ -460,15 +472,15 @@ def test_pusht(name):
     pytest.importorskip("gym_pusht", reason="package gym-pusht is an extra")
     spec = yaml.safe_load((ROOT / "configs" / name).read_text())["env"] | {"max_steps": 4}
     description = LOWDIM | {"state_keys": {"keypoint": 18, "agent_pos": 2}}
-    env = sample.GymEpisodes(2, description, spec)
+    env = GymEpisodes(2, description, spec)
     obs, _ = env.reset([100_000, 100_001])
     for i in range(2):
         world = env.envs[i].unwrapped
         corners = [tuple(world.block.local_to_world(tuple(p))) for p in spec["obs"]["keypoint"]["points"]]
         assert np.allclose(obs["keypoint"][i].reshape(9, 2), corners, atol=0.01)
         assert np.allclose(obs["agent_pos"][i], tuple(world.agent.position), atol=0.01)
-    policy = sample.Policy(Recorder(), scaled(state_dim=20), description)
-    result = sample.evaluate(policy, spec, 2, seed=0)
+    policy = Policy(Recorder(), scaled(state_dim=20), description)
+    result = closed_loop(policy, spec, 2, seed=0)
     assert result["success"] == 0 and 0 <= result["score"] < 1 and len(policy.model.batches) == 1
 
 
@@ -480,7 +492,7 @@ def test_command_line(solved, capsys):
     printed = json.loads(capsys.readouterr().out.splitlines()[0])
     assert printed == result == json.loads((solved / "evaluation.json").read_text())
     assert "<html" in (solved / "evaluation.html").read_text()
-    again = sample.evaluate(sample.Policy.load(solved, steps=5), "tabletop", 2, 0)
+    again = closed_loop(Policy.load(solved, steps=5), "tabletop", 2, 0)
     assert (again["success"], again["outcomes"]) == (result["success"], result["outcomes"])
     result = sample.main([str(solved / "checkpoint.pt"), "--episodes", "3", "--set", "sampler=ddpm",
                           "--env", "tabletop", "--seed", "1", "--dtype", "bfloat16"])
@@ -527,7 +539,7 @@ def test_both_ways_round_the_wall_and_their_mean_into_it(solved):
     expert = tabletop.Expert(env)
     while expert.carried[0] < 3 or obs["robot0_eef_pos"][0, 1] < tabletop.WALL_Y - 0.45:
         before, (obs, *_) = obs, env.step(expert.act(obs))
-    policy = sample.Policy.load(solved)
+    policy = Policy.load(solved)
     policy.history = [policy.prepare(before)[0]]
     policy.act(obs)
     chunks = policy.chunk[:, 1:]                                    # (n, 15, 3) from now on
@@ -551,7 +563,7 @@ def test_a_generative_checkpoint_is_sampled_and_compared_with_held_out_data(tmp_
     result = sample.main([str(tmp_path), "--sampler_steps", "5"])
     assert 0 < result["floor"] < result["distance"]      # two steps of training do not reach the data
     assert (tmp_path / "evaluation.html").stat().st_size > 10_000
-    with pytest.raises(data.UserError, match="2000"):
+    with pytest.raises(UserError, match="2000"):
         sample.main([str(tmp_path), "--sampler_steps", "2000"])
 
 
@@ -575,16 +587,16 @@ class Renderer(torch.nn.Module):
 
 @pytest.mark.parametrize("wrong", [0.0, 0.5])
 def test_a_classifier_says_whether_samples_show_what_was_asked_for(wrong, monkeypatch):
-    held_out, real = (data.open_samples("shapes", n=1500, split=split) for split in ("valid", "train"))
-    short = sample.classifier
-    monkeypatch.setattr(sample, "classifier", lambda train, seed: short(train, seed, steps=120))
+    held_out, real = (open_samples("shapes", n=1500, split=split) for split in ("valid", "train"))
+    short = classifier
+    monkeypatch.setattr(quality, "classifier", lambda train, seed: short(train, seed, steps=120))
     before = torch.random.get_rng_state()
-    result = sample.compare_samples(Renderer(held_out, wrong), held_out, 0, real)
+    result = compare_samples(Renderer(held_out, wrong), held_out, 0, real)
     assert torch.equal(before, torch.random.get_rng_state())        # the run's randomness is not touched
     assert result["accuracy_real"] > 0.85
     assert result["accuracy_samples"] == pytest.approx(1 - wrong, abs=0.2)
-    assert "accuracy_samples" not in sample.compare_samples(Renderer(held_out), held_out, 0)
-    points = data.open_samples("moons", n=400, split="valid")
+    assert "accuracy_samples" not in compare_samples(Renderer(held_out), held_out, 0)
+    points = open_samples("moons", n=400, split="valid")
     model = types.SimpleNamespace(sample=lambda batch, generator: batch["x"], parameters=lambda: iter([
         torch.zeros(1)]), config=types.SimpleNamespace(n_classes=2))
-    assert set(sample.compare_samples(model, points, 0, points)) == {"distance", "floor"}
+    assert set(compare_samples(model, points, 0, points)) == {"distance", "floor"}

@@ -26,9 +26,16 @@ from golden_cases import golden
 
 import data
 import dp_cnn
-import options
+from tools import options
 import sample
 import train
+from demos.dataset import open_demos
+from robot.checkpoint import FORMAT, load_model, read_checkpoint
+from robot.errors import run_command
+from robot.models import load_module
+from robot.normalizer import Normalizer
+from robot.policy import Policy
+from tools.quality import validate
 
 ROOT = Path(train.__file__).parent
 # A network of a few thousand weights on a short horizon: a step takes milliseconds.
@@ -93,7 +100,7 @@ def read_rows(out):
 
 def assert_same_run(out, reference):
     """Weights, average, optimiser and what was logged of two runs are equal, to the last bit."""
-    a, b = sample.read_checkpoint(out), sample.read_checkpoint(reference)
+    a, b = read_checkpoint(out), read_checkpoint(reference)
     flat = lambda x: {(): x} if not isinstance(x, (dict, list)) else {
         (key, *rest): leaf for key, part in (x.items() if isinstance(x, dict) else enumerate(x))
         for rest, leaf in flat(part).items()}
@@ -193,10 +200,10 @@ def test_golden_steps(case, monkeypatch, tmp_path):
     A = config.action_dim
     one, zero = ({key: torch.full((d,), float(v)) for key, d in (("actions", A), ("state", config.state_dim))}
                  for v in (1, 0))
-    unscaled = data.Normalizer("minmax", one, zero, {}, {})
+    unscaled = Normalizer("minmax", one, zero, {}, {})
     rows, none = GivenBatch(batches[0]), GivenBatch({"actions": ()})
     opened = dataclasses.asdict(config), lambda *_: [rows, none], {"source": "given"}, unscaled
-    monkeypatch.setattr(train, "open_data", lambda *_: opened)
+    monkeypatch.setattr(data, "open_data", lambda *_: opened)
     monkeypatch.setattr(data, "batches", lambda *_: ((None, batch) for batch in batches))
     draws, loss = iter(zip(case.inp["noise"], case.inp["timesteps"])), module.Model.loss
     monkeypatch.setattr(module.Model, "loss", lambda self, batch: loss(
@@ -220,7 +227,7 @@ def test_golden_steps(case, monkeypatch, tmp_path):
     logged = [row for row in read_rows(tmp_path / "out") if "loss" in row]
     for official, ours in {"losses": "loss", "grad_norm": "grad_norm", "lr": "lr"}.items():
         case.check(f"out/{official}", torch.tensor([row[ours] for row in logged]))
-    checkpoint = sample.read_checkpoint(tmp_path / "out")
+    checkpoint = read_checkpoint(tmp_path / "out")
     start = module.Model.from_official(case.sd, config).state_dict()
     for official, ours in {"final": "weights", "ema": "ema"}.items():
         # Only some of the official weights are stored: these replace the first ones, and are looked at.
@@ -270,17 +277,17 @@ class Oracle(torch.nn.Module):
 
 
 def test_validation_measures_executed_actions_in_units_of_the_data(demos):
-    found = data.open_demos(demos)
+    found = open_demos(demos)
     normalizer = data.fit_normalizer(found)
     windows = data.Windows(found, normalizer, 8, 2, -1, split="valid")
-    row = train.validate(Oracle(), windows, normalizer, seed=0)
+    row = validate(Oracle(), windows, normalizer, seed=0)
     half_range = 1 / normalizer.scale["actions"]                    # one normalised unit in units of the data
     assert row["action_error"] == pytest.approx(0.25 * half_range.mean().item(), rel=1e-4)
     assert len(row["loss_t"]) == 10
     for tenth, value in enumerate(row["loss_t"]):                   # the loss at t is t
         assert value is None or tenth / 10 <= value <= (tenth + 1) / 10
     assert row["val_loss"] == pytest.approx(0.5, abs=0.1)
-    assert train.validate(Oracle(), windows, normalizer, seed=0) == row
+    assert validate(Oracle(), windows, normalizer, seed=0) == row
 
 
 def test_gradient_accumulation_equals_the_larger_batch(demos, tmp_path, monkeypatch):
@@ -341,7 +348,7 @@ def test_two_processes_end_with_the_same_weights(demos, tmp_path):
     assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
     assert not any(torch.equal(x, y) for x, y in zip(a["seen"], b["seen"]))     # own batches, own noise
     assert len({*a["seeds"], *b["seeds"]}) == 6
-    start = sample.read_checkpoint(tmp_path / "out")
+    start = read_checkpoint(tmp_path / "out")
     assert start["step"] == 3 and all(torch.equal(a["weights"][k], start["weights"][k]) for k in a["weights"])
 
 
@@ -363,16 +370,16 @@ def test_sharded_training_is_that_of_ddp(demos, tmp_path):
                   if key in ("loss", "grad_norm", "val_loss", "action_error")} for way in ("ddp", "fsdp"))
     assert set(ddp) <= set(fsdp) and len(ddp) == 5 * 2 + 3 * 2
     assert all(fsdp[key] == pytest.approx(value, rel=1e-5) for key, value in ddp.items())
-    a, b = (sample.read_checkpoint(tmp_path / way) for way in ("ddp", "fsdp"))
+    a, b = (read_checkpoint(tmp_path / way) for way in ("ddp", "fsdp"))
     assert a["step"] == b["step"] == 5
     for part in ("weights", "ema"):
         assert all(torch.allclose(a[part][key], b[part][key], atol=1e-6) for key in a[part])
     for i, state in a["optimizer"]["state"].items():
         assert all(torch.allclose(x, b["optimizer"]["state"][i][key], atol=1e-6) for key, x in state.items())
-    assert sample.Policy.load(tmp_path / "fsdp").act(
+    assert Policy.load(tmp_path / "fsdp").act(
         {"agent_pos": np.zeros(2), "goal": np.zeros(2), "number": np.zeros(1)}).shape == (2,)
     train.main([*argv["fsdp"], "--steps", "6", "--resume"])         # alone
-    assert sample.read_checkpoint(tmp_path / "fsdp")["step"] == 6
+    assert read_checkpoint(tmp_path / "fsdp")["step"] == 6
 
 
 def test_sharding_needs_several_processes(demos, tmp_path, capsys):
@@ -387,7 +394,7 @@ def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one(step, demos, who
     with monkeypatch.context() as patch, pytest.raises(Crash):
         at_step(patch, step, raiser(Crash))
         train.main(command(demos, tmp_path))
-    assert sample.read_checkpoint(tmp_path)["step"] == step // 3 * 3
+    assert read_checkpoint(tmp_path)["step"] == step // 3 * 3
     train.main(command(demos, tmp_path, "--resume"))
     assert_same_run(tmp_path, whole[1])
 
@@ -407,7 +414,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, demos, whole, tmp_path, mo
         train.main(command(demos, tmp_path))
     assert stopped.value.code == 128 + number
     assert "stopped after step 5" in capsys.readouterr().out.splitlines()[-1]
-    assert sample.read_checkpoint(tmp_path)["step"] == 5
+    assert read_checkpoint(tmp_path)["step"] == 5
     train.main(command(demos, tmp_path, "--resume"))
     assert_same_run(tmp_path, whole[1])
 
@@ -424,7 +431,7 @@ def test_a_half_written_line_of_metrics_is_tolerated(demos, whole, tmp_path, mon
 
 def test_interrupted_in_its_evaluation_it_evaluates_when_resumed(demos, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(sample, "write_json", raiser(Crash))
+        patch.setattr(train, "write_json", raiser(Crash))
         train.main(command(demos, tmp_path))
     train.main(command(demos, tmp_path, "--resume"))
     mine, other = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path, whole[1]))
@@ -464,7 +471,7 @@ def test_killed_and_resumed(where, demos, whole, tmp_path):
         run.kill()                                                  # SIGKILL: nothing can be tidied up
     assert run.wait() == -signal.SIGKILL
     assert len(list(tmp_path.glob("*.part"))) == (where == "save")
-    assert sample.read_checkpoint(tmp_path)["step"] == 3
+    assert read_checkpoint(tmp_path)["step"] == 3
     train.main(command(demos, tmp_path, "--resume"))
     assert_same_run(tmp_path, whole[1])
     assert not list(tmp_path.glob("*.part"))                        # what was half written is not left behind
@@ -485,7 +492,7 @@ def test_exit_status_of_a_terminated_process(demos, tmp_path):
         run.kill()
     assert run.returncode == 128 + signal.SIGTERM and "Traceback" not in err
     assert "--resume" in out.splitlines()[-1]
-    assert sample.read_checkpoint(tmp_path)["step"] == read_rows(tmp_path)[-1]["step"] > 0
+    assert read_checkpoint(tmp_path)["step"] == read_rows(tmp_path)[-1]["step"] > 0
 
 
 # -- losses that are not finite ------------------------------------------------------------------------------
@@ -496,7 +503,7 @@ def refused(capsys, main, *named):
     Beside it stand at most notes and the progress bar."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        options.run(main)
+        run_command(main)
     text = capsys.readouterr().err
     assert stopped.value.code == 2 and "Traceback" not in text
     lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", text)]
@@ -527,11 +534,11 @@ def test_a_loss_that_is_not_finite_names_step_and_episodes(demos, tmp_path, monk
     kept = []
     monkeypatch.setattr(dp_cnn.Model, "loss", loss_that_breaks("loss", 5, kept))
     line = refused(capsys, lambda: train.main(command(demos, tmp_path, log_every=2)), "step 5 is nan")
-    normalizer = data.Normalizer.from_state(sample.read_checkpoint(tmp_path)["normalizer"])
+    normalizer = Normalizer.from_state(read_checkpoint(tmp_path)["normalizer"])
     low, scale = normalizer.stats["state"]["min"][4], normalizer.scale["state"][4]
     numbers = sorted({round(((y + 1) / scale + low).item()) for y in kept})
     assert re.findall(r"tiny.hdf5:demo_(\d+)", line) == [str(n) for n in numbers]
-    model, checkpoint = sample.load_model(tmp_path)                 # the last good checkpoint is whole
+    model, checkpoint = load_model(tmp_path)                 # the last good checkpoint is whole
     assert checkpoint["step"] == 3
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -540,7 +547,7 @@ def test_weights_that_are_not_finite_are_never_saved(demos, tmp_path, monkeypatc
     """The loss of a step can be finite and its gradient not: the weights are then lost as it is saved."""
     monkeypatch.setattr(dp_cnn.Model, "loss", loss_that_breaks("gradient", 6, []))
     refused(capsys, lambda: train.main(command(demos, tmp_path)), "step 6")
-    checkpoint = sample.read_checkpoint(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
     assert checkpoint["step"] == 3
     assert all(w.isfinite().all() for w in checkpoint["weights"].values())
 
@@ -585,7 +592,7 @@ def test_set_reads_values_as_the_fields_type(text, value):
 def test_every_yaml_of_the_project_is_read(path):
     content = yaml.safe_load(path.read_text())
     chosen, explicit = options.parse_options(["--config", str(path)])
-    module = options.load_module(chosen.model)
+    module = load_module(chosen.model)
     assert explicit >= set(content) - {"set"}
     facts, meta = {}, content.get("shape_meta")
     if meta:                                                        # what the data would say
@@ -748,10 +755,10 @@ def test_a_checkpoint_of_another_model(demos, finished, capsys):
 
 
 def test_a_checkpoint_of_a_newer_format(demos, finished, capsys):
-    spoil(finished, format=sample.FORMAT + 1)
+    spoil(finished, format=FORMAT + 1)
     before = contents(finished)
     refused(capsys, lambda: train.main(command(demos, finished, "--resume")),
-            f"format {sample.FORMAT + 1}", "update the code")
+            f"format {FORMAT + 1}", "update the code")
     assert contents(finished) == before
 
 
@@ -813,7 +820,7 @@ def test_a_full_disk_loses_no_checkpoint(demos, whole, tmp_path, monkeypatch, ca
         at_step(patch, 5, lambda: limit_file_size(50_000))
         refused(capsys, until_full(lambda: train.main(command(demos, tmp_path))),
                 "cannot write", "checkpoint.pt", "make room", "torch.save")
-    assert sample.read_checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.part"))
+    assert read_checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.part"))
     train.main(command(demos, tmp_path, "--resume"))
     assert_same_run(tmp_path, whole[1])
 
@@ -823,13 +830,13 @@ def test_a_disk_full_at_the_last_moment(demos, tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, 5, lambda: monkeypatch.setattr(
         os, "fsync", raiser(OSError(errno.ENOSPC, "No space left on device"))))
     refused(capsys, lambda: train.main(command(demos, tmp_path)), "No space left on device", "checkpoint.pt")
-    assert sample.read_checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.part"))
+    assert read_checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.part"))
 
 
 def test_a_disk_too_full_for_a_line_of_metrics(demos, tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, 3, lambda: limit_file_size(0))
     refused(capsys, until_full(lambda: train.main(command(demos, tmp_path))), "--out", "make room")
-    assert sample.read_checkpoint(tmp_path)["step"] == 3
+    assert read_checkpoint(tmp_path)["step"] == 3
 
 
 # -- the README ----------------------------------------------------------------------------------------------
@@ -846,5 +853,5 @@ def test_the_readmes_own_data_example(tmp_path):
                    env=os.environ | {"PYTHONPATH": str(ROOT)})
     written, = tmp_path.glob("*.hdf5")
     train.main(command(written, tmp_path / "out", steps=2))
-    checkpoint = sample.read_checkpoint(tmp_path / "out")
+    checkpoint = read_checkpoint(tmp_path / "out")
     assert checkpoint["step"] == 2 and checkpoint["data"]["episode_names"][0].startswith(written.name)

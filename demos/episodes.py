@@ -1,43 +1,12 @@
-"""Demonstrations in HDF5: which episodes a file holds, and what is wrong with their shapes. Used by data.py.
-
-Two layouts are read. robomimic's is the native one; what stands in brackets may be left out:
-
-    data/demo_<i>/actions      (T, A) float
-    data/demo_<i>/obs/<key>    (T, D) float: state
-    data/demo_<i>/obs/<key>    (T, H, W, 3) uint8, RGB: camera
-    [mask/train, mask/valid]   names of demos: which ones are held out
-    attributes of demo_<i>     [num_samples]; [rollout], demos with the same number are held out together
-    ... or of data, the file   [fps] [language_instruction] [action_names]
-
-ALOHA's, also ACT's and RDT's, has one episode per file:
-
-    action                       (T, A) float
-    observations/<key>           (T, D) float: state
-    observations/images/<camera> (T, H, W, 3) uint8, or T JPEG buffers
-
-To read another layout, write a function like `aloha_episode`.
-"""
-import difflib
-import glob
+"""What an episode on disk is, and what can be wrong with its shapes. Every layout makes its own of these."""
 import io
 import json
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import h5py
 import numpy as np
 
-
-class UserError(Exception):
-    """What a user can get wrong. The message is one line: what, where, how to mend it."""
-
-
-def nearest(name, names):
-    """", did you mean 'xyz'?" or nothing, as the end of a message."""
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], 1)
-    return f", did you mean {close[0]!r}?" if close else ""
+from robot.errors import UserError, nearest, one_line
 
 
 @dataclass
@@ -64,86 +33,6 @@ class Episode:
     @property
     def length(self):
         return self.actions.shape[0]
-
-
-def find_files(source):
-    """HDF5 files of a path, a folder (searched to the bottom) or a glob; episode_10 comes after episode_9."""
-    source, path = str(source), Path(source).expanduser()
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5")]
-    else:
-        found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
-    if not found:
-        if ".zarr" in source or any(path.glob("*.zarr*")):
-            reason = ": turn the zarr replay buffer into HDF5 with convert.py"
-        elif (path / "meta" / "info.json").exists():
-            reason = ": a LeRobot data set, write its columns into HDF5 (README, 'Your own data')"
-        elif path.is_dir():
-            reason = ": the folder holds no *.hdf5 or *.h5"
-        else:
-            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            reason = nearest(path.name, ["tabletop", *beside]) or ": check the path"
-        raise UserError(f"no demonstrations at {source}{reason}")
-    natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(p))]
-    return sorted(found, key=natural)
-
-
-def open_file(path):
-    """h5py.File for reading. Raises UserError."""
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        if not os.path.exists(path):
-            raise UserError(f"no such file: {path}") from None
-        reason = "is cut short, copy it again" if "truncated" in str(error) else "cannot be opened as HDF5"
-        raise UserError(f"{path} {reason}: {one_line(error)}") from None
-
-
-def one_line(error):
-    return " ".join(str(error).split())
-
-
-def read_episodes(path):
-    """The episodes of one file: a list of Episode. Reads shapes and attributes, no data. Raises UserError."""
-    with open_file(path) as file:
-        try:
-            if "observations" in file and "action" in file:
-                return [aloha_episode(path, file)]
-            found = robomimic_episodes(path, file) if isinstance(file.get("data"), h5py.Group) else []
-            holds = ", ".join(file) or "nothing"
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read, copy or write it again: {one_line(error)}") from None
-    if not found:
-        raise UserError(f"{path} holds {holds}, but neither data/demo_<i> (robomimic) nor observations and "
-                        f"action (ALOHA): see README, 'Your own data'")
-    return found
-
-
-def robomimic_episodes(path, file):
-    data, name, masks, found = file["data"], Path(path).name, {}, []
-    for split in {"train", "valid"} & set(file.get("mask", {})):
-        names = file["mask"][split]
-        masks[split] = set(names.asstr()[:] if names.dtype.kind == "O" else names[:].astype(str))
-    # Sorted by number, because HDF5 lists demo_10 before demo_2.
-    for d in sorted((d for d in data if re.fullmatch(r"demo_\d+", d)), key=lambda d: int(d[5:])):
-        demo = data[d]
-        for part in ("actions", "obs"):
-            if part not in demo:
-                holds = ", ".join(demo) or "nothing"
-                raise UserError(f"{name}:{d} holds {holds}, but no '{part}'{nearest(part, demo)}")
-        split = next((s for s in masks if d in masks[s]), "") if len(masks) == 2 else None
-        rollout = (str(path), demo.attrs.get("rollout", d))
-        found.append(make_episode(path, f"{name}:{d}", demo["actions"], demo["obs"], [demo, data, file],
-                                  rollout=rollout, split=split))
-    return found
-
-
-def aloha_episode(path, file):
-    # RDT's annotation draws from "instruction", a short form and paraphrases; here it is always the first.
-    notes = sorted(Path(path).parent.glob("expanded_instruction*.json"))
-    instruction = str(json.loads(notes[0].read_text()).get("instruction", "")) if notes else ""
-    return make_episode(path, Path(path).name, file["action"], file["observations"], [file],
-                        rollout=str(path), split=None, instruction=instruction)
 
 
 def make_episode(path, name, actions, obs, nodes, rollout, split, instruction=""):

@@ -9,12 +9,17 @@ import torch
 from test_sample import Recorder, scaled
 from test_train import as_before, command, refused, write_demos  # noqa: F401
 
-import compare
+from tools import compare
 import data
 import dp_cnn
 import sample
-import tabletop
+from robot import tabletop
 import train
+from robot.checkpoint import load_model, read_checkpoint
+from robot.normalizer import Normalizer
+from robot.policy import Policy
+from robot.rollout import EVALUATION_SEEDS, closed_loop, wilson
+from tools.quality import compare_samples
 
 SMALL = ["--steps", "3", "--batch_size", "8", "--eval_every", "0", "--episodes", "1", "--device", "cpu",
          "--demos", "6"]
@@ -45,18 +50,18 @@ def page_data(path):
 
 
 def test_policies_side_by_side(runs, tmp_path, capsys):
-    argv = [str(runs["numbers"]), str(runs["pictures"]), "--compare", "--episodes", "3", "--seed", "2"]
-    tables = sample.main([*argv, "--out", str(tmp_path / "both")])
+    argv = [str(runs["numbers"]), str(runs["pictures"]), "--episodes", "3", "--seed", "2"]
+    tables = compare.main([*argv, "--out", str(tmp_path / "both")])
     (title, rows), = tables.items()
     assert title == "Policies in tabletop" and [row["run"] for row in rows] == ["numbers", "pictures"]
     printed = capsys.readouterr().out
     for row, name in zip(rows, ("numbers", "pictures")):
-        alone = sample.evaluate(sample.Policy.load(runs[name], seed=2), "tabletop", 3, seed=2)
+        alone = closed_loop(Policy.load(runs[name], seed=2), "tabletop", 3, seed=2)
         assert row["success"] == f"{round(3 * alone['success'])} of 3"
-        low, high = (100 * share for share in sample.wilson(round(3 * alone["success"]), 3))
+        low, high = (100 * share for share in wilson(round(3 * alone["success"]), 3))
         assert row["95 % interval"] == f"{low:.1f} to {high:.1f} %"
         assert 0 < float(row["p50 ms"]) <= float(row["p95 ms"])
-        weights = sample.read_checkpoint(runs[name])["ema"]
+        weights = read_checkpoint(runs[name])["ema"]
         assert int(row["parameters"].replace(",", "")) == sum(w.numel() for w in weights.values())
         assert "| " + " | ".join(row.values()) + " |" in printed
     assert json.loads((tmp_path / "both" / "compare.json").read_text()) == tables
@@ -67,7 +72,7 @@ def test_policies_side_by_side(runs, tmp_path, capsys):
     assert first["image"] == second["image"] and first["view"] == second["view"]
     assert first["trace"]["shape"][1] == second["trace"]["shape"][1] == 32
     scenes = [(r["scene"].split(":")[0], r["name"]) for r in data["rollouts"]]
-    assert scenes == [(f"seed {sample.EVALUATION_SEEDS + 2000 + i}", name) for i in range(3)
+    assert scenes == [(f"seed {EVALUATION_SEEDS + 2000 + i}", name) for i in range(3)
                       for name in ("numbers", "pictures")]
 
 
@@ -87,8 +92,8 @@ def test_policies_of_different_eyes_see_the_same_state(first_action):
               "camera_keys": [], "image_size": None, "fps": 10.0}
     image = lowdim | {"state_keys": {"robot0_eef_pos": 2}, "camera_keys": ["agentview_image"],
                       "image_size": [32, 32]}
-    policies = [sample.Policy(Moving(2, first_action, 4), normalizer, lowdim),
-                sample.Policy(Moving(1, 0, 3), scaled(3, 2), image)]
+    policies = [Policy(Moving(2, first_action, 4), normalizer, lowdim),
+                Policy(Moving(1, 0, 3), scaled(3, 2), image)]
     args = types.SimpleNamespace(seed=1, instruction=None)
     frame = compare.shared_moment(policies, ["tabletop", "tabletop"], args, n=3, looks=2)
     numbers, pictures = (policy.history for policy in policies)
@@ -129,15 +134,18 @@ def test_the_shared_moment_is_where_chunks_differ_most():
             self.t += 1
             return self.observe(), np.zeros(self.n), np.zeros(self.n, bool), {}
 
-        def frame(self, i, obs):
+        def glance(self, i, obs):
             return i
 
+        def film(self, glances):
+            return glances
+
     description = {"state_keys": {"a": 1, "b": 1}, "camera_keys": [], "image_size": None, "fps": 10.0}
-    normalizer = data.Normalizer("minmax", *({"actions": torch.full((2,), v), "state": torch.full((2,), v)}
+    normalizer = Normalizer("minmax", *({"actions": torch.full((2,), v), "state": torch.full((2,), v)}
                                              for v in (1.0, 0.0)), {}, {})
-    policy = sample.Policy(Undecided(1, 0, 2), normalizer, description)
+    policy = Policy(Undecided(1, 0, 2), normalizer, description)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "make_episodes", World)
+        patch.setattr(compare, "make_episodes", World)
         args = types.SimpleNamespace(seed=0, instruction=None)
         assert compare.shared_moment([policy], [{"id": "World"}], args, n=3) == 2
     assert policy.history[-1]["state"][0, 1] == 2
@@ -145,15 +153,15 @@ def test_the_shared_moment_is_where_chunks_differ_most():
 
 def test_what_cannot_be_compared_stands_in_a_group_of_its_own(runs, tmp_path, capsys):
     chosen = [str(runs[name]) for name in ("ddpm", "numbers", "flow", "spirals")]
-    tables = sample.main([*chosen, "--compare", "--episodes", "1", "--out", str(tmp_path)])
+    tables = compare.main([*chosen, "--episodes", "1", "--out", str(tmp_path)])
     assert {title: [row["run"] for row in rows] for title, rows in tables.items()} == {
         "Samples of moons (2,)": ["ddpm", "flow"], "Policies in tabletop": ["numbers"],
         "Samples of spirals (2,)": ["spirals"]}
     assert "3 groups" in capsys.readouterr().out
     shown = page_data(tmp_path / "report.html")
     assert [s["name"] for s in shown["samples"]] == ["ddpm", "flow", "spirals"] and len(shown["chunks"]) == 1
-    model, checkpoint = sample.load_model(runs["flow"])
-    alone = sample.compare_samples(model, sample.held_out_samples(checkpoint), 0)
+    model, checkpoint = load_model(runs["flow"])
+    alone = compare_samples(model, sample.held_out_samples(checkpoint), 0)
     assert tables["Samples of moons (2,)"][1]["distance"] == f"{alone['distance']:.4f}"
 
 
@@ -162,11 +170,11 @@ def test_one_line_for_what_is_wrong(runs, tmp_path, monkeypatch, capsys):
     folder = write_demos(tmp_path / "demos.hdf5")
     train.main(command(folder, tmp_path / "own", steps=2, eval_every=0))
     numbers = str(runs["numbers"])
-    wrong = {("own",): "--compare", ("own", "--compare"): "no environment",
-             ("nothing", "--compare"): "nothing",
-             ("--compare", "--instruction", "9", "--episodes", "1"): "0..3"}
+    wrong = {("own",): "no environment", ("nothing",): "nothing",
+             ("--instruction", "9", "--episodes", "1"): "0..3"}
     for more, named in wrong.items():
-        refused(capsys, lambda: sample.main([numbers, *more]), named)
+        refused(capsys, lambda: compare.main([numbers, *more]), named)
+    refused(capsys, lambda: sample.main([numbers, "own"]), "python -m tools.compare")
     assert not (tmp_path / "out").exists()
 
 
@@ -212,8 +220,8 @@ def test_budget(tiny_budget, tmp_path, monkeypatch, capsys):
     assert tiny_budget["measured"] == 4
     assert compare.main(argv) == rows and tiny_budget["measured"] == 4      # nothing is done again
     assert compare.main([*argv, "--seeds", "0"]) != rows and tiny_budget["measured"] == 4
-    first = sample.read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_dp_cnn_seed0")
-    other = sample.read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_regression_seed0")
+    first = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_dp_cnn_seed0")
+    other = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_regression_seed0")
     assert first["data"] == other["data"] and first["options"]["demos"] == 6    # the same demonstrations
     assert "| dp_cnn | numbers |" in capsys.readouterr().out
 
@@ -224,7 +232,7 @@ def test_an_interrupted_budget_goes_on(tiny_budget, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         def stop(*args):
             raise KeyboardInterrupt
-        patch.setattr(sample, "write_json", stop)                   # trained, not yet evaluated
+        patch.setattr(train, "write_json", stop)                   # trained, not yet evaluated
         compare.main(argv)
     tiny_budget["seconds"] = 0.001                                  # another time of a step, the same run
     row, = compare.main(argv)

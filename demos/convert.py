@@ -1,6 +1,6 @@
-"""Turn a zarr replay buffer of Diffusion Policy into HDF5 that data.py reads.
+"""Turn a zarr replay buffer of Diffusion Policy into HDF5 that train.py reads.
 
-    python convert.py pusht_cchi_v7_replay.zarr[.zip] out.hdf5 [--images] [--fps 10] [--instruction TEXT]
+    python -m demos.convert pusht_cchi_v7_replay.zarr[.zip] out.hdf5 [--images] [--fps 10]
 
 The buffer holds all episodes in a row: data/<key> (N, ...) and meta/episode_ends (E,), where episode e ends
 before step episode_ends[e]. `action` becomes `actions`, every other array an observation: (N, 9, 2) is
@@ -8,12 +8,12 @@ flattened to (T, 18); pictures (N, H, W, 3) are taken only with --images and bec
 zarr, version 2 or 3 (pip install zarr).
 """
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from data import UserError, nearest, new_hdf5, one_line
+from demos.generated import new_hdf5
+from robot.errors import UserError, nearest, one_line, run_command
 
 
 def open_buffer(path):
@@ -25,7 +25,7 @@ def open_buffer(path):
         import zarr
         from zarr.storage import ZipStore
     except ImportError:
-        raise UserError("convert.py needs the package zarr: pip install zarr") from None
+        raise UserError("demos.convert needs the package zarr: pip install zarr") from None
     store = ZipStore(path, mode="r") if str(path).endswith(".zip") else str(path)
     buffer = zarr.open_group(store, mode="r")
     if "data/action" not in buffer or "meta/episode_ends" not in buffer:
@@ -88,13 +88,9 @@ def main():
     parser.add_argument("--fps", type=float, default=10.0, help="control steps per second (10 is Push-T's)")
     parser.add_argument("--instruction", default="", help="the task in words, for policies that read")
     args = parser.parse_args()
-    try:
-        episodes, steps = convert(args.source, args.out, args.images, args.fps, args.instruction)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{args.out}: {episodes} episodes, {steps} steps. python data.py {args.out} tells more.")
+    episodes, steps = convert(args.source, args.out, args.images, args.fps, args.instruction)
+    print(f"{args.out}: {episodes} episodes, {steps} steps. python -m demos.check {args.out} tells more.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,24 +1,18 @@
-"""Flags and YAML -> options and a model's Config. Shared by train.py, sample.py and bench.py.
+"""Flags and YAML -> options and a model's Config.
 
 Whatever a user can get wrong ends here as a UserError: one line that says what, where and how to mend it.
 """
 import argparse
-import contextlib
 import dataclasses
-import importlib
 import inspect
-import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
 
-from data import UserError, nearest
-
-MODELS = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0")
+from robot.errors import UserError, hint, nearest
+from robot.models import MODELS, model_config, typed
 
 
 @dataclass
@@ -60,7 +54,7 @@ class Options:
     ema_max: float = 0.9999
     # seed of everything random
     seed: int = 0
-    # generated episodes to train on, for --data tabletop (0: data.py's default) and the 2-D sets
+    # generated episodes to train on, for --data tabletop (0: demos/dataset.py's default) and the 2-D sets
     demos: int = 0
     # demonstrations to train on at most, 0 = all
     max_train_episodes: int = 0
@@ -98,32 +92,16 @@ class Options:
     set: dict = field(default_factory=dict)
     # observation and action keys of the data, as in Diffusion Policy's YAML (YAML only)
     shape_meta: dict = field(default_factory=dict)
+    # labels of a step that the loss reads beside the actions: {name in the file: dimensions} (YAML only)
+    extra: dict = field(default_factory=dict)
     # several robots in one run: {name: {data, action_names, state_names}}, for rdt (YAML only)
     robots: dict = field(default_factory=dict)
-    # environment of the closed loop: {id, kwargs, obs, ...}, see sample.py (YAML only)
+    # environment of the closed loop: {id, kwargs, obs, ...}, see robot/environments.py (YAML only)
     env: dict = field(default_factory=dict)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # From flags and YAML to a Config: every mistake becomes one line
-
-
-def hint(name, names):
-    return nearest(name, names) or f"; known: {', '.join(map(str, names))}"
-
-
-def typed(name, value, like, where):
-    """`value` as the type of the default `like`; lists become tuples, whole numbers may stand for floats."""
-    if isinstance(like, tuple) and isinstance(value, (list, tuple)):
-        return tuple(value)
-    if isinstance(like, float) and isinstance(value, str):  # YAML reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(like, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(like):
-        raise UserError(f"{where}: {name} = {value!r} should be {type(like).__name__}, for example {like!r}")
-    return value
 
 
 def parse_set(items):
@@ -224,14 +202,6 @@ def with_recipe(options, explicit, module):
     return dataclasses.replace(options, **{k: v for k, v in recipe.items() if k not in explicit})
 
 
-def load_module(name):
-    if not name:
-        raise UserError(f"--model is needed: one of {', '.join(MODELS)}")
-    if name not in MODELS:
-        raise UserError(f"--model {name!r} is not a model file{hint(name, MODELS)}")
-    return importlib.import_module(name)
-
-
 def make_config(module, options, facts):
     """The model's Config: preset, then facts of the data, then --set. `facts` {field: value} are used
     where the Config has such a field."""
@@ -241,48 +211,3 @@ def make_config(module, options, facts):
     names = {f.name for f in dataclasses.fields(module.Config)}
     facts = {k: v for k, v in facts.items() if k in names}
     return model_config(module, module.PRESETS[options.preset] | facts | options.set, "--set")
-
-
-def model_config(module, values, where):
-    """Config from {field: value}; `where` says in an error where the values come from."""
-    defaults = {f.name: f.default for f in dataclasses.fields(module.Config)}
-    for key in values:
-        if key not in defaults:
-            raise UserError(f"{where}: {module.__name__}.Config has no field {key!r}{hint(key, defaults)}")
-    try:
-        return module.Config(**{k: typed(k, v, defaults[k], where) for k, v in values.items()})
-    except ValueError as e:
-        raise UserError(f"{module.__name__}: {e}") from None
-
-
-def pick_device(name, dtype):
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(d for d in ("cuda", "mps", "cpu") if available[d])
-    if name not in available:
-        raise UserError(f"--device {name!r} is not known{hint(name, ['auto', *available])}")
-    if not available[name]:
-        raise UserError(f"--device {name}: torch {torch.__version__} finds none; use --device cpu or auto")
-    dtypes = {"auto": torch.bfloat16 if name == "cuda" else torch.float32, "float32": torch.float32,
-              "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise UserError(f"--dtype {dtype!r} is not known{hint(dtype, dtypes)}")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name), dtypes[dtype]
-
-
-def run(main):
-    """Call main(); a user's mistake becomes one line on stderr and exit status 2."""
-    try:
-        main()
-        return
-    except UserError as e:
-        message = str(e)
-    except OSError as e:  # a disk that is full when metrics or the report are written
-        message = (f"cannot write {e.filename or 'to --out'} ({e.strerror or e}): make room or choose "
-                   f"another folder")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    # Printed only here: the progress bar went with the frames of the error, and has ended its line.
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)

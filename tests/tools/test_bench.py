@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
-import bench
+from tools import bench
 import dp_cnn
-from options import run
+from robot.errors import run_command
+from tools.regression import Regression
 
 
 @pytest.mark.parametrize("model, extra, samplers", [
@@ -27,7 +28,7 @@ def test_one_json_line_with_times_of_steps_and_samples(model, extra, samplers, c
 def test_regression_answers_with_the_mean_of_both_ways():
     torch.manual_seed(0)
     config = dp_cnn.Config(action_dim=2, state_dim=2, down_dims=(16, 32))
-    model = bench.Regression(config)
+    model = Regression(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(1)
     for _ in range(150):
@@ -44,5 +45,5 @@ def test_regression_answers_with_the_mean_of_both_ways():
 
 def test_an_unknown_model_is_one_line(capsys):
     with pytest.raises(SystemExit) as exit:
-        run(lambda: bench.main(["--model", "dp_cn"]))
+        run_command(lambda: bench.main(["--model", "dp_cn"]))
     assert exit.value.code == 2 and "did you mean 'dp_cnn'" in capsys.readouterr().err

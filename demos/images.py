@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import torch
 
-from episodes import UserError, nearest, one_line, open_file
+from demos.files import open_file
+from robot.errors import UserError, nearest, one_line
 
 
 def moons(n, rng):

@@ -1,4 +1,4 @@
-"""What a model file costs: `python bench.py --model dp_cnn --preset lowdim` prints one JSON line.
+"""What a model file costs: `python -m tools.bench --model dp_cnn --preset lowdim` prints one JSON line.
 
     step_ms, data_ms     one training step (loss, backward, AdamW, EMA) and the fetching of its batch
     samples_per_s        batch_size / step
@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import h5py
@@ -27,9 +26,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import dp_cnn
 import train
-from options import Options, Parser, load_module, make_config, parse_set, pick_device, run
+from demos.dataset import open_demos
+from demos.images import Samples
+from robot.errors import run_command
+from robot.models import load_module, pick_device
+from tools import regression
+from tools.options import Options, Parser, make_config, parse_set
 
 
 def random_demos(config, folder):
@@ -52,8 +55,8 @@ def random_items(config, device, folder):
     if hasattr(config, "data_shape"):
         x, label = torch.randn(1000, *config.data_shape), torch.randint(max(1, config.n_classes), (1000,))
         label = label.numpy() if config.n_classes else None
-        return data.Samples("random", x, label, range(config.n_classes))
-    demos = data.open_demos(random_demos(config, folder), obs=getattr(config, "obs", "image"),
+        return Samples("random", x, label, range(config.n_classes))
+    demos = open_demos(random_demos(config, folder), obs=getattr(config, "obs", "image"),
                             text=hasattr(config, "text_len"))
     return data.Windows(demos, data.fit_normalizer(demos), config.pred_horizon, config.n_obs_steps,
                         config.first_action, config.n_obs_loaded, getattr(config, "text_len", 0),
@@ -143,29 +146,6 @@ def samplers(config):
     return [(f"{config.sampler_steps} steps", None, config.sampler_steps)]
 
 
-class Regression(dp_cnn.DiffusionPolicyCNN):
-    """The same network, data and time line without diffusion: the chunk is regressed from the observation by
-    mean squared error. Where demonstrations go two ways it answers with their mean."""
-
-    def predict(self, batch):
-        cond, _, known = self.condition(batch)
-        nothing = cond.new_zeros(len(cond), *known.shape)
-        return self.unet(nothing, self.unet.film(cond.new_zeros(len(cond)), cond))
-
-    def loss(self, batch, noise=None, t=None):
-        error = ((self.predict(batch) - batch["actions"]) ** 2).mean(-1) * batch["action_mask"]
-        per_sample = error.detach().sum(1) / batch["action_mask"].sum(1).clamp(min=1)
-        return {"loss": error.sum() / batch["action_mask"].sum(), "per_sample": per_sample,
-                "t": torch.zeros_like(per_sample)}
-
-    @torch.no_grad()
-    def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
-        chunk = self.predict(batch)
-        if trace is not None:
-            trace.append(chunk)
-        return chunk
-
-
 def main(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     defaults = Options()
@@ -179,17 +159,16 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=0, help="of --regression; default: as dp_cnn")
     args = vars(parser.parse(argv if argv is not None else sys.argv[1:]))
     args["set"] = parse_set(args["set"])
-    repeat, regression, steps = args.pop("repeat"), args.pop("regression"), args.pop("steps")
+    repeat, baseline, steps = args.pop("repeat"), args.pop("regression"), args.pop("steps")
     options = Options(**args)
-    if not regression:
+    if not baseline:
         print(json.dumps(bench(options, repeat)))
         return
-    module = types.SimpleNamespace(**vars(dp_cnn) | {"Model": Regression})
-    recipe = dp_cnn.RECIPES["tiny"]
+    recipe = regression.MODULE.RECIPES["tiny"]
     recipe = recipe | ({"steps": steps} if steps else {})
     options = dataclasses.replace(options, model="dp_cnn", out=options.out or "out/regression", **recipe)
-    train.train(options, module)
+    train.train(options, regression.MODULE)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

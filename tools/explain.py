@@ -5,16 +5,18 @@ on the modules (who is called from which line, with which shapes), a tracer of t
 an equation [n] was computed, and the shape of what came out), and a listener at every softmax (which keys a
 query gives a probability of exactly 0). Nothing is told from a text that could fall behind the code.
 
-`python explain.py --map` prints EQUATIONS.md: every equation of every docstring and the lines that carry its
-number. tests/test_explain.py compares the two.
+`python -m tools.explain --map` prints EQUATIONS.md: every equation of every docstring and the lines that carry
+its number. tests/tools/test_explain.py compares the two.
 """
 import ast
+import dataclasses
 import inspect
 import io
 import itertools
 import math
 import re
 import sys
+import tempfile
 import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from data import batches, decode_text
-from options import MODELS, Parser, run
+from data import batches, open_data
+from robot.errors import run_command
+from robot.models import MODELS, pick_device
+from robot.text import decode_text
+from tools.options import Parser, make_config
 
 TAG = r"(?<![\w\])])\[(\d+)\]"  # [3], but neither x[3] nor f()[3] nor [3][3]
 
@@ -61,7 +66,7 @@ def equation_map(folder):
     """EQUATIONS.md: a table per model file."""
     out = ["# From the papers' equations to the code", "",
            "The equations that open each model file (first line of each) and the lines that carry their",
-           "number. Made by `python explain.py --map > EQUATIONS.md`; a test compares."]
+           "number. Made by `python -m tools.explain --map > EQUATIONS.md`; a test compares."]
     for name in MODELS:
         path = Path(folder) / f"{name}.py"
         if path.exists():
@@ -450,12 +455,23 @@ def explain(module, config, items, description, normalizer, device="cpu", seed=0
         + ", ".join(map(str, lines)) for number, text, lines in equations(Path(path).read_text())])
 
 
+def explain_one_batch(options, module):
+    """`train.py --explain`. The built-in task is shown on a few episodes, which are not kept."""
+    device, _ = pick_device(options.device, "float32")
+    with tempfile.TemporaryDirectory() as cache:
+        built_in = hasattr(module.Config, "horizon") and (options.data or "tabletop") == "tabletop"
+        few = dataclasses.replace(options, demos=min(options.demos or 20, 20)) if built_in else options
+        facts, make_items, description, normalizer = open_data(few, module, cache)
+        config = make_config(module, options, facts)
+        explain(module, config, make_items(config, device)[0], description, normalizer, device, options.seed)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--map", action="store_true", help="print EQUATIONS.md", required=True)
     parser.parse(argv)
-    print(equation_map(Path(__file__).parent), end="")
+    print(equation_map(Path(__file__).parent.parent), end="")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

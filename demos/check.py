@@ -1,21 +1,23 @@
 """What is in a data file, what looks wrong with it, and how to mend that.
 
-    python data.py FILE_OR_FOLDER       demonstrations in HDF5, or images in .npz or HDF5
+    python -m demos.check FILE_OR_FOLDER       demonstrations in HDF5, or images in .npz or HDF5
 
 What it lists under "must be mended" training refuses (open_demos raises the first such line); what stands
 under "worth a look" it takes as it is. Exit status 2, with one line, only if nothing can be read.
 """
 import argparse
 import collections
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from data import Normalizer, tabletop_file
-from episodes import UserError, decode_jpeg, faults, find_files, nonfinite, one_line, open_file, read_episodes
-from image_sets import read_arrays, read_images
+from demos.episodes import decode_jpeg, faults, nonfinite
+from demos.files import find_files, open_file, read_episodes
+from demos.generated import tabletop_file
+from demos.images import read_arrays, read_images
+from robot.errors import UserError, one_line, run_command
+from robot.normalizer import Normalizer
 
 TO, TP = 2, 16                  # padding is counted for Diffusion Policy's windows
 IDLE_SECONDS = 0.5              # an episode that waits longer than this before it begins has an idle start
@@ -204,14 +206,10 @@ def report_faults(wrong, odd):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python data.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m demos.check", description=__doc__.partition("\n")[0])
     parser.add_argument("path", help="HDF5 file, folder or glob; .npz or HDF5 of images; tabletop")
-    try:
-        inspect(parser.parse_args().path)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    inspect(parser.parse_args().path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

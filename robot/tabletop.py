@@ -37,12 +37,10 @@ can be picked up again. How an episode starts is a function of its own seed alon
 There is a second robot at the same table, VelocityTabletop: 5 Hz instead of 10, and its actions are
 velocities, for policies that learn from several robots at once.
 
-Map: the world's numbers -> Tabletop (reset, step), VelocityTabletop -> cameras -> Expert -> demonstrations ->
-main.
-`python tabletop.py` rolls the expert out and prints what it achieves, in seconds.
+Map: the world's numbers -> Tabletop (reset, step), VelocityTabletop -> cameras -> Expert -> main.
+`python -m robot.tabletop` rolls the expert out and prints what it achieves. How its rollouts become
+demonstrations is in demos/generated.py.
 """
-import time
-
 import numpy as np
 
 FPS = 10                                # control steps per second
@@ -248,8 +246,13 @@ HAND_TINT = (1.35, 1.15, 0.9)
 def render(obs, size):
     """Both pictures, (n, size, size, 3) uint8, from the low-dimensional observation of n moments."""
     gripper = obs["robot0_eef_pos"]
-    return {"agentview_image": draw(obs, np.zeros_like(gripper), 1.0, size),
+    return {"agentview_image": film(obs, size),
             "robot0_eye_in_hand_image": draw(obs, gripper, HAND_VIEW, size, HAND_TINT)}
+
+
+def film(obs, size=96):
+    """The picture from above alone, (n, size, size, 3) uint8."""
+    return draw(obs, np.zeros_like(obs["robot0_eef_pos"]), 1.0, size)
 
 
 def draw(obs, centre, extent, size, tint=(1, 1, 1)):
@@ -347,78 +350,6 @@ class Expert:
         return np.where(passed[:, None], goal, corner)
 
 
-# ------------------------------------------------------------------------------------------- demonstrations
-
-WHOLE = 3                               # with cameras, one rollout in so many goes on after the grasp
-DEMO_SEEDS = 10**9                      # demonstrations use the seeds from here on; evaluate on smaller ones
-
-
-def demonstrations(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
-    """Perturbed expert rollouts in segments: a list of {"actions" (T, 3) float32, "obs" {key: (T, ...)} with
-    Tabletop's keys, "instruction" str, "episode" int}. A larger n gives the same list, continued. robot: one
-    of ROBOTS.
-
-    Who has only seen the perfect way does not know how to return to it. So the hand is made to tremble
-    (correlated noise on the set-point), and at times it is kicked: for some steps it goes elsewhere, mostly
-    closing on nothing, and the expert has to recover. Recorded is always what the expert wanted, never what
-    the perturbation made of it.
-
-    A kick is nobody's intention, so its steps are no data. The rollout is cut there: a segment ends with the
-    last step before a kick, the next one begins with the first step after it; single steps are dropped.
-    With cameras, one rollout in WHOLE is recorded to its end, the others only up to the grasp: what has to be
-    found in the pictures is the block, and of a whole rollout three steps in four come after that.
-    "episode" numbers the rollouts, so that validation can keep whole ones apart; those that failed in spite
-    of all (a few per hundred) are left out, and their numbers with them.
-    """
-    env = robot(n, cameras=False)
-    obs, info = env.reset(DEMO_SEEDS + seed * 10**6 + np.arange(n))
-    expert = Expert(env, [seed, 0])
-    # Drawn as (n, steps, ...), from one stream each: a row is then the same however many rows follow.
-    tremble = np.random.default_rng([seed, 1]).normal(0, 0.01, (n, MAX_STEPS, 2))
-    dice = np.random.default_rng([seed, 2]).random((n, MAX_STEPS, 4))
-    whole = (np.arange(n) % WHOLE == 0) | (not cameras)
-    noise, left, heading, shut = np.zeros((n, 2)), np.zeros(n, int), np.zeros((n, 2)), np.zeros(n, bool)
-    history = {"actions": [], "obs": [], "real": []}
-    for t in range(robot.max_steps * robot.fps // FPS):
-        clean = expert.act(obs)
-        # A kick begins: more often before the grasp, for 2 to 6 steps, anywhere to, fingers mostly shut.
-        # A hand that holds a block keeps hold of it, since a release in a zone would end the episode.
-        when, how_long, where_to, fingers = dice[:, t].T
-        holding = env.held >= 0
-        new = (left == 0) & (when < np.where(holding, 0.02, 0.07))
-        left = np.where(new, 2 + (5 * how_long).astype(int), left)
-        angle = 2 * np.pi * where_to
-        heading[new] = REACH * np.column_stack([np.cos(angle), np.sin(angle)])[new]
-        shut = np.where(new, holding | (fingers < 0.75), shut)
-        kicked = left > 0
-        left = np.maximum(left - 1, 0)
-
-        history["actions"].append(env.command(clean))
-        history["obs"].append(obs)
-        history["real"].append((env.outcome == "running") & ~kicked & (whole | ~holding))
-        noise = 0.9 * noise + np.sqrt(1 - 0.9**2) * tremble[:, t]           # same variance, correlated
-        done = clean + np.column_stack([noise, np.zeros(n)])
-        pushed = np.column_stack([env.gripper + heading, np.where(shut, 1, -1)])
-        obs, _, terminated, _, info = env.step(env.command(np.where(kicked[:, None], pushed, done)))
-        if terminated.all():
-            break
-
-    # (n, steps, ...) again, then cut where `real` rises and falls.
-    actions = np.stack(history["actions"], axis=1)
-    seen = {key: np.stack([o[key] for o in history["obs"]], axis=1) for key in obs}
-    real = np.pad(np.stack(history["real"], axis=1), ((0, 0), (1, 1))).astype(np.int8)
-    starts, ends = np.argwhere(np.diff(real) == 1), np.argwhere(np.diff(real) == -1)
-    segments = []
-    for (i, start), (_, end) in zip(starts, ends):
-        if info["success"][i] and end - start >= 2:
-            part = {key: value[i, start:end].copy() for key, value in seen.items()}
-            if cameras:                 # drawn only now: no picture is made twice, or to be thrown away
-                part.update(render(part, image_size))
-            segments.append({"actions": actions[i, start:end].copy(), "obs": part,
-                             "instruction": info["instruction"][i], "episode": int(i)})
-    return segments
-
-
 def main():
     n = 1000
     env = Tabletop(n, cameras=False)
@@ -430,14 +361,9 @@ def main():
         obs, _, _, _, info = env.step(expert.act(obs))
         # The side on which the gripper first gets past the wall: seen in the motion, not read off the expert.
         side = np.where((side == 0) & (env.gripper[:, 1] > WALL_Y), np.sign(env.gripper[:, 0]), side)
-    began = time.perf_counter()
-    segments = demonstrations(100, cameras=True)
-    seconds = time.perf_counter() - began
-    frames = sum(len(s["actions"]) for s in segments)
     print(f"expert, {n} episodes: success {info['success'].mean():.1%} (expect 100 %), "
           f"left of the wall {(side < 0).mean():.1%}, right {(side > 0).mean():.1%} (about 50 % each), "
           f"mean length {steps.mean():.1f} steps")
-    print(f"100 demonstrations with both cameras, {frames} steps: {seconds:.1f} s")
 
 
 if __name__ == "__main__":

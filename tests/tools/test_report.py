@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pytest
 
-import report
+from tools import report
 
 
 def decode_png(content):

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from test_house import MODELS, ROOT, each_model, source
 
-import explain
-import options
+from tools import explain
+from tools import options
 import pi0
 import train
+from robot.models import load_module
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_parameters_of_the_parts_add_up(name, printed):
 @each_model
 def test_the_batch_is_shown_with_its_axes(name, printed):
     text = "\n".join(section(printed(name), "BATCH"))
-    if "data_shape" in vars(options.load_module(name).Config()):
+    if "data_shape" in vars(load_module(name).Config()):
         assert re.search(r"x +\(5, ", text)
         return
     for key, axes in (("actions", "B, Tp, A"), ("action_mask", "B, Tp"), ("state", "B, To, S")):
@@ -241,7 +242,7 @@ def test_timelines():
 def test_equations_md_is_what_the_files_say(capsys):
     explain.main(["--map"])
     assert capsys.readouterr().out == (ROOT / "EQUATIONS.md").read_text(), \
-        "python explain.py --map > EQUATIONS.md"
+        "python -m tools.explain --map > EQUATIONS.md"
 
 
 def test_every_equation_of_the_map_has_its_text_and_its_lines():

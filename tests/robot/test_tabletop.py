@@ -2,8 +2,11 @@
 import numpy as np
 import pytest
 
-import tabletop
-from tabletop import INSTRUCTIONS, MAX_STEPS, WALL, WALL_Y, ZONE, ZONES, Expert, Tabletop, demonstrations
+from robot import tabletop
+from demos import generated
+from demos.generated import demonstrations
+from robot.tabletop import INSTRUCTIONS, MAX_STEPS, WALL, WALL_Y, ZONE, ZONES, Expert, Tabletop
+from demos.generated import DEMO_SEEDS, WHOLE
 
 LOW_DIM = {"robot0_eef_pos": 2, "robot0_gripper_qpos": 1, "object": 9, "goal": 4}
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
@@ -374,13 +377,13 @@ def test_demonstrations_are_deterministic_and_continue_with_n():
 
 
 def test_demonstrations_with_cameras_are_the_same_ones_seen_most_of_them_up_to_the_grasp():
-    n = 2 * tabletop.WHOLE + 1
+    n = 2 * WHOLE + 1
     plain, seen = demonstrations(n, seed=2), demonstrations(n, seed=2, cameras=True, image_size=32)
-    whole = lambda demos: [d for d in demos if d["episode"] % tabletop.WHOLE == 0]
+    whole = lambda demos: [d for d in demos if d["episode"] % WHOLE == 0]
     assert len(whole(seen)) == len(whole(plain)) > 0
     for a, b in zip(whole(plain), whole(seen), strict=True):
         np.testing.assert_array_equal(a["actions"], b["actions"])
-    approaches = [d for d in seen if d["episode"] % tabletop.WHOLE]
+    approaches = [d for d in seen if d["episode"] % WHOLE]
     assert {d["episode"] for d in approaches + whole(seen)} == {d["episode"] for d in plain}
     for d in approaches:
         assert not d["obs"]["object"][:, 8].any()                       # nothing is held yet
@@ -458,7 +461,7 @@ def test_recorded_actions_of_an_unperturbed_episode_replay_to_success():
 def test_demonstrations_start_from_seeds_kept_for_them():
     first = demonstrations(5, seed=0)[0]
     env = Tabletop(1, cameras=False)
-    obs, _ = env.reset(seed=tabletop.DEMO_SEEDS + first["episode"])
+    obs, _ = env.reset(seed=DEMO_SEEDS + first["episode"])
     np.testing.assert_array_equal(obs["object"][0, :4], first["obs"]["object"][0, :4])
 
 

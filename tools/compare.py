@@ -1,24 +1,31 @@
 """Comparisons: finished runs side by side, and training on an equal budget.
 
-    python sample.py out/dp_cnn out/pi0 --compare       same seeds, same observations: a table and report.html
-    python compare.py --minutes 5                       every policy and a regression: the same rollouts,
-                                                        minutes and seeds
+    python -m tools.compare out/dp_cnn out/pi0      same seeds, same observations: a table and report.html
+    python -m tools.compare --minutes 5             every policy and a regression: the same rollouts, minutes
+                                                    and seeds
 
 The first shows what checkpoints do that are there. The second trains them: `budget` below says how.
 """
 import dataclasses
 import json
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import report
+import data
 import sample
-from data import UserError
-from options import Parser, load_module, parse_options, run, with_recipe
+import train
+from robot.checkpoint import read_checkpoint
+from robot.environments import make_episodes
+from robot.errors import UserError, run_command, write_json
+from robot.models import load_module, pick_device
+from robot.rollout import EVALUATION_SEEDS, closed_loop, wilson
+from tools import bench, regression, report
+from tools.options import Parser, make_config, parse_options, with_recipe
+from tools.pictures import pictures
+from tools.quality import compare_samples
 
 # ----------------------------------------------------------------------------------------------------------
 # Side by side
@@ -29,15 +36,14 @@ def side_by_side(args):
     others stand in a group of their own. Writes compare.json and report.html to --out or out/compare."""
     groups, names = {}, unique_names(args.run)
     for path, name in zip(args.run, names):
-        model, checkpoint, device, dtype = sample.load_run(path, args)
-        if checkpoint["normalizer"] is None:
+        model, checkpoint, policy = sample.load_run(path, args)
+        if policy is None:
             key = ("samples of", f"{checkpoint['data']['source']} {tuple(checkpoint['data']['shape'])}")
         else:
             try:
                 environment = sample.environment_of(args, checkpoint)
             except UserError as e:
                 raise UserError(f"{path}: {e}") from None
-            policy = sample.policy_of(model, checkpoint, device, dtype, args)
             checkpoint |= {"policy": policy, "environment": environment}
             key = ("policies in", environment if isinstance(environment, str) else environment["id"])
         groups.setdefault(key, []).append((name, model, checkpoint))
@@ -46,17 +52,17 @@ def side_by_side(args):
     for (kind, where), members in groups.items():
         compare = compare_policies if kind == "policies in" else compare_generative
         try:
-            rows, pictures = compare(members, where, args)
+            rows, drawn = compare(members, where, args)
         except (ValueError, UserError) as e:  # sampler steps, an instruction, observations that are not there
             raise UserError(f"{kind} {where}: {e}") from None
         tables.append((f"{kind[0].upper()}{kind[1:]} {where}", rows))
-        for section, entries in pictures.items():
+        for section, entries in drawn.items():
             shown[section] += entries
         print(markdown(*tables[-1]), flush=True)
     if len(groups) > 1:
         print(f"{len(groups)} groups: what has another environment or other data cannot be compared")
     out = Path(args.out or "out/compare")
-    sample.write_json(out / "compare.json", dict(tables))
+    write_json(out / "compare.json", dict(tables))
     report.write(out / "report.html", " | ".join(names), tables=tables, **shown)
     print(f"wrote {out}/report.html and compare.json")
     return dict(tables)
@@ -78,7 +84,7 @@ def markdown(title, rows):
 
 
 def success_cells(successes, episodes):
-    low, high = (100 * share for share in sample.wilson(successes, episodes))
+    low, high = (100 * share for share in wilson(successes, episodes))
     return {"success": f"{successes} of {episodes}", "95 % interval": f"{low:.1f} to {high:.1f} %"}
 
 
@@ -101,7 +107,7 @@ def compare_policies(members, where, args):
     rows, rollouts, chunks = [], [], []
     for name, model, checkpoint in members:
         policy, environment = checkpoint["policy"], checkpoint["environment"]
-        result = sample.evaluate(policy, environment, args.episodes, args.seed, n_rollouts=4,
+        result = closed_loop(policy, environment, args.episodes, args.seed, n_rollouts=4,
                                  instruction=args.instruction)
         row = {"run": name, "model": f"{checkpoint['model']} ({checkpoint['preset']})"}
         row |= success_cells(round(result["success"] * args.episodes), args.episodes)
@@ -138,9 +144,9 @@ def shared_moment(policies, environments, args, n=8, looks=6):
     `looks` samplings of the first one in n episodes, that where the chunks of all differ most. Every policy
     has a world of its own, in which the same seeds and the same actions make the same things happen, and sees
     it with its own eyes (numbers or pictures, last step or last two). -> picture of the state"""
-    worlds = [sample.make_episodes(environment, n, policy.description, args.instruction)
+    worlds = [make_episodes(environment, n, policy.description, args.instruction)
               for policy, environment in zip(policies, environments)]
-    seeds = sample.EVALUATION_SEEDS + 1000 * args.seed + np.arange(n)
+    seeds = EVALUATION_SEEDS + 1000 * args.seed + np.arange(n)
     observed = [world.reset(seeds)[0] for world in worlds]
     driver, *others = policies
     for policy in policies:
@@ -157,7 +163,7 @@ def shared_moment(policies, environments, args, n=8, looks=6):
             i = int(np.where(running, spread, -1).argmax())
             if best is None or spread[i] > best[0]:
                 one = [[{k: v[i:i + 1] for k, v in step.items()} for step in p.history] for p in policies]
-                best = spread[i], one, worlds[0].frame(i, observed[0])
+                best = spread[i], one, worlds[0].film([worlds[0].glance(i, observed[0])])[0]
         if not looks or not running.any():
             break
         stepped = [world.step(action) for world in worlds]
@@ -181,12 +187,12 @@ def compare_generative(members, where, args):
     rows, shown = [], []
     for name, model, checkpoint in members:
         held_out, real = (sample.held_out_samples(checkpoint, split) for split in ("valid", "train"))
-        result = sample.compare_samples(model, held_out, args.seed, real)
+        result = compare_samples(model, held_out, args.seed, real)
         one = {k: v[:1] for k, v in held_out.batch(torch.arange(1)).items()}
         rows.append({"run": name, "model": f"{checkpoint['model']} ({checkpoint['preset']})"}
                     | {key: f"{value:.4f}" for key, value in result.items()}
                     | latency_cells(lambda: model.sample(one), 5) | size_cells(model))
-        picture = sample.pictures(model, held_out, None, checkpoint["data"], args.seed)["samples"]
+        picture = pictures(model, held_out, None, checkpoint["data"], args.seed)["samples"]
         shown.append(picture | {"name": name})
     for picture in shown[:-1]:
         if np.ndim(picture["data"]) == 4:
@@ -198,7 +204,7 @@ def compare_generative(members, where, args):
 # An equal budget
 
 # What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
-# that answers with the mean (bench.py).
+# that answers with the mean (regression.py).
 TASKS = {
     "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0")},
     "pusht": {"regression": "configs/pusht_lowdim_cnn_cpu.yaml",
@@ -214,7 +220,7 @@ def budget(args):
     steps by the time of a step, measured before, so that the learning rate's schedule ends when they do; what
     the training took in the end is in the table. A line of results.jsonl per run: what is there is not done
     again, and a run that was interrupted goes on."""
-    out = Path(args.out)
+    out = Path(args.out or "out/matched")
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "results.jsonl"
     wanted = args.only or list(TASKS[args.task])
@@ -238,27 +244,24 @@ def budget(args):
 
 def train_one(name, seed, folder, args):
     """-> what results.jsonl keeps of one run"""
-    import bench
-    import train
-    module = load_module("dp_cnn" if name == "regression" else name)
-    if name == "regression":
-        module = types.SimpleNamespace(**vars(module) | {"Model": bench.Regression})
+    module = regression.MODULE if name == "regression" else load_module(name)
     argv = {"model": module.__name__, "preset": args.preset if args.preset in module.PRESETS else "tiny",
             "seed": seed, "out": folder, "episodes": args.episodes, "device": args.device, "eval_every": 0,
             "rollout_every": 0, "demos": args.demos if args.task == "tabletop" else 0}
-    argv |= {"config": Path(__file__).parent / TASKS[args.task][name]} if TASKS[args.task][name] else {}
+    if TASKS[args.task][name]:
+        argv["config"] = Path(__file__).parent.parent / TASKS[args.task][name]
     argv |= {"data": args.data} if args.data else {}
     options, explicit = parse_options([str(word) for key, value in argv.items()
                                        for word in (f"--{key}", value)])
     options = with_recipe(options, explicit, module)
     if (folder / "checkpoint.pt").exists():
-        steps = sample.read_checkpoint(folder)["options"]["steps"]  # as it was measured then
+        steps = read_checkpoint(folder)["options"]["steps"]  # as it was measured then
     else:
         steps = max(1, int(60 * args.minutes / step_seconds(options, module)))
     options = dataclasses.replace(options, steps=steps, warmup=min(options.warmup, steps // 10), resume=(
         folder / "checkpoint.pt").exists())
     result = train.train(options, module)
-    config = sample.read_checkpoint(folder)["config"]
+    config = read_checkpoint(folder)["config"]
     sees = "pictures" if config["n_cameras"] and config.get("obs", "image") == "image" else "numbers"
     sees += " and words" if config.get("text_len") else ""
     return {"steps": steps, "sees": sees} | {key: result[key] for key in (
@@ -267,12 +270,8 @@ def train_one(name, seed, folder, args):
 
 def step_seconds(options, module):
     """Seconds of one training step: fetch, loss, backward, optimiser, EMA."""
-    import bench
-    import data
-    import train
-    from options import make_config, pick_device
     device, dtype = pick_device(options.device, options.dtype)
-    facts, make_items, *_ = train.open_data(options, module)
+    facts, make_items, *_ = data.open_data(options, module)
     config = make_config(module, options, facts)
     torch.manual_seed(options.seed)
     model, items = module.Model(config).to(device), make_items(config, device)[0]
@@ -302,27 +301,30 @@ def pooled(name, runs):
 
 
 def main(argv=None):
-    parser = Parser(description="Train all policies on an equal budget and print the table")
-    add = parser.add_argument
-    add("--minutes", type=float, default=5, help="training of each run")
+    parser = Parser(description="Runs side by side, or all policies trained on an equal budget")
+    parser.add_argument("run", nargs="*", help="folders of training runs, to see them side by side")
+    sample.add_flags(parser)
+    add = parser.add_argument_group("without runs: training on an equal budget").add_argument
+    add("--minutes", type=float, default=5, help="training of each run (default: 5)")
     add("--task", default="tabletop", choices=TASKS)
     add("--only", action="append", help="this model (may be given several times)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; each has its own episodes")
-    add("--episodes", type=int, default=100, help="of each run")
-    add("--demos", type=int, default=2000, help="tabletop: rollouts, the same for all; of most, cameras "
-                                                "see the way to the grasp only")
+    add("--demos", type=int, default=2000, help="tabletop: rollouts, the same for all; policies that see "
+                                                "pictures get two in three up to the grasp only")
     add("--preset", default="tiny", help="where a file has it; else tiny")
     add("--data", default="", help="pusht: its HDF5 file")
-    add("--device", default="auto")
-    add("--out", default="out/matched")
     args = parser.parse(argv)
+    if args.episodes < 1:
+        raise UserError(f"--episodes {args.episodes} must be at least 1")
+    if args.run:
+        return side_by_side(args)
     unknown = [name for name in args.only or () if name not in TASKS[args.task]]
     if unknown:
         raise UserError(f"--only {unknown[0]}: --task {args.task} has {', '.join(TASKS[args.task])}")
-    if args.minutes <= 0 or args.episodes < 1:
-        raise UserError(f"--minutes {args.minutes:g} must be above 0, --episodes {args.episodes} at least 1")
+    if not 0 < args.minutes < 1e6:
+        raise UserError(f"--minutes {args.minutes:g} must be above 0")
     return budget(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,0 +1,76 @@
+"""Files on disk: which are meant, which layout they have, which episodes they hold.
+
+A layout is a module with two functions, and one entry in LAYOUTS:
+
+    matches(file)          whether an open file has this layout
+    episodes(path, file)   its episodes, a list of demos.episodes.Episode, from shapes and attributes alone
+
+`file` is what OPENERS makes of a path by its suffix: a mapping from names to arrays that can be sliced, with
+close(). docs/extending.md adds a layout in ten lines.
+"""
+import contextlib
+import glob
+import os
+import re
+from pathlib import Path
+
+import h5py
+
+from demos import aloha, robomimic
+from robot.errors import UserError, nearest, one_line
+
+
+def find_files(source):
+    """Files of a path, a folder (searched to the bottom) or a glob; episode_10 comes after episode_9."""
+    source, path = str(source), Path(source).expanduser()
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.suffix in OPENERS]
+    else:
+        found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+    if not found:
+        if ".zarr" in source or any(path.glob("*.zarr*")):
+            reason = ": turn the zarr replay buffer into HDF5: python -m demos.convert"
+        elif (path / "meta" / "info.json").exists():
+            reason = ": a LeRobot data set, write its columns into HDF5 (docs/data.md)"
+        elif path.is_dir():
+            reason = f": the folder holds no {' or '.join('*' + suffix for suffix in OPENERS)}"
+        else:
+            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            reason = nearest(path.name, ["tabletop", *beside]) or ": check the path"
+        raise UserError(f"no demonstrations at {source}{reason}")
+    natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(p))]
+    return sorted(found, key=natural)
+
+
+def open_hdf5(path):
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if not os.path.exists(path):
+            raise UserError(f"no such file: {path}") from None
+        reason = "is cut short, copy it again" if "truncated" in str(error) else "cannot be opened as HDF5"
+        raise UserError(f"{path} {reason}: {one_line(error)}") from None
+
+
+OPENERS = {".hdf5": open_hdf5, ".h5": open_hdf5}
+LAYOUTS = [aloha, robomimic]
+
+
+def open_file(path):
+    """The file for reading, by its suffix; HDF5 where no opener knows it. Raises UserError."""
+    return OPENERS.get(Path(path).suffix, open_hdf5)(path)
+
+
+def read_episodes(path):
+    """The episodes of one file: a list of Episode. Reads shapes and attributes, no data. Raises UserError."""
+    with contextlib.closing(open_file(path)) as file:
+        try:
+            layout = next((layout for layout in LAYOUTS if layout.matches(file)), None)
+            found = layout.episodes(path, file) if layout else []
+            holds = ", ".join(file) or "nothing"
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be read, copy or write it again: {one_line(error)}") from None
+    if not found:
+        raise UserError(f"{path} holds {holds}, but neither data/demo_<i> (robomimic) nor observations and "
+                        f"action (ALOHA): see docs/data.md")
+    return found

@@ -1,0 +1,89 @@
+"""Checkpoints: weights, configuration, description of the data and a recorded pair to replay, in one file."""
+from pathlib import Path
+
+import torch
+
+from .errors import UserError, written_aside
+from .models import load_module, model_config
+
+FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
+
+
+def save_checkpoint(path, content):
+    with written_aside(path) as aside:
+        try:
+            torch.save({"format": FORMAT} | content, aside)
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise OSError(f"torch.save: {str(e).splitlines()[0]}") from None
+
+
+def read_checkpoint(path, device="cpu"):
+    """The checkpoint's dict. `path` may be the run's folder. Only tensors, numbers, texts and containers
+    of them are read; anything else a pickle could hold is refused."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"there is no {path}; give the --out folder of a training run")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        found = content["format"]
+    except Exception:  # torch has a dozen types of error for files that are cut short, foreign or pickles
+        raise UserError(f"{path} is not a checkpoint of this project, or it is cut short; only files that "
+                        f"train.py wrote are read, and nothing is ever unpickled") from None
+    if found > FORMAT:
+        raise UserError(f"{path} has format {found}, this code reads up to {FORMAT}: update the code")
+    return content
+
+
+def record(model, batch):
+    """What the model makes of one batch with given noise: stored in the checkpoint, replayed when it is
+    loaded."""
+    batch = {k: v.cpu() for k, v in batch.items()}
+    return {"batch": batch, "output": sample_two_steps(model, batch)}
+
+
+def sample_two_steps(model, batch):
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) for k, v in batch.items()}
+    return model.sample(batch, steps=2, generator=torch.Generator().manual_seed(0)).float().cpu()
+
+
+def load_model(path, device="cpu"):
+    """-> (model with the averaged weights, in evaluation mode, and the checkpoint). Verifies by replay
+    that this code computes what the code that trained it did."""
+    checkpoint = read_checkpoint(path, device)
+    module = load_module(checkpoint["model"])
+    config = model_config(module, checkpoint["config"], path)
+    model = module.Model(config)
+    model.load_state_dict(checkpoint["ema"])
+    model.to(device).eval().requires_grad_(False)
+    replay = checkpoint["replay"]
+    output = sample_two_steps(model, replay["batch"])
+    error = (output - replay["output"]).abs().max().item()
+    if not error <= 1e-2:
+        raise UserError(f"{path}: the recorded input gives another output than when it was saved (by "
+                        f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained")
+    return model, checkpoint
+
+
+def load_official(module, config, path):
+    """A model with official weights from a .safetensors file (package safetensors) or a plain torch
+    state_dict."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--init {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            state_dict = load_file(path)
+        else:
+            state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError("reading .safetensors needs a package: pip install safetensors") from None
+    except Exception as e:  # either library has types of its own for files that are cut short or foreign
+        raise UserError(f"--init {path} cannot be read ({' '.join(str(e).split())[:150]}); it must be a "
+                        f".safetensors file or a torch file that holds tensors only") from None
+    try:
+        return module.Model.from_official(state_dict, config)
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"--init {path}: {e}") from None

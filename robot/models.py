@@ -1,0 +1,69 @@
+"""A model file by its name, its Config from plain values, and the device it runs on."""
+import contextlib
+import dataclasses
+import importlib
+import os
+
+import torch
+
+from .errors import UserError, hint
+
+MODELS = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0")
+
+
+def load_module(name):
+    """The model file `name`, which stands beside this folder, whatever the folder is called."""
+    if not name:
+        raise UserError(f"--model is needed: one of {', '.join(MODELS)}")
+    if name not in MODELS:
+        raise UserError(f"--model {name!r} is not a model file{hint(name, MODELS)}")
+    beside = __package__.rpartition(".")[0]  # "" unless the folder was put into somebody's package
+    path = f"{beside}.{name}" if beside else name
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as e:
+        if e.name != path:
+            raise
+        raise UserError(f"there is no {name}.py beside the folder {__package__}: copy it there") from None
+
+
+def typed(name, value, like, where):
+    """`value` as the type of the default `like`; lists become tuples, whole numbers may stand for floats."""
+    if isinstance(like, tuple) and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(like, float) and isinstance(value, str):  # YAML reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(like, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(like):
+        raise UserError(f"{where}: {name} = {value!r} should be {type(like).__name__}, for example {like!r}")
+    return value
+
+
+def model_config(module, values, where):
+    """Config from {field: value}; `where` says in an error where the values come from."""
+    defaults = {f.name: f.default for f in dataclasses.fields(module.Config)}
+    for key in values:
+        if key not in defaults:
+            raise UserError(f"{where}: {module.__name__}.Config has no field {key!r}{hint(key, defaults)}")
+    try:
+        return module.Config(**{k: typed(k, v, defaults[k], where) for k, v in values.items()})
+    except ValueError as e:
+        raise UserError(f"{module.__name__}: {e}") from None
+
+
+def pick_device(name, dtype):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if available[d])
+    if name not in available:
+        raise UserError(f"--device {name!r} is not known{hint(name, ['auto', *available])}")
+    if not available[name]:
+        raise UserError(f"--device {name}: torch {torch.__version__} finds none; use --device cpu or auto")
+    dtypes = {"auto": torch.bfloat16 if name == "cuda" else torch.float32, "float32": torch.float32,
+              "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise UserError(f"--dtype {dtype!r} is not known{hint(dtype, dtypes)}")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name), dtypes[dtype]

@@ -1,0 +1,156 @@
+"""A trained policy at work: raw observations in, raw actions out.
+
+    policy = Policy.load("out/dp_cnn")  weights, normaliser, names of the observations: all in the checkpoint
+    policy.reset()                      at the start of every episode
+    action = policy.act(observation)    one control step: {key: array}, raw units -> action (A,), raw units
+
+`act` keeps the last To observations and a queue of actions: when the queue is empty it samples a chunk of Tp
+actions, executes Ta of them, and looks again (receding horizon).
+"""
+import re
+import time
+
+import numpy as np
+import torch
+
+from .checkpoint import load_model
+from .errors import UserError, hint
+from .normalizer import Normalizer
+from .text import encode_text
+
+BACKGROUND = 127          # grey level, 0..255, of a camera that is covered or that a robot does not have
+
+
+class Policy:
+    """Acts from raw observations. n episodes side by side share one object; n = 1 is a robot.
+
+    model: a policy in evaluation mode; normalizer, description: of the data it was trained on. dtype:
+    bfloat16 halves the weights. steps: sampler steps, default the model's own. robot: whose body it acts in,
+    if it was trained on several. without: cameras that are covered, they show the background. swap: pairs of
+    words that are exchanged in every instruction, to see whether the policy listens.
+    """
+
+    def __init__(self, model, normalizer, description, device="cpu", dtype=None, steps=None, seed=0,
+                 robot=None, without=(), swap=()):
+        self.model = model.to(dtype) if dtype else model
+        robots = description.get("robots", {})
+        if (robot or robots) and robot not in robots:
+            raise UserError(f"robot {robot!r}: the run knows one robot, leave --robot out" if not robots else
+                            f"robot {robot!r} was not trained on{hint(robot, robots)}" if robot else
+                            f"several robots were trained on: add --robot with one of {', '.join(robots)}")
+        self.normalizer, self.description = normalizer, description | robots.get(robot, {})
+        self.places, self.without, self.swap = self.description.get("places"), without, swap
+        cameras = self.description["camera_keys"]
+        for camera in without:
+            if camera not in cameras:
+                raise UserError(f"there is no camera {camera!r}{hint(camera, cameras)}")
+        self.device, self.steps, self.seed = torch.device(device), steps, seed
+        self.reset()
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0, robot=None):
+        model, checkpoint = load_model(path, device)
+        if checkpoint["normalizer"] is None:
+            raise UserError(f"{path}: {checkpoint['model']} generates samples, it is no policy")
+        normalizer = Normalizer.from_state(checkpoint["normalizer"])
+        return cls(model, normalizer, checkpoint["data"], device, dtype, steps, seed, robot)
+
+    def reset(self):
+        """Forget the past: call it at the start of every episode."""
+        self.history, self.queue, self.latency = [], [], []
+        self.chunk = None  # the last chunk that was sampled, (n, Tp, A), raw units
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def act(self, observation):
+        """The action of this control step, raw units: (A,), or (n, A) if the observations have a leading axis
+        n.
+
+        observation: {key: array} with the keys of the data set: state (dim,), images (H, W, 3) uint8;
+        "instruction": str (or n of them) if the policy reads.
+        """
+        single = self.observe(observation)
+        if not self.queue:
+            began = time.perf_counter()
+            self.chunk = self.sample_chunk()                                    # (n, Tp, A)
+            self.latency.append(time.perf_counter() - began)
+            now = -self.model.config.first_action
+            self.queue = list(self.chunk[:, now:now + self.model.config.n_action_steps].swapaxes(0, 1))
+        action = self.queue.pop(0)                                              # (n, A)
+        return action[0] if single else action
+
+    def observe(self, observation):
+        """Remember an observation without acting. -> whether it came without the axis n"""
+        step, single = self.prepare(observation)
+        self.history = (self.history + [step])[-self.model.config.n_obs_steps:]
+        return single
+
+    def prepare(self, observation):
+        """One observation -> ({"state": (n, S), "images": (n, V, H, W, 3), "text": (n, L)}, whether n was
+        left out)"""
+        d, parts, step = self.description, [], {}
+        wanted = list(d["state_keys"]) + list(d["camera_keys"])
+        missing = [k for k in wanted if k not in observation]
+        if missing:
+            raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
+        single = np.ndim(observation[wanted[0]]) == (1 if d["state_keys"] else 3)
+        for key, dim in d["state_keys"].items():
+            value = np.asarray(observation[key], np.float32)
+            value = value[None] if single else value
+            if value.shape[1:] != (dim,):
+                raise UserError(f"observation {key!r} has shape {value.shape[1:]}, trained on was ({dim},)")
+            parts.append(torch.from_numpy(value))
+        state = torch.cat(parts, dim=-1)
+        if self.places:
+            packed = state.new_zeros(len(state), d["state_dim"])
+            packed[:, self.places["state"]] = state
+            has = self.valid("state", len(state))
+            step["state"] = self.normalizer.normalize("state", packed) * has
+        else:
+            step["state"] = self.normalizer.normalize("state", state)
+        if d["camera_keys"]:
+            images = [np.asarray(observation[k]) for k in d["camera_keys"]]
+            images = [np.full_like(x, BACKGROUND) if key in self.without else x
+                      for key, x in zip(d["camera_keys"], images)]
+            images = np.stack([i[None] if single else i for i in images], axis=1)  # (n, V, H, W, 3)
+            if images.dtype != np.uint8 or images.shape[2:] != (*d["image_size"], 3):
+                raise UserError(f"camera images must be uint8 {(*d['image_size'], 3)}, not {images.dtype} "
+                                f"{images.shape[2:]}")
+            step["images"] = torch.from_numpy(images)
+        length = getattr(self.model.config, "text_len", 0)
+        if length:
+            texts = observation.get("instruction", "")
+            texts = [texts] if isinstance(texts, str) else texts
+            for a, b in self.swap:
+                texts = [re.sub(rf"\b(?:{a}|{b})\b", lambda m: b if m[0] == a else a, t) for t in texts]
+            # A model file may bring its own codes; bytes otherwise.
+            encode = getattr(self.model.config, "encode_text", lambda text: encode_text(text, length))
+            try:
+                step["text"] = torch.stack([torch.as_tensor(encode(t)) for t in texts])
+            except ValueError as e:  # an instruction that is too long, a tokenizer that is not there
+                raise UserError(str(e)) from None
+        return step, single
+
+    def valid(self, kind, n):
+        """Which numbers of the unified vector the robot has: (n, dim) bool."""
+        has = torch.zeros(n, self.description[f"{kind}_dim"], dtype=torch.bool)
+        has[:, self.places["actions" if kind == "action" else "state"]] = True
+        return has
+
+    def sample_chunk(self, copies=1, trace=None):
+        """From the observations so far, `copies` chunks for each episode: (n copies, Tp, A), raw units.
+        trace: receives the chunks at every state of the sampler, normalised."""
+        missing = self.model.config.n_obs_steps - len(self.history)
+        history = self.history[:1] * missing + self.history  # the first one stands for the time before it
+        state = torch.stack([h["state"] for h in history], dim=1)               # (n, To, S)
+        batch = {"state": state, "control_hz": torch.full((len(state),), float(self.description["fps"] or 0))}
+        if "images" in history[0]:
+            batch["images"] = torch.stack([h["images"] for h in history], dim=1).permute(0, 1, 2, 5, 3, 4)
+        if "text" in history[0]:
+            batch["text"] = history[-1]["text"]
+        if self.places:
+            batch |= {f"{kind}_valid": self.valid(kind, len(state)) for kind in ("action", "state")}
+        batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}
+        more = {} if trace is None else {"trace": trace}
+        chunk = self.model.sample(batch, steps=self.steps, generator=self.generator, **more)
+        chunk = self.normalizer.unnormalize("actions", chunk.float().cpu()).numpy()  # (n, Tp, A)
+        return chunk[..., self.places["actions"]] if self.places else chunk
