@@ -12,14 +12,14 @@ Everything random in step k (which windows, noise, t, crops, dropout) is a funct
 that is resumed needs the step and nothing else, and on a CPU it equals the uninterrupted run bit for bit.
 
 Map: schedules | prepare | loop, after_steps | evaluate, finish | train, main. Read `train` and `loop` first.
-Saving and resuming are in tools/runs.py. Several GPUs: `torchrun --nproc_per_node 4 train.py --model ...`
+Saving, resuming and signals are in tools/runs.py. Several GPUs: `torchrun --nproc_per_node 4 train.py ...`
 (--batch_size is per process); what keeps the processes together is in tools/distributed.py.
 """
 import copy
 import dataclasses
 import json
 import math
-import signal
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,7 +39,8 @@ from tools.explain import explain_one_batch
 from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import pictures
 from tools.quality import compare_samples, validate
-from tools.runs import Run, collect, log, prepare_out, resume, save
+from tools.runs import (Run, catch_signals, collect, log, prepare_out, release_signals, resume, save,
+                        stop_status)
 
 # ----------------------------------------------------------------------------------------------------------
 # Schedules
@@ -117,6 +118,8 @@ def build(options, module, config, example, device):
     """The model on its device, after a first loss: a Config that the data do not fit, or that no network can
     be made of, is one line here and no traceback an hour later."""
     try:
+        with torch.device("meta"):
+            check_size(module.Model(config), device)
         model = load_official(module, config, options.init) if options.init else module.Model(config)
         model = model.to(device)
         with torch.no_grad():
@@ -125,6 +128,16 @@ def build(options, module, config, example, device):
         kind = "" if isinstance(e, ValueError) else "this configuration gives no model: "
         raise UserError(f"{options.model}: {kind}{one_line(e)[:300]}") from None
     return model
+
+
+def check_size(model, device):
+    """Refuse weights that cannot fit beside their average, before they are allocated."""
+    need, has = 8 * n_parameters(model), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    if need > has:
+        raise ValueError(f"{n_parameters(model):,} parameters and their average take {need / 1e9:.0f} GB, "
+                         f"{device.type} has {has / 1e9:.0f} GB: take a smaller preset")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -147,15 +160,13 @@ class Since:
         return batch
 
 
-def loop(run):
+def loop(run, stream):
     """Fetch, loss, backward, clip, step, EMA, log. Nothing here waits for the device but `after_steps`."""
     options, model, optimizer = run.options, run.model, run.optimizer
     loss_step = torch.compile(run.loss_step) if options.compile else run.loss_step
     if run.world > 1 and not options.fsdp:
         loss_step = torch.nn.parallel.DistributedDataParallel(loss_step)
     autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.dtype == torch.bfloat16)
-    stream = data.batches(run.items, options.batch_size, options.seed, run.step * options.grad_accum,
-                          run.rank, run.world, options.workers)
     received, since = catch_signals(), Since(run.step)
     bar = tqdm(total=options.steps, initial=run.step, disable=not run.main, mininterval=1, unit="step")
     while run.step < options.steps:
@@ -220,26 +231,8 @@ def after_steps(run, since, named, lr, grad_norm, received, bar):
         bar.close()
         if run.main:
             print(f"stopped after step {done}; all is saved. Go on with the same command and --resume")
-        raise SystemExit(128 + (received or [signal.SIGTERM])[0])
+        raise SystemExit(stop_status(received))
     return Since(done)
-
-
-def catch_signals():
-    """-> list that receives the first SIGINT or SIGTERM; a second one interrupts at once."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    return received
-
-
-def release_signals():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def stop_if_not_finite(run, first_step, losses):
@@ -272,8 +265,7 @@ def arenas(options):
 def evaluate(run, acting):
     """A row of metrics: held-out loss and error of sampled actions; with `acting` also the closed loop."""
     options = run.options
-    row = {"step": run.step} | validate(run.shown, run.held_out, run.normalizer, options.seed,
-                                        at_once=2 * options.batch_size)
+    row = {"step": run.step} | validate(run.shown, run.held_out, run.normalizer, options.seed)
     if run.normalizer is None:
         return row | compare_samples(run.shown, run.held_out, options.seed, run.items if acting else None)
     for robot, environment in arenas(options).items() if acting and options.episodes else ():
@@ -330,11 +322,13 @@ def train(options, module):
     run = prepare(options, module)
     if options.resume:
         resume(run)
+    stream = data.batches(run.items, options.batch_size, options.seed, run.step * options.grad_accum,
+                          run.rank, run.world, options.workers)
     if run.main:
         announce(run)
     if not options.resume:
         save(run)
-    loop(run)
+    loop(run, stream)
     release_signals()  # all is saved: from here on an interruption costs the evaluation only
     return finish(run)
 

@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import importlib
+import math
 import os
 
 import torch
@@ -28,16 +29,23 @@ def load_module(name):
 
 
 def typed(name, value, like, where):
-    """`value` as the type of the default `like`; lists become tuples, whole numbers may stand for floats."""
+    """`value` as the type of the default `like`: lists become tuples, whole numbers may stand for floats. The
+    elements of a tuple are checked as well. Numbers are finite, and whole ones fit into 64 bits."""
+    shown = f"{where}: {name} = {repr(value)[:60]}"
     if isinstance(like, tuple) and isinstance(value, (list, tuple)):
-        return tuple(value)
+        element = (like or value or (0,))[0]  # an empty default does not say: then all are like the first
+        if not isinstance(element, (int, float, str)):
+            raise UserError(f"{shown} should hold numbers or names, not {type(element).__name__}")
+        return tuple(typed(name, x, element, where) for x in value)
     if isinstance(like, float) and isinstance(value, str):  # YAML reads 1e-4 as text
         with contextlib.suppress(ValueError):
             value = float(value)
-    if isinstance(like, float) and type(value) is int:
-        return float(value)
+    if isinstance(like, float) and type(value) is int and abs(value) < 2**63:
+        value = float(value)
     if type(value) is not type(like):
-        raise UserError(f"{where}: {name} = {value!r} should be {type(like).__name__}, for example {like!r}")
+        raise UserError(f"{shown} should be {type(like).__name__}, for example {like!r}")
+    if isinstance(value, float) and not math.isfinite(value) or type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{shown} is not finite or too large, for example {like!r}")
     return value
 
 

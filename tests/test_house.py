@@ -5,7 +5,6 @@ import importlib
 import io
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from robot.models import MODELS, load_module
+from robot.models import MODELS
 from tools import options
 
 ROOT = Path(options.__file__).parent.parent
@@ -55,6 +54,77 @@ def test_a_model_file_imports_torch_numpy_and_the_standard_library(name):
     tree = ast.parse(source(name))
     assert set(imported(tree.body)) <= set(sys.stdlib_module_names) | {"torch", "numpy"}
     assert not set(imported(ast.walk(tree))) & {".", "tests", *(path.stem for path in ROOT.glob("*.py"))}
+
+
+# Who may import whom. Model files import nothing of the project; tools may import all but make no circle.
+MAY_IMPORT = {"robot": {"robot"}, "demos": {"demos", "robot"}, "data": {"demos", "robot"},
+              "train": {"data", "robot", "tools"}, "sample": {"demos", "robot", "tools"},
+              "tools": {"tools", "robot", "demos", "data", "train", "sample", *MODELS},
+              **{name: set() for name in MODELS}}
+CODE = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for pattern in ("*.py", "robot/*.py", "demos/*.py", "tools/*.py") for path in ROOT.glob(pattern)}
+
+
+def imports_of(module):
+    """Modules of the project that `module` imports, at its top or later inside a function."""
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(CODE[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[:len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, (node.module or "").split("."))])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name in CODE or f"{name}.__init__" in CODE)
+
+
+def test_the_top_level_holds_the_models_and_three_files():
+    top = {name for name in CODE if "." not in name}
+    assert top == {*MODELS, "data", "train", "sample"}
+
+
+@pytest.mark.parametrize("module", sorted(CODE))
+def test_imports_run_downwards(module):
+    room = module.split(".")[0]
+    outside = {name for name in imports_of(module) if name.split(".")[0] not in MAY_IMPORT[room]}
+    assert not outside, f"{module} imports {outside}"
+    if room == "robot":  # so that the folder may be copied under any name
+        absolute = [node for node in ast.walk(ast.parse(CODE[module].read_text())) if isinstance(
+            node, ast.ImportFrom) and not node.level and node.module.split(".")[0] in MAY_IMPORT]
+        assert not absolute, f"{module}: from {absolute[0].module}: write it as a relative import"
+
+
+def test_imports_make_no_circle():
+    graph = {module: {name if name in CODE else f"{name}.__init__" for name in imports_of(module)} - {module}
+             for module in CODE}
+    # A package's __init__ is run by whoever imports one of its modules: what it imports does not lead back.
+    graph = {module: {name for name in to if not name.endswith("__init__")} for module, to in graph.items()}
+    done, above = set(), []
+
+    def visit(module):
+        assert module not in above, " -> ".join([*above[above.index(module):], module])
+        if module not in done:
+            above.append(module)
+            for name in sorted(graph[module]):
+                visit(name)
+            done.add(above.pop())
+
+    for module in sorted(graph):
+        visit(module)
+
+
+@pytest.mark.parametrize("module", sorted(CODE))
+def test_a_function_fits_on_a_screen(module):
+    long = {node.name: node.end_lineno - node.lineno + 1
+            for node in ast.walk(ast.parse(CODE[module].read_text())) if isinstance(node, ast.FunctionDef)}
+    assert max(long.values(), default=0) <= 80, max(long, key=long.get)
+
+
+def test_the_loop_and_its_files_stay_short():
+    lines = {name: len(CODE[name].read_text().splitlines()) for name in ("train", "data", "sample")}
+    assert lines["train"] <= 350 and lines["data"] <= 350 and lines["sample"] <= 150, lines
 
 
 @each_model
@@ -123,34 +193,3 @@ def test_lines_and_paths(path):
         path_of_a_machine = re.search(r"(?<![\w.])/(?:work|home|root|tmp|Users)/", line)
         assert not path_of_a_machine, f"{where}: a path of one machine"
         assert line == line.rstrip(), f"{where} ends in blanks"
-
-
-def commands():
-    """The command lines of README.md, continued lines joined."""
-    if not (ROOT / "README.md").exists():
-        return []
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    lines = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines]
-
-
-def test_files_that_the_readme_names_are_there():
-    if not (ROOT / "README.md").exists():
-        pytest.skip("README.md is not there")
-    text = (ROOT / "README.md").read_text()
-    mentioned = set(re.findall(r"\b((?:configs/|tests/)?\w[\w-]*\.(?:py|yaml|txt))\b", text))
-    links = {target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?:|#", target)}
-    absent = sorted(name for name in mentioned | links if not (ROOT / name).exists())
-    assert mentioned and not absent, f"README.md names {absent}"
-
-
-trainings = [argv[2:] for argv in commands() if argv[:2] == ["python", "train.py"]]
-
-
-@pytest.mark.parametrize("argv", trainings, ids=" ".join)
-def test_training_commands_of_the_readme_are_understood(argv, monkeypatch):
-    monkeypatch.chdir(ROOT)                         # --config is a path of the repository
-    chosen, _ = options.parse_options(argv)
-    module = load_module(chosen.model)
-    assert chosen.preset in module.PRESETS
-    assert not set(chosen.set) - {field.name for field in dataclasses.fields(module.Config)}

@@ -1,9 +1,7 @@
 """Several robots in one run: YAML -> mixed data -> one set of weights -> each body acts."""
 import numpy as np
 import pytest
-import torch
 
-import sample
 import train
 from robot.checkpoint import load_model
 from robot.errors import UserError

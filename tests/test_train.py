@@ -1,4 +1,4 @@
-"""train.py and options.py: the loop against the official one, resuming, and all a user can get wrong."""
+"""train.py: the loop against the official one, stopping and resuming, and what must not be lost."""
 import dataclasses
 import errno
 import functools
@@ -17,85 +17,19 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
-import yaml
 from golden_cases import golden
+from helpers import ROOT, command, read_rows, refused, spoil, write_demos
 
 import data
 import dp_cnn
-from tools import options
 import sample
 import train
-from demos.dataset import open_demos
 from robot.checkpoint import FORMAT, load_model, read_checkpoint
-from robot.errors import run_command
-from robot.models import load_module
 from robot.normalizer import Normalizer
 from robot.policy import Policy
-from tools.quality import validate
-
-ROOT = Path(train.__file__).parent
-# A network of a few thousand weights on a short horizon: a step takes milliseconds.
-TINY = ("down_dims=[16, 32]", "step_embed_dim=16", "horizon=8", "n_action_steps=4", "n_diffusion_steps=20",
-        "prediction_type=x0")
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch, tmp_path):
-    """The training loop takes over the signals; generated sets belong into a folder of the test."""
-    monkeypatch.setenv("ACTION_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-# -- a small set and a small run -----------------------------------------------------------------------------
-
-
-def write_demos(path, episodes=6, length=14, action_dim=2, seed=0, change=None):
-    """Demonstrations of a point that heads for a goal. State: agent_pos (2), goal (2), number (1) of the
-    episode. change(i, actions, obs) may spoil episode i before it is written."""
-    rng = np.random.default_rng(seed)
-    with h5py.File(path, "w") as file:
-        file.create_group("data").attrs["fps"] = 10.0
-        for i in range(episodes):
-            place, goal = rng.uniform(-1, 1, (2, 2))
-            places = goal + (place - goal) * 0.8 ** np.arange(length + i + 1)[:, None]
-            actions = np.tile(places[1:], 2)[:, :action_dim].astype(np.float32)
-            obs = {"agent_pos": places[:-1], "goal": np.tile(goal, (length + i, 1)),
-                   "number": np.full((length + i, 1), i)}
-            obs = {key: x.astype(np.float32) for key, x in obs.items()}
-            if change:
-                actions, obs = change(i, actions, obs)
-            group = file.create_group(f"data/demo_{i}")
-            group["actions"] = actions
-            for key, x in obs.items():
-                group[f"obs/{key}"] = x
-    return path
-
-
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory):
-    return write_demos(tmp_path_factory.mktemp("demos") / "tiny.hdf5")
-
-
-def command(demos, out, *more, **chosen):
-    """Arguments of a run of 8 steps that logs every step and saves at steps 0, 3, 6 and 8; None: without this
-    flag."""
-    chosen = {"model": "dp_cnn", "data": demos, "out": out, "steps": 8, "batch_size": 8, "lr": 1e-3,
-              "warmup": 2, "log_every": 1, "checkpoint_every": 3, "eval_every": 4, "episodes": 0,
-              "device": "cpu"} | chosen
-    chosen = {name: str(value) for name, value in chosen.items() if value is not None}
-    flags = [word for name, value in chosen.items() for word in (f"--{name}", value)]
-    return flags + [word for field in TINY for word in ("--set", field)] + list(more)
-
-
-def read_rows(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_run(out, reference):
@@ -113,15 +47,6 @@ def assert_same_run(out, reference):
     kept = ("step", "loss", "lr", "grad_norm", "val_loss", "loss_t", "action_error")
     mine, other = ([{k: row[k] for k in kept if k in row} for row in read_rows(o)] for o in (out, reference))
     assert mine == other
-
-
-@pytest.fixture(scope="module")
-def whole(demos, tmp_path_factory):
-    """{grad_accum: folder of a run that nothing interrupted}."""
-    folders = {n: tmp_path_factory.mktemp("whole") / str(n) for n in (1, 2)}
-    for n, folder in folders.items():
-        train.main(command(demos, folder, grad_accum=n))
-    return folders
 
 
 class Crash(Exception):
@@ -143,9 +68,6 @@ def raiser(error):
     def act(*args, **kwargs):
         raise error
     return act
-
-
-# -- the official implementations ----------------------------------------------------------------------------
 
 
 @golden("train.EMAModel")
@@ -240,9 +162,6 @@ def test_golden_steps(case, monkeypatch, tmp_path):
             assert not len(error) or error.max() <= 1e-4, f"{case.name} {official} {key}"
 
 
-# -- what the loop does --------------------------------------------------------------------------------------
-
-
 def test_loss_falls_on_a_set_that_can_be_learned(demos, tmp_path):
     train.main(command(demos, tmp_path, steps=60, batch_size=32, lr=3e-3, eval_every=30))
     rows = read_rows(tmp_path)
@@ -255,39 +174,6 @@ def test_loss_falls_on_a_set_that_can_be_learned(demos, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["val_loss"] == held_out[1]["val_loss"] and result["model"] == "dp_cnn"
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
-
-
-class Oracle(torch.nn.Module):
-    """Stands in for a policy: its loss at t is t, its actions are 0.25 off (normalised) where they are
-    executed, and nonsense elsewhere."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.config = dp_cnn.Config(horizon=8, n_action_steps=4, down_dims=(16, 32))
-
-    def loss(self, batch):
-        t = torch.rand(len(batch["actions"]))
-        return {"loss": t.mean(), "per_sample": t, "t": t}
-
-    def sample(self, batch, generator=None):
-        chunk = batch["actions"] + 100
-        chunk[:, 1:5] = torch.where(batch["action_mask"][:, 1:5, None], batch["actions"][:, 1:5] + 0.25, 1e6)
-        return chunk
-
-
-def test_validation_measures_executed_actions_in_units_of_the_data(demos):
-    found = open_demos(demos)
-    normalizer = data.fit_normalizer(found)
-    windows = data.Windows(found, normalizer, 8, 2, -1, split="valid")
-    row = validate(Oracle(), windows, normalizer, seed=0)
-    half_range = 1 / normalizer.scale["actions"]                    # one normalised unit in units of the data
-    assert row["action_error"] == pytest.approx(0.25 * half_range.mean().item(), rel=1e-4)
-    assert len(row["loss_t"]) == 10
-    for tenth, value in enumerate(row["loss_t"]):                   # the loss at t is t
-        assert value is None or tenth / 10 <= value <= (tenth + 1) / 10
-    assert row["val_loss"] == pytest.approx(0.5, abs=0.1)
-    assert validate(Oracle(), windows, normalizer, seed=0) == row
 
 
 def test_gradient_accumulation_equals_the_larger_batch(demos, tmp_path, monkeypatch):
@@ -384,9 +270,6 @@ def test_sharded_training_is_that_of_ddp(demos, tmp_path):
 
 def test_sharding_needs_several_processes(demos, tmp_path, capsys):
     refused(capsys, lambda: train.main(command(demos, tmp_path, "--fsdp")), "torchrun")
-
-
-# -- stopped and resumed -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 7])
@@ -495,25 +378,6 @@ def test_exit_status_of_a_terminated_process(demos, tmp_path):
     assert read_checkpoint(tmp_path)["step"] == read_rows(tmp_path)[-1]["step"] > 0
 
 
-# -- losses that are not finite ------------------------------------------------------------------------------
-
-
-def refused(capsys, main, *named):
-    """main() ends with exit status 2 and one line on stderr, which holds each of `named` and is returned.
-    Beside it stand at most notes and the progress bar."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run_command(main)
-    text = capsys.readouterr().err
-    assert stopped.value.code == 2 and "Traceback" not in text
-    lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", text)]
-    lines = [line for line in lines if line and not line.startswith("note:") and "step/s" not in line]
-    assert len(lines) == 1 and lines[0].startswith(f"{Path(sys.argv[0]).name}: "), text
-    for part in named:
-        assert str(part) in lines[0], lines[0]
-    return lines[0]
-
-
 def loss_that_breaks(where, number, kept):
     """dp_cnn's loss, but NaN (`where` "loss") or with a NaN gradient (`where` "gradient") in training step
     `number`; the episodes of that batch go to `kept`."""
@@ -550,124 +414,6 @@ def test_weights_that_are_not_finite_are_never_saved(demos, tmp_path, monkeypatc
     checkpoint = read_checkpoint(tmp_path)
     assert checkpoint["step"] == 3
     assert all(w.isfinite().all() for w in checkpoint["weights"].values())
-
-
-# -- flags, YAML and recipes ---------------------------------------------------------------------------------
-
-
-def resolved(*argv):
-    chosen, explicit = options.parse_options(["--model", "dp_cnn", *argv])
-    return options.with_recipe(chosen, explicit, dp_cnn)
-
-
-def test_flags_win_over_yaml_and_yaml_over_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.setitem(dp_cnn.RECIPES, "tiny", {"lr": 0.5, "steps": 7, "batch_size": 3})
-    (tmp_path / "c.yaml").write_text("lr: 25e-2\nsteps: 5\nbetas: [0.5, 0.75]\n"
-                                     "set: {horizon: 8, down_dims: [16]}\n")
-    assert resolved().lr == 0.5 and resolved().seed == options.Options().seed
-    chosen = resolved("--config", str(tmp_path / "c.yaml"), "--steps", "4", "--set", "horizon=12")
-    assert (chosen.lr, chosen.steps, chosen.batch_size, chosen.betas) == (0.25, 4, 3, (0.5, 0.75))
-    assert chosen.set == {"horizon": 12, "down_dims": [16]}
-    # A flag that happens to equal the default still wins over the recipe.
-    assert resolved("--steps", str(options.Options().steps)).steps == options.Options().steps
-
-
-def test_set_wins_over_the_data_and_the_data_over_the_preset():
-    chosen = resolved("--set", "state_dim=7", "--set", "n_groups=4", "--set", "down_dims=[32, 64]")
-    config = options.make_config(dp_cnn, chosen, {"action_dim": 5, "state_dim": 9, "not_a_field": 1})
-    assert (config.action_dim, config.state_dim, config.n_groups, config.down_dims) == (5, 7, 4, (32, 64))
-    preset = dp_cnn.Config(**dp_cnn.PRESETS["tiny"])
-    assert config.prediction_type == preset.prediction_type
-
-
-@pytest.mark.parametrize("text, value", [
-    ("horizon=32", 32), ("film_scale=false", False), ("sampler=ddpm", "ddpm"),
-    ("crop_size=[48, 48]", (48, 48))])
-def test_set_reads_values_as_the_fields_type(text, value):
-    config = options.make_config(dp_cnn, resolved("--set", text), {})
-    assert getattr(config, text.partition("=")[0]) == value
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_yaml_of_the_project_is_read(path):
-    content = yaml.safe_load(path.read_text())
-    chosen, explicit = options.parse_options(["--config", str(path)])
-    module = load_module(chosen.model)
-    assert explicit >= set(content) - {"set"}
-    facts, meta = {}, content.get("shape_meta")
-    if meta:                                                        # what the data would say
-        cameras = [m["shape"] for m in meta["obs"].values() if m.get("type") == "rgb"]
-        facts = {"action_dim": meta["action"]["shape"][0], "n_cameras": len(cameras)}
-        facts |= {"image_size": tuple(cameras[0][1:])} if cameras else {}
-    for kind in ("action", "state"):                                    # rdt.py: a name for each dimension
-        if f"{kind}_names" in content.get("set", {}):
-            facts[f"{kind}_dim"] = len(content["set"][f"{kind}_names"])
-    config = options.make_config(module, options.with_recipe(chosen, explicit, module), facts)
-    assert all(getattr(config, field) == (tuple(v) if isinstance(v, list) else v)
-               for field, v in content.get("set", {}).items())
-
-
-# -- what a user can get wrong -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("argv, named", [
-    (["--model", "dp_cn"], ["dp_cn", "did you mean 'dp_cnn'"]),
-    (["--model", ""], ["--model is needed", "dp_cnn"]),
-    (["--preset", "tinny"], ["tinny", "did you mean 'tiny'"]),
-    (["--batchsize", "8"], ["--batchsize", "did you mean 'batch_size'"]),
-    (["--steps", "many"], ["steps", "'many'"]),
-    (["--steps", "-1"], ["--steps -1"]),
-    (["--batch_size", "0"], ["--batch_size 0"]),
-    (["--batch_size", "99999"], ["batch_size 99999", "lower it"]),
-    (["--lr", "nan"], ["--lr nan"]),
-    (["--betas", "0.9"], ["betas"]),
-    (["--betas", "2", "3"], ["betas"]),
-    (["--lr_schedule", "cosin"], ["did you mean 'cosine'"]),
-    (["--normalizer", "minmx"], ["did you mean 'minmax'"]),
-    (["--dtype", "float16"], ["float16"]),
-    (["--device", "tpu"], ["tpu"]),
-    (["--val_ratio", "2"], ["val_ratio"]),
-    (["--set", "n_obs_step=2"], ["n_obs_step", "did you mean 'n_obs_steps'"]),
-    (["--set", "horizon"], ["FIELD=VALUE"]),
-    (["--set", "horizon=sixteen"], ["horizon = 'sixteen'", "int"]),
-    (["--set", "horizon=true"], ["horizon = True", "int"]),
-    (["--set", "down_dims=16"], ["down_dims = 16", "tuple"]),
-    (["--set", "down_dims=[16"], ["down_dims"]),
-    (["--set", "down_dims=[]"], ["down_dims"]),
-    (["--set", "horizon=9"], ["horizon 9 cannot be halved", "multiple of 2"]),
-    (["--set", "sampler=dpm"], ["'dpm'", "ddpm"]),
-    (["--set", "sampler_steps=21"], ["21"]),
-    (["--init", "missing.safetensors"], ["missing.safetensors"]),
-    (["--data", "missing.hdf5"], ["missing.hdf5"]),
-    (["--config", "missing.yaml"], ["missing.yaml"]),
-    (["--resume"], ["checkpoint.pt"]),
-], ids=lambda x: "-".join(x).strip("-") if isinstance(x, list) and x[0].startswith("--") else "")
-def test_wrong_flags(argv, named, demos, tmp_path, capsys):
-    refused(capsys, lambda: train.main(command(demos, tmp_path / "out", *argv)), *named)
-    assert not (tmp_path / "out" / "checkpoint.pt").exists()
-
-
-@pytest.mark.parametrize("text, named", [
-    ("batchsize: 8", ["batchsize", "did you mean 'batch_size'"]),
-    ("batch_size: many", ["batch_size = 'many'", "int"]),
-    ("steps: 1.5", ["steps = 1.5", "int"]),
-    ("lr: fast", ["lr = 'fast'", "float"]),
-    ("betas: 0.9", ["betas = 0.9", "tuple"]),
-    ("betas: [0.9]", ["betas"]),
-    ("set: {horizont: 8}", ["did you mean 'horizon'"]),
-    ("set: 3", ["set = 3"]),
-    ("preset: [tiny]", ["preset = ['tiny']"]),
-    ("just words", ["KEY: VALUE"]),
-    ("steps: [1, 2", ["not valid YAML"]),
-    ("shape_meta: {obs: {agent_poss: {shape: [2]}}}", ["did you mean 'agent_pos'"]),
-    ("shape_meta: {obs: {agent_pos: {shape: [3]}}}", ["agent_pos", "[3]", "[2]"]),
-    ("shape_meta: {obs: [agent_pos]}", ["shape_meta"]),
-])
-def test_wrong_yaml(text, named, demos, tmp_path, capsys):
-    (tmp_path / "wrong.yaml").write_text(text)
-    no_flag = {key: None for key in re.findall(r"^(\w+):", text)}   # it would win over the YAML
-    argv = command(demos, tmp_path / "out", "--config", str(tmp_path / "wrong.yaml"), **no_flag)
-    refused(capsys, lambda: train.main(argv), *named)
 
 
 def test_cuda_without_one(demos, tmp_path, capsys, monkeypatch):
@@ -716,9 +462,6 @@ def test_two_files_with_different_shapes(tmp_path, capsys):
     refused(capsys, lambda: train.main(argv), "b.hdf5:demo_0", "(4,)", "(2,)")
 
 
-# -- folders and checkpoints that must not be lost -----------------------------------------------------------
-
-
 @pytest.fixture
 def finished(demos, whole, tmp_path):
     """A copy of a finished run."""
@@ -740,11 +483,6 @@ def test_resumed_with_another_configuration(demos, finished, capsys):
     refused(capsys, lambda: train.main(command(demos, finished, "--resume", "--set", "n_obs_steps=3")),
             "n_obs_steps was 2, is 3")
     assert contents(finished) == before
-
-
-def spoil(run, **changes):
-    content = torch.load(run / "checkpoint.pt", weights_only=True)
-    torch.save(content | changes, run / "checkpoint.pt")
 
 
 def test_a_checkpoint_of_another_model(demos, finished, capsys):
@@ -837,21 +575,3 @@ def test_a_disk_too_full_for_a_line_of_metrics(demos, tmp_path, monkeypatch, cap
     at_step(monkeypatch, 3, lambda: limit_file_size(0))
     refused(capsys, until_full(lambda: train.main(command(demos, tmp_path))), "--out", "make room")
     assert read_checkpoint(tmp_path)["step"] == 3
-
-
-# -- the README ----------------------------------------------------------------------------------------------
-
-
-def test_the_readmes_own_data_example(tmp_path):
-    """The text of the README, run as it stands, writes a set that can be trained on."""
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    found = re.search(r"^#+[^\n]*\bown data\b.*?```python\n(.*?)```", text, re.S | re.M | re.I)
-    if not found:
-        pytest.skip("README.md has no example under a heading with 'own data'")
-    subprocess.run([sys.executable, "-c", found[1]], cwd=tmp_path, check=True, timeout=120,
-                   env=os.environ | {"PYTHONPATH": str(ROOT)})
-    written, = tmp_path.glob("*.hdf5")
-    train.main(command(written, tmp_path / "out", steps=2))
-    checkpoint = read_checkpoint(tmp_path / "out")
-    assert checkpoint["step"] == 2 and checkpoint["data"]["episode_names"][0].startswith(written.name)

@@ -5,8 +5,8 @@ on the modules (who is called from which line, with which shapes), a tracer of t
 an equation [n] was computed, and the shape of what came out), and a listener at every softmax (which keys a
 query gives a probability of exactly 0). Nothing is told from a text that could fall behind the code.
 
-`python -m tools.explain --map` prints EQUATIONS.md: every equation of every docstring and the lines that carry
-its number. tests/tools/test_explain.py compares the two.
+`python -m tools.explain --map` prints EQUATIONS.md: every equation of every docstring and the lines that
+carry its number. tests/tools/test_explain.py compares the two.
 """
 import ast
 import dataclasses

@@ -141,8 +141,7 @@ def parse_options(argv):
     """Flags and YAML -> Options, and the names of those that were given in either."""
     parser = Parser(description=f"Train one model file of: {', '.join(MODELS)}")
     # The comment above a field is its help.
-    comments = dict(re.findall(r"# (.*)\n    (\w+):", inspect.getsource(Options)))
-    comments = {name: text for text, name in comments.items()}  # the comment above a field is its help
+    comments = {name: text for text, name in re.findall(r"# (.*)\n    (\w+):", inspect.getsource(Options))}
     for name, default in vars(Options()).items():
         kind = {"help": f"{comments[name]} (default: {default})".replace("%", "%%"), "default": None}
         if name == "set":
@@ -155,7 +154,8 @@ def parse_options(argv):
             parser.add_argument(f"--{name}", type=type(default), metavar=type(default).__name__, **kind)
     flags = {k: v for k, v in vars(parser.parse(argv)).items() if v is not None}
     flags_set = parse_set(flags.pop("set", []))
-    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+    defaults = vars(Options())
+    flags = {name: typed(name, value, defaults[name], f"--{name}") for name, value in flags.items()}
     chosen = read_yaml(flags["config"]) if "config" in flags else {}
     chosen_set = chosen.pop("set", {}) | flags_set
     options = Options(**chosen | flags | {"set": chosen_set})
@@ -204,10 +204,15 @@ def with_recipe(options, explicit, module):
 
 def make_config(module, options, facts):
     """The model's Config: preset, then facts of the data, then --set. `facts` {field: value} are used
-    where the Config has such a field."""
+    where the Config has such a field, and --set may not contradict them."""
     if options.preset not in module.PRESETS:
         raise UserError(f"--preset {options.preset!r} is not in {module.__name__}.py"
                         f"{hint(options.preset, module.PRESETS)}")
     names = {f.name for f in dataclasses.fields(module.Config)}
     facts = {k: v for k, v in facts.items() if k in names}
+    for key, fact in facts.items():  # n_classes = 0 means: do not look at the labels
+        value = options.set.get(key, fact)
+        value = tuple(value) if isinstance(value, list) else value
+        if value != fact and (key, value) != ("n_classes", 0):
+            raise UserError(f"--set {key}={value}: the data decide this, it is {fact}; leave it out")
     return model_config(module, module.PRESETS[options.preset] | facts | options.set, "--set")

@@ -5,6 +5,7 @@ Read train.py first. metrics.jsonl grows by a line at a time; checkpoint.pt is r
 import contextlib
 import dataclasses
 import json
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,3 +122,26 @@ def read_metrics(path, up_to):
         with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run left half written
             rows.append(json.loads(line))
     return [r for r in rows if r["step"] <= up_to]
+
+
+def catch_signals():
+    """-> list that receives the first SIGINT or SIGTERM; a second one interrupts at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return received
+
+
+def release_signals():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def stop_status(received):
+    """What a shell sees of a program that a signal ended; of another process's signal here: SIGTERM."""
+    return 128 + (received or [signal.SIGTERM])[0]

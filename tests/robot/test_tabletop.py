@@ -1,35 +1,19 @@
 """The built-in task: what its documentation promises, against the simulator and plain geometry."""
+import re
+
 import numpy as np
 import pytest
+from helpers import CAMERAS, LOW_DIM, rollout
 
-from robot import tabletop
 from demos import generated
-from demos.generated import demonstrations
-from robot.tabletop import INSTRUCTIONS, MAX_STEPS, WALL, WALL_Y, ZONE, ZONES, Expert, Tabletop
-from demos.generated import DEMO_SEEDS, WHOLE
-
-LOW_DIM = {"robot0_eef_pos": 2, "robot0_gripper_qpos": 1, "object": 9, "goal": 4}
-CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
-
-
-def rollout(env, obs, expert):
-    """Run to the end: the last step's return and what happened on the way, each (steps, n, ...)."""
-    history = []
-    while True:
-        action = expert.act(obs)
-        result = env.step(action)
-        history.append({"action": action, "before": obs, "gripper": env.gripper.copy(), "reward": result[1]})
-        obs, info = result[0], result[-1]
-        if (info["outcome"] != "running").all():
-            return result, {key: [h[key] for h in history] for key in history[0]}
+from robot import tabletop
+from robot.tabletop import Expert, INSTRUCTIONS, MAX_STEPS, Tabletop, WALL, WALL_Y, ZONE, ZONES
 
 
 def still(env, gripper=-1.0):
     """The action that asks the arm to stay where it is."""
     return np.column_stack([env.gripper, np.full(env.n, gripper)])
 
-
-# ------------------------------------------------------------------------------------------------- the expert
 
 def test_expert_always_succeeds_and_takes_both_sides():
     n = 1000
@@ -82,8 +66,6 @@ def test_the_old_instruction_is_a_failure_under_the_new_one():
         (_, _, terminated, _, info), _ = rollout(env, new, expert)
         assert (info["outcome"] == "wrong").all() and terminated.all() and not info["success"].any()
 
-
-# -------------------------------------------------------------------------------------------------- resetting
 
 def test_a_start_is_a_function_of_its_seed_alone():
     many, _ = Tabletop(7, cameras=False).reset(seed=100)                # seeds 100 .. 106
@@ -140,8 +122,6 @@ def test_stepping_together_equals_stepping_one_at_a_time():
             assert (r[0], te[0], tr[0]) == (reward[i], terminated[i], truncated[i])
             assert inf["outcome"][0] == info["outcome"][i]
 
-
-# ---------------------------------------------------------------------------------------------- the mechanics
 
 def test_the_wall_cancels_a_move_and_does_not_let_it_slide():
     env = Tabletop(3, cameras=False)
@@ -268,10 +248,6 @@ def test_invalid_resets_are_refused_in_one_line(arguments):
     with pytest.raises(ValueError) as error:
         Tabletop(2).reset(**arguments)
     assert "\n" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------------------ the cameras
-
 TINTS = {"agentview_image": (1, 1, 1), "robot0_eye_in_hand_image": tabletop.HAND_TINT}
 
 
@@ -350,128 +326,13 @@ def test_beyond_the_table_the_hand_sees_the_floor():
         assert np.abs(pixel - np.multiply(colour, tabletop.HAND_TINT)).max() <= 1
 
 
-# --------------------------------------------------------------------------------------------- demonstrations
-
-def test_demonstrations_have_the_promised_form():
-    demos = demonstrations(40, seed=1)
-    for d in demos:
-        T = len(d["actions"])
-        assert T >= 2 and d["actions"].shape == (T, 3) and d["actions"].dtype == np.float32
-        assert np.abs(d["actions"]).max() <= 1
-        assert {k: v.shape for k, v in d["obs"].items()} == {k: (T, size) for k, size in LOW_DIM.items()}
-        assert d["instruction"] in INSTRUCTIONS and 0 <= d["episode"] < 40 and isinstance(d["episode"], int)
-        goal = d["obs"]["goal"][0]
-        assert INSTRUCTIONS[2 * goal[1].astype(int) + goal[3].astype(int)] == d["instruction"]
-
-
-def test_demonstrations_are_deterministic_and_continue_with_n():
-    few, more = demonstrations(10, seed=4), demonstrations(25, seed=4)
-    assert len(more) > len(few) > 10
-    for a, b in zip(few, more):
-        assert a["episode"] == b["episode"] and a["instruction"] == b["instruction"]
-        np.testing.assert_array_equal(a["actions"], b["actions"])
-        for key in LOW_DIM:
-            np.testing.assert_array_equal(a["obs"][key], b["obs"][key])
-    other = demonstrations(10, seed=5)
-    assert not np.array_equal(other[0]["obs"]["object"][0], few[0]["obs"]["object"][0])
-
-
-def test_demonstrations_with_cameras_are_the_same_ones_seen_most_of_them_up_to_the_grasp():
-    n = 2 * WHOLE + 1
-    plain, seen = demonstrations(n, seed=2), demonstrations(n, seed=2, cameras=True, image_size=32)
-    whole = lambda demos: [d for d in demos if d["episode"] % WHOLE == 0]
-    assert len(whole(seen)) == len(whole(plain)) > 0
-    for a, b in zip(whole(plain), whole(seen), strict=True):
-        np.testing.assert_array_equal(a["actions"], b["actions"])
-    approaches = [d for d in seen if d["episode"] % WHOLE]
-    assert {d["episode"] for d in approaches + whole(seen)} == {d["episode"] for d in plain}
-    for d in approaches:
-        assert not d["obs"]["object"][:, 8].any()                       # nothing is held yet
-        T, same = len(d["actions"]), [p["actions"] for p in plain if p["episode"] == d["episode"]]
-        assert any(np.array_equal(p[i:i + T], d["actions"]) for p in same for i in range(len(p)))
-    for b in seen:
-        for key in CAMERAS:
-            assert b["obs"][key].shape == (len(b["actions"]), 32, 32, 3) and b["obs"][key].dtype == np.uint8
-    # What the simulator would have shown in the first state, bit for bit.
-    env = Tabletop(1, image_size=32)
-    first = next(d for d in seen if d["obs"]["robot0_gripper_qpos"][0, 0] == 1)
-    env.reset(seed=0)
-    env.gripper[0] = first["obs"]["robot0_eef_pos"][0]
-    env.blocks[0] = first["obs"]["object"][0, :4].reshape(2, 2)
-    for key in CAMERAS:
-        np.testing.assert_array_equal(env._obs()[key][0], first["obs"][key][0])
-
-
-def test_demonstrations_contain_recoveries_and_nothing_of_the_kicks():
-    demos = demonstrations(200, seed=0)
-    episodes = {d["episode"] for d in demos}
-    assert 0.9 * 200 <= len(episodes) < len(demos)                      # few failed, many were cut
-    starts = [{key: value[0] for key, value in d["obs"].items()} for d in demos]
-    empty = [s for s in starts if s["robot0_gripper_qpos"][0] == 0 and s["object"][8] == 0]
-    carrying = [s for s in starts if s["object"][8] == 1]
-    assert len(empty) > 0.2 * 200 and len(carrying) > 0.2 * 200
-    for d in demos:
-        gripper, aperture = d["obs"]["robot0_eef_pos"].astype(float), d["obs"]["robot0_gripper_qpos"][:, 0]
-        # Recorded is the intention, and inside a segment the motion follows it but for the tremble: each step
-        # goes towards the recorded target and the fingers do what the recorded command says. A kick would go
-        # anywhere and mostly close on nothing. (One step may be cancelled by the wall, hence the `or`.)
-        way, wish = np.diff(gripper, axis=0), d["actions"][:-1, :2] - gripper[:-1]
-        lead = np.linalg.norm(wish, axis=1)
-        assert lead.max() < tabletop.REACH + 1e-6                       # the tremble would exceed it
-        far = lead > tabletop.SPEED + 0.03
-        along = (way * wish).sum(1) / lead.clip(1e-9)
-        assert ((along[far] > 0.7 * tabletop.SPEED) | (np.abs(way[far]).max(1) == 0)).all()
-        expected = np.clip(aperture[:-1] - 0.5 * d["actions"][:-1, 2], 0, 1)
-        np.testing.assert_array_equal(aperture[1:], expected)
-    # An empty closed gripper is told to open: that is the recovery.
-    opened = [d for d, s in zip(demos, starts) if s["robot0_gripper_qpos"][0] == 0 and s["object"][8] == 0
-              and np.linalg.norm(s["object"][4:6]) > 0.15]
-    assert len(opened) > 20 and all(d["actions"][0, 2] == -1 for d in opened)
-
-
-def test_every_rollout_ends_in_success_and_takes_both_sides():
-    demos = demonstrations(400, seed=7)
-    last = {d["episode"]: d for d in demos}                             # the last segment of each rollout
-    # The last recorded step opens the fingers, with the asked block in the asked zone ...
-    opened = [d for d in last.values() if d["actions"][-1, 2] == -1]
-    for d in opened:
-        state = d["obs"]["object"][-1]
-        assert state[8] == 1 and np.abs(state[4:6]).max() == 0 and (np.abs(state[6:8]) < ZONE).all()
-    # ... unless a kick came just before it, and left that step alone in its segment.
-    assert len(opened) > 0.95 * len(last)
-    sides = []
-    for episode in last:
-        way = np.concatenate([d["obs"]["robot0_eef_pos"] for d in demos if d["episode"] == episode])
-        beyond = way[way[:, 1] > WALL_Y]
-        sides.append(beyond[0, 0] < 0)
-    assert abs(np.sum(sides) - len(sides) / 2) < 4 * np.sqrt(len(sides) / 4)
-
-
-def test_recorded_actions_of_an_unperturbed_episode_replay_to_success():
-    n = 50
-    env = Tabletop(n, cameras=False)
-    obs, _ = env.reset(seed=9)
-    _, history = rollout(env, obs, Expert(env, seed=9))
-    env.reset(seed=9)
-    for action in history["action"]:
-        *_, info = env.step(action)                                     # nobody looks at what comes back
-    assert info["success"].all()
-
-
-def test_demonstrations_start_from_seeds_kept_for_them():
-    first = demonstrations(5, seed=0)[0]
-    env = Tabletop(1, cameras=False)
-    obs, _ = env.reset(seed=DEMO_SEEDS + first["episode"])
-    np.testing.assert_array_equal(obs["object"][0, :4], first["obs"]["object"][0, :4])
-
-
 def test_main_prints_what_it_promises(capsys):
     tabletop.main()
     said = capsys.readouterr().out
-    assert "success 100.0%" in said and "both cameras" in said
+    assert "success 100.0%" in said
+    generated.main()
+    assert re.search(r"100 demonstrations with both cameras, \d+ steps", capsys.readouterr().out)
 
-
-# ------------------------------------------------------------------------------------------ the second robot
 
 def test_the_velocity_robot_goes_where_the_first_one_goes_at_half_the_rate():
     n = 200
@@ -504,15 +365,3 @@ def test_the_velocity_robot_is_limited_and_checked_like_the_first():
     for _ in range(env.max_steps // 2):
         *_, truncated, info = env.step(np.zeros((2, 3)) - [0, 0, 1])
     assert truncated.all() and set(info["outcome"]) == {"timeout"}
-
-
-def test_demonstrations_of_the_velocity_robot():
-    demos = demonstrations(40, seed=1, robot=tabletop.VelocityTabletop)
-    assert len({d["episode"] for d in demos}) > 30
-    actions = np.concatenate([d["actions"] for d in demos])
-    assert actions.dtype == np.float32 and np.abs(actions[:, :2]).max() <= 5 * tabletop.REACH + 1e-5
-    for d in demos:                                                     # a step is a fifth of a second
-        way = np.diff(d["obs"]["robot0_eef_pos"], axis=0)
-        assert np.linalg.norm(way, axis=1).max() <= 2 * tabletop.SPEED + 1e-6
-        free = np.abs(way).max(1) > 0
-        assert np.abs(way - d["actions"][:-1, :2] / 5)[free].max() < 0.1

@@ -6,11 +6,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from test_sample import Recorder, scaled
-from test_train import as_before, command, refused, write_demos  # noqa: F401
+from helpers import Recorder, command, refused, scaled, write_demos
 
 from tools import compare
-import data
 import dp_cnn
 import sample
 from robot import tabletop

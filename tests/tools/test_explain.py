@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from test_house import MODELS, ROOT, each_model, source
 
 from tools import explain
-from tools import options
 import pi0
 import train
 from robot.models import load_module

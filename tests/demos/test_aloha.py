@@ -1,0 +1,68 @@
+"""ALOHA's layout."""
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from helpers import write_aloha
+
+import data
+from demos.dataset import open_demos
+from robot.errors import UserError
+
+
+def test_aloha_folder(tmp_path, capsys):
+    folder = write_aloha(tmp_path / "set", [3] * 11, language_instruction="fold")
+    demos = open_demos(folder, "image", text=True)
+    assert demos.episode_names[9:] == ["episode_9.hdf5", "episode_10.hdf5"]        # not 0, 1, 10, 2
+    assert demos.state_keys == {"qpos": 14, "qvel": 14} and demos.camera_keys == ["top"]
+    assert demos.fps == 50 and "50 Hz assumed" in capsys.readouterr().err
+    assert set(demos.instructions) == {"fold"}
+    images = data.Windows(demos, None, 2, 1, 0).images          # every picture shows its episode's number
+    assert images.unique().tolist() == demos.train_episodes.tolist()
+    assert len(open_demos(str(folder / "episode_1*.hdf5"), val_ratio=0).lengths) == 2      # 1 and 10
+
+
+@pytest.mark.parametrize("form", ["variable", "padded", "strings"])
+def test_jpeg_frames_have_their_colours_put_right(tmp_path, form):
+    """OpenCV is given RGB and writes it as BGR; whoever decodes with anything else has to swap back."""
+    Image = pytest.importorskip("PIL.Image", reason="pillow reads compressed frames")
+    import io
+    red = np.zeros((16, 24, 3), np.uint8)
+    red[..., 0] = 255
+
+    def encoded():
+        buffer = io.BytesIO()
+        Image.fromarray(red[..., ::-1].copy()).save(buffer, "JPEG", quality=95)     # as cv2.imencode does
+        return buffer.getvalue()
+
+    def write_frames(file, n):
+        one = np.frombuffer(encoded(), np.uint8)
+        if form == "variable":
+            top = file.create_dataset("observations/images/top", (n,), h5py.vlen_dtype(np.uint8))
+            for t in range(n):
+                top[t] = one
+        elif form == "padded":
+            file["observations/images/top"] = np.stack([np.pad(one, (0, 100))] * n)
+        else:
+            file["observations/images/top"] = np.array([encoded()] * n, dtype=f"S{len(one) + 50}")
+
+    folder = write_aloha(tmp_path / "set", [3, 4], write_frames)
+    (folder / "expanded_instruction_gpt-4-turbo.json").write_text(json.dumps({"instruction": "pour"}))
+    demos = open_demos(folder, "image")
+    image = torch.from_numpy(demos.images(1, 0, 4))
+    assert demos.image_size == (16, 24) and image.shape == (4, 1, 3, 16, 24)
+    assert (image[:, :, 0] > 245).all() and (image[:, :, 1:] < 10).all()
+    assert demos.instructions == ["pour", "pour"]
+    meta = {"obs": {"top": {"type": "rgb", "shape": [3, 16, 24]}, "qpos": {"shape": [14]}}}
+    assert open_demos(folder, shape_meta=meta).camera_keys == ["top"]
+    meta["obs"]["top"]["shape"] = [3, 24, 16]
+    with pytest.raises(UserError, match=r"'top' is \[3, 24, 16\], but the pictures of .* are \[3, 16, 24\]"):
+        open_demos(folder, shape_meta=meta)
+
+    demos.close()
+    with h5py.File(folder / "episode_1.hdf5", "a") as file:
+        file["observations/images/top"][2] = np.zeros_like(file["observations/images/top"][2])
+    with pytest.raises(UserError, match="episode_1.hdf5: 'top', steps 2 to 2: a JPEG frame cannot"):
+        open_demos(folder, "image").images(1, 2, 3)

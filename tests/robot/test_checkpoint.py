@@ -1,0 +1,99 @@
+"""robot/checkpoint.py: what is read, replayed and refused; official weights."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import golden
+from test_dp_cnn import policy_config
+from helpers import episode, refused, spoil, write_demos
+
+import dp_cnn
+import sample
+import train
+from robot.checkpoint import FORMAT, load_model, read_checkpoint
+from robot.errors import UserError
+from robot.policy import Policy
+
+
+def test_same_seed_same_actions(tiny):
+    def acted(policy, count=None):
+        return np.stack([policy.act(step) for step in episode(6, count)])
+    policy = Policy.load(tiny)
+    first = acted(policy)
+    policy.reset()
+    assert first.shape == (6, 2) and np.array_equal(acted(policy), first)
+    assert np.array_equal(acted(Policy.load(tiny)), first)
+    assert not np.allclose(acted(Policy.load(tiny, seed=1)), first, atol=1e-3)
+    # A batch draws noise of its own for every episode.
+    several = acted(Policy.load(tiny), count=2)
+    assert several.shape == (6, 2, 2) and not np.allclose(several[0, 0], several[0, 1], atol=1e-3)
+
+
+def test_bfloat16_acts_like_float32(tiny):
+    exact, half = (Policy.load(tiny, dtype=dtype) for dtype in (None, torch.bfloat16))
+    for step in episode(5, 16):
+        a, b = exact.act(step), half.act(step)
+        assert b.dtype == np.float32 and np.abs(a - b).mean() < 0.02 * a.std()
+
+
+def test_load_uses_the_averaged_weights_in_evaluation_mode(tiny):
+    model, checkpoint = load_model(tiny)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(w, checkpoint["ema"][key]) for key, w in model.state_dict().items())
+    assert any(not torch.equal(w, checkpoint["weights"][key]) for key, w in model.state_dict().items())
+
+
+def test_load_refuses_weights_that_compute_something_else(tiny, tmp_path, capsys):
+    content = read_checkpoint(tiny)
+    key = next(k for k in content["ema"] if k.endswith("final_out.weight"))
+    content["ema"][key] += 0.1
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="another output"):
+        Policy.load(tmp_path)
+    refused(capsys, lambda: sample.main([str(tmp_path)]), "another output", tmp_path)
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"normalizer": None}, "no policy"), ({"format": FORMAT + 1}, "update the code"),
+    ({"model": "dp_cmm"}, "did you mean 'dp_cnn'"), ({"config": {"horizont": 8}}, "did you mean 'horizon'")])
+def test_load_names_what_does_not_fit(changes, named, tiny, tmp_path):
+    torch.save(read_checkpoint(tiny), tmp_path / "checkpoint.pt")
+    spoil(tmp_path, **changes)
+    with pytest.raises(UserError, match=named):
+        Policy.load(tmp_path)
+    with pytest.raises(UserError, match="nothing"):
+        Policy.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@golden("dp_cnn.DiffusionUnetLowdimPolicy")
+def test_official_weights_through_the_command_line(case, suffix, tmp_path, capsys):
+    """--init --steps 0: the checkpoint holds the official weights, and acts."""
+    config, path = policy_config(case), tmp_path / f"official{suffix}"
+    if suffix == ".safetensors":
+        safetensors = pytest.importorskip("safetensors.torch", reason="package safetensors is an extra")
+        safetensors.save_file(case.sd, path)
+    else:
+        torch.save(case.sd, path)
+
+    def with_state(i, actions, obs):
+        state = np.random.default_rng(i).normal(size=(len(actions), config.state_dim))
+        return actions, {"state": state.astype(np.float32)}
+    demos = write_demos(tmp_path / "demos.hdf5", action_dim=config.action_dim, change=with_state)
+    fields = {name: value for name, value in dataclasses.asdict(config).items()
+              if value != getattr(dp_cnn.Config, name)}
+    fields = [word for name, value in fields.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    argv = ["--model", "dp_cnn", "--data", str(demos), "--episodes", "0", "--steps", "0", "--batch_size", "8",
+            "--device", "cpu", "--init", str(path), *fields]
+    train.main([*argv, "--out", str(tmp_path / "out")])
+    official = dp_cnn.Model.from_official(case.sd, config).state_dict()
+    model, checkpoint = load_model(tmp_path / "out")
+    for weights in (checkpoint["weights"], model.state_dict()):
+        assert all(torch.equal(weights[key], w) for key, w in official.items())
+    policy = Policy.load(tmp_path / "out")
+    assert policy.act({"state": np.zeros(config.state_dim)}).shape == (config.action_dim,)
+    other = config.step_embed_dim + 8                               # weights of another size are named
+    argv += ["--set", f"step_embed_dim={other}", "--out", str(tmp_path / "misfit")]
+    refused(capsys, lambda: train.main(argv), "--init", "should be", f"({other}")

@@ -1,0 +1,42 @@
+"""robot/normalizer.py against the official one."""
+import numpy as np
+import pytest
+import torch
+from golden_cases import golden
+
+from robot.normalizer import Normalizer
+
+
+@golden("data.LinearNormalizer")
+def test_normalizer_equals_the_official_one(case):
+    for official, mode in (("limits", "minmax"), ("gaussian", "meanstd"), ("limits_no_offset", "maxabs")):
+        normalizer = Normalizer.fit({"x": case.inp["data"].numpy()}, mode)
+        case.check(f"out/{official}/scale", normalizer.scale["x"])
+        case.check(f"out/{official}/offset", normalizer.offset["x"])
+        case.check(f"out/{official}/normalised", normalizer.normalize("x", case.inp["data"]))
+        case.check(f"out/{official}/back", normalizer.unnormalize("x", case.inp["query"]))
+        for stat in ("min", "max", "mean", "std"):
+            case.check(f"out/stats/{stat}", normalizer.stats["x"][stat])
+
+
+@pytest.mark.parametrize("mode", Normalizer.MODES)
+def test_normalizer_ranges_round_trip_and_checkpoint(mode, tmp_path):
+    x = np.random.default_rng(0).normal(size=(1000, 3)) * [1, 50, 1e-6] + [0, 200, 7]
+    normalizer = Normalizer.fit({"x": x}, mode)
+    y = normalizer.normalize("x", torch.tensor(x, dtype=torch.float32))
+    if mode == "meanstd":
+        assert y[:, :2].mean(0).abs().max() < 1e-4 and (y[:, :2].std(0) - 1).abs().max() < 1e-3
+    elif mode == "maxabs":
+        assert torch.allclose(y.abs().amax(0), torch.ones(3))
+    else:
+        inside = (y[:, :2].abs() <= 1 + 1e-5).float().mean(0)
+        assert (inside == 1).all() if mode == "minmax" else ((inside - 0.98).abs() < 0.002).all()
+        # a range of about 1e-5 is shifted to start at 0, not blown up to [-1, 1]
+        assert y[:, 2].abs().max() < 1e-4 and normalizer.near_constant == {"x": [2]}
+        assert "near-constant dimensions 2 " in normalizer.summary()
+    assert torch.allclose(normalizer.unnormalize("x", y)[:, :2], torch.tensor(x[:, :2]).float(), atol=1e-3)
+
+    torch.save(normalizer.state(), tmp_path / "n.pt")
+    again = Normalizer.from_state(torch.load(tmp_path / "n.pt", weights_only=True))
+    assert torch.equal(again.normalize("x", y), normalizer.normalize("x", y)) and again.mode == mode
+    assert again.summary() == normalizer.summary()

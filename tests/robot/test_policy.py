@@ -1,0 +1,142 @@
+"""robot/policy.py: what a policy sees and does."""
+import numpy as np
+import pytest
+import torch
+from helpers import LOWDIM, Recorder, episode, observed, recorder, write_demos
+
+import data
+import sample
+from demos.dataset import open_demos
+from robot.errors import UserError
+from robot.policy import Policy
+from robot.text import decode_text
+
+
+@pytest.mark.parametrize("first_action", [-2, 0])  # Diffusion Policy's chunk starts two steps ago, pi0's now
+def test_receding_horizon(first_action):
+    policy = recorder(first_action=first_action)
+    actions = [policy.act(observed(t)) for t in range(9)]
+    assert len(policy.model.batches) == 3                           # at steps 0, 4 and 8
+    for k, action in enumerate(actions):
+        index = -first_action + k % 4                               # "now" is -first_action in the chunk
+        assert action.tolist() == [2 * (100 * (k // 4) + index - 1)] * 2  # and in raw units
+    for batch, history in zip(policy.model.batches, ([0, 0, 0], [2, 3, 4], [6, 7, 8])):
+        raw = (batch["state"] - 1) * 2                              # (1, To, a and b)
+        assert raw[0].tolist() == [[t, 10 * t, 0.5] for t in history]
+        assert batch["control_hz"].tolist() == [10.0]
+
+
+def test_reset_forgets():
+    policy = recorder()
+    for t in range(2):
+        policy.act(observed(t))
+    policy.reset()
+    policy.act(observed(7))
+    assert ((policy.model.batches[-1]["state"] - 1) * 2)[0, :, 0].tolist() == [7, 7, 7]
+
+
+def test_episodes_side_by_side_act_as_each_alone():
+    together = recorder()
+    alone = [recorder() for _ in range(3)]
+    for t in range(5):
+        rows = [observed(t + 100 * i) for i in range(3)]
+        actions = together.act({key: np.stack([row[key] for row in rows]) for key in rows[0]})
+        assert actions.shape == (3, 2)
+        for i, policy in enumerate(alone):
+            assert np.array_equal(policy.act(rows[i]), actions[i])
+    for k, batch in enumerate(together.model.batches):
+        assert torch.equal(batch["state"], torch.cat([policy.model.batches[k]["state"] for policy in alone]))
+
+
+def test_images_and_instructions_arrive_where_the_model_expects_them():
+    cameras = LOWDIM | {"camera_keys": ["front", "hand"], "image_size": [4, 6]}
+    policy = recorder(cameras, text_len=16)
+    rng = np.random.default_rng(0)
+    seen = [observed(t) | {key: rng.integers(0, 256, (4, 6, 3), np.uint8) for key in ("front", "hand")}
+            for t in range(5)]
+    for step in seen:
+        policy.act(step | {"instruction": "go there"})
+    images = policy.model.batches[1]["images"]                      # planned at step 4 from steps 2, 3, 4
+    assert images.shape == (1, 3, 2, 3, 4, 6) and images.dtype == torch.uint8
+    for i, step in enumerate(seen[2:]):
+        for v, key in enumerate(("front", "hand")):
+            assert np.array_equal(images[0, i, v].permute(1, 2, 0).numpy(), step[key])
+    assert decode_text(policy.model.batches[1]["text"][0]) == "go there"
+    both = {key: np.stack([value, value]) for key, value in seen[0].items()}
+    policy.reset()
+    policy.act(both | {"instruction": ["left", "right"]})
+    assert [decode_text(row) for row in policy.model.batches[-1]["text"]] == ["left", "right"]
+
+
+def test_the_policy_sees_what_it_was_trained_on(tmp_path):
+    """The batch at step t of a demonstration, acted through, is the training batch of that step."""
+    def with_camera(i, actions, obs):
+        rng = np.random.default_rng(i)
+        return actions, obs | {"cam": rng.integers(0, 256, (len(actions), 8, 8, 3), np.uint8)}
+    found = open_demos(write_demos(tmp_path / "cam.hdf5", change=with_camera), obs="image")
+    normalizer = data.fit_normalizer(found)
+    windows = data.Windows(found, normalizer, 8, 3, -2)
+    policy = Policy(Recorder(n_action_steps=1), normalizer, found.description())
+    T = found.lengths[found.train_episodes[0]]
+    raw = found.state[found.rows(found.train_episodes[:1])]
+    frames = found.images(found.train_episodes[0], 0, T)
+    for t in range(T):
+        parts = np.split(raw[t], np.cumsum([*found.state_keys.values()]))
+        policy.act({"cam": frames[t, 0].transpose(1, 2, 0)} | dict(zip(found.state_keys, parts)))
+        trained = windows.batch(torch.tensor([t]))
+        for key in ("state", "images", "control_hz"):
+            assert torch.equal(policy.model.batches[-1][key], trained[key]), (key, t)
+
+
+def test_a_model_file_may_bring_its_own_codes():
+    """With encode_text in its Config, instructions arrive in its codes; what it refuses is one line."""
+    policy = recorder(text_len=4)
+
+    def encode_text(text):
+        if len(text) > 4:
+            raise ValueError(f"{text!r} is too long")
+        return torch.tensor([7, 8, 9, len(text)])
+    policy.model.config.encode_text = encode_text
+    policy.act(observed(0) | {"instruction": "go"})
+    assert policy.model.batches[0]["text"].tolist() == [[7, 8, 9, 2]]
+    with pytest.raises(UserError, match="'go there' is too long"):
+        policy.act(observed(1) | {"instruction": "go there"})
+
+
+def test_words_can_be_exchanged_to_see_whether_a_policy_listens():
+    policy = recorder(text_len=40)
+    policy.swap = [sample.word_pair("red,blue")]
+    policy.act(observed(0) | {"instruction": "red block, reduced, on the blue one"})
+    assert decode_text(policy.model.batches[0]["text"][0]) == "blue block, reduced, on the red one"
+    with pytest.raises(UserError, match="--swap red: write it as two words, for example"):
+        sample.word_pair("red")
+
+
+def test_copies_and_trace_of_a_chunk(tiny):
+    """Several chunks for each episode, with noise of their own; the trace ends with the chunks."""
+    policy, trace = Policy.load(tiny), []
+    for step in episode(2, 3):
+        policy.observe(step)
+    chunks = policy.sample_chunk(copies=4, trace=trace)
+    assert chunks.shape[0] == 12 and not policy.queue
+    last = policy.normalizer.unnormalize("actions", trace[-1]).numpy()
+    assert np.allclose(last, chunks, atol=1e-6)
+    rows = chunks.reshape(3, 4, -1)
+    assert np.ptp(rows, axis=1).max() > 1e-3
+    policy.generator = torch.Generator().manual_seed(0)
+    whole = policy.sample_chunk()
+    alone = Policy.load(tiny)
+    for step in episode(2, 3):
+        alone.observe(step)
+    assert np.array_equal(alone.sample_chunk(), whole)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"b": None}, "lacks 'b'"), ({"b": np.zeros(3)}, r"'b' has shape \(3,\), trained on was \(2,\)"),
+    ({"front": None, "frnt": np.zeros((4, 6, 3), np.uint8)}, "lacks 'front', did you mean 'frnt'"),
+    ({"front": np.zeros((6, 4, 3), np.uint8)}, r"\(4, 6, 3\)"), ({"front": np.zeros((4, 6, 3))}, "float64")])
+def test_observations_that_do_not_fit_are_named(change, named):
+    policy = recorder(LOWDIM | {"camera_keys": ["front"], "image_size": [4, 6]})
+    observation = observed(0) | {"front": np.zeros((4, 6, 3), np.uint8)} | change
+    with pytest.raises(UserError, match=named):
+        policy.act({key: value for key, value in observation.items() if value is not None})
