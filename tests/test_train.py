@@ -238,6 +238,14 @@ def test_two_processes_end_with_the_same_weights(demos, tmp_path):
     assert start["step"] == 3 and all(torch.equal(a["weights"][k], start["weights"][k]) for k in a["weights"])
 
 
+def test_sharding_is_refused_where_torch_cannot_do_it(demos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "Stream", object)                # as in torch 2.6, without record_event
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, lambda: train.main(command(demos, tmp_path / "out", "--fsdp")), "--fsdp", "torch>=2.13")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU")
 def test_sharded_training_is_that_of_ddp(demos, tmp_path):
     """Losses, gradient norms, weights, average and optimiser, over a resumption; and its checkpoint is like
     any other, for sample.py and for a single process."""

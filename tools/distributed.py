@@ -20,6 +20,9 @@ def join(device, fsdp):
         raise UserError("RANK and WORLD_SIZE are no whole numbers: leave them to torchrun") from None
     if fsdp and world == 1:
         raise UserError("--fsdp needs several processes: torchrun --nproc_per_node 4 train.py ... --fsdp")
+    if fsdp and not hasattr(getattr(torch, device.type).Stream, "record_event"):  # torch 2.6 on a CPU
+        raise UserError(f"--fsdp: FSDP2 of torch {torch.__version__} does not run on {device.type}: "
+                        f"pip install 'torch>=2.13'")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
@@ -51,12 +54,8 @@ def any_process(flag, device):
 def shard(parts, device, world):
     """--fsdp: the weights are whole from a step's forward to its backward pass. One group, not one per block:
     model files use parts of a block by other ways than its forward, which FSDP2 would not notice."""
-    try:
-        from torch.distributed.device_mesh import init_device_mesh  # seconds, which others need not wait for
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:
-        raise UserError(f"--fsdp needs FSDP2, which torch {torch.__version__} does not have: pip install "
-                        f"'torch>=2.7'") from None
+    from torch.distributed.device_mesh import init_device_mesh  # seconds, which others need not wait for
+    from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.type, (world,))
     for part in parts:
         fully_shard(part, mesh=mesh)
