@@ -19,6 +19,7 @@ would be padding, because it trains on the padding.)
 """
 import copy
 import dataclasses
+import signal
 import sys
 
 import numpy as np
@@ -35,10 +36,11 @@ from robot.text import encode_text
 # What train.py asks for
 
 
-def open_data(options, module, cache=None):
+def open_data(options, module, cache=None, normalizer=None):
     """-> (facts about the data for the Config, function (config, device) -> [training items, held-out items],
     description for the checkpoint, normaliser or None for a generative model). cache: folder of generated
-    demonstrations, default as data.py says."""
+    demonstrations, default as demos/generated.py says. normalizer: of an earlier run, instead of a new one.
+    """
     fields = {f.name: f.default for f in dataclasses.fields(module.Config)}
     if "data_shape" in fields:  # points or images
         train, valid = (open_samples(options.data or "moons", n=options.demos or None, seed=options.seed,
@@ -51,12 +53,17 @@ def open_data(options, module, cache=None):
         source, obs=chosen.get("obs", "image"), text="text_len" in fields,
         shape_meta=options.shape_meta or None, episodes=options.demos or None,
         val_ratio=options.val_ratio or None, max_train_episodes=options.max_train_episodes or None,
-        seed=options.seed, cache=cache)
+        seed=options.seed, cache=cache, memory_gb=options.memory_gb)
     if options.robots:
         demos = mix_robots(options.robots, module, opened)
     else:
         demos = opened(options.data or "tabletop")
-    normalizer = fit_normalizer(demos, options.normalizer)
+    if normalizer is None:
+        normalizer = fit_normalizer(demos, options.normalizer)
+    for key, has in (("actions", demos.action_dim), ("state", demos.state_dim)):
+        if len(normalizer.scale[key]) != has:
+            raise UserError(f"{demos.source} has {has} numbers of {key} a step, the run to start from "
+                            f"{len(normalizer.scale[key])}: its normaliser and weights do not fit")
     facts = {"action_dim": demos.action_dim, "state_dim": demos.state_dim,
              "n_cameras": len(demos.camera_keys)}
     if demos.image_size:
@@ -241,8 +248,14 @@ def batches(windows, batch_size, seed, start_step=0, rank=0, world=1, workers=0)
     # A generator of its own: the loader draws a seed for its workers, which must not disturb the run's.
     loader = torch.utils.data.DataLoader(BatchByIndices(windows), batch_size=None, sampler=stream,
                                          num_workers=workers, pin_memory=windows.device.type == "cuda",
-                                         generator=torch.Generator())
+                                         generator=torch.Generator(), worker_init_fn=ignore_signals)
     return (received(indices, batch, windows.device) for indices, batch in loader)
+
+
+def ignore_signals(worker):
+    """Ctrl-C and a container's SIGTERM reach the whole group; the main process says what they mean."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def received(indices, batch, device):

@@ -42,13 +42,14 @@ def add_flags(parser):
     add("--instruction", type=int, default=None, help="tabletop: ask for this one of the four instead")
     add("--seed", type=int, default=0, help="of the sampler and of the episodes (default: 0)")
     add("--device", default="auto", help="auto | cpu | cuda | mps (default: auto)")
+    add("--no_replay", action="store_true", help="load although the model file computes something else now")
     add("--dtype", default="float32", help="auto | float32 | bfloat16 (default: float32)")
 
 
 def load_run(path, args):
     """-> (model with --set applied, its checkpoint, Policy or None for a generative model)"""
     device, dtype = pick_device(args.device, args.dtype)
-    model, checkpoint = load_model(path, device)
+    model, checkpoint = load_model(path, device, not args.no_replay)
     changes = parse_set(args.set)
     model.config = model_config(load_module(checkpoint["model"]), checkpoint["config"] | changes, "--set")
     if checkpoint["normalizer"] is None:

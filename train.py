@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -29,9 +28,9 @@ from tqdm import tqdm
 
 import data
 from robot import tabletop
-from robot.checkpoint import load_official
 from robot.errors import UserError, one_line, run_command, write_json, written_aside
 from robot.models import load_module, pick_device
+from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.rollout import closed_loop
 from tools import distributed, report
@@ -39,8 +38,9 @@ from tools.explain import explain_one_batch
 from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import pictures
 from tools.quality import compare_samples, validate
-from tools.runs import (Run, catch_signals, collect, log, prepare_out, release_signals, resume, save,
-                        stop_status)
+from tools.runs import (Run, catch_signals, collect, keep_best, locked, log, n_parameters, prepare_out,
+                        release_signals, save, stop_status)
+from tools.starting import build, earlier_run, resume
 
 # ----------------------------------------------------------------------------------------------------------
 # Schedules
@@ -89,20 +89,18 @@ class LossStep(torch.nn.Module):
         return self.model.loss(batch)
 
 
-def prepare(options, module):
+def prepare(options, module, out, device, dtype, rank, world):
     """Open the data, build the model and its average, the optimiser. -> Run"""
-    device, dtype = pick_device(options.device, options.dtype)
-    rank, world = distributed.join(device, options.fsdp)
-    out = prepare_out(options)
-    distributed.wait()  # all have looked before one writes
+    earlier = earlier_run(options, out)
 
-    # The data decide the shapes in the model's Config.
-    facts, make_items, description, normalizer = data.open_data(options, module)
+    # The data decide the shapes in the model's Config. A run goes on in the units in which it began.
+    units = Normalizer.from_state(earlier["normalizer"]) if earlier and earlier["normalizer"] else None
+    facts, make_items, description, normalizer = data.open_data(options, module, normalizer=units)
     config = make_config(module, options, facts)
     items, held_out = make_items(config, device)
     example = (held_out if len(held_out) else items).batch(torch.zeros(1, dtype=torch.long))
     torch.manual_seed(options.seed)
-    model = build(options, module, config, example, device)
+    model = build(options, module, config, example, device, earlier)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     loss_step, shown = LossStep(model), ema
     if options.fsdp:
@@ -110,34 +108,11 @@ def prepare(options, module):
         distributed.shard((loss_step, ema), device, world)
     optimizer = torch.optim.AdamW(model.param_groups(options.weight_decay), lr=options.lr,
                                   betas=options.betas, fused=device.type in ("cuda", "cpu"))
-    return Run(options, out, device, dtype, rank, world, config, model, ema, shown, loss_step, optimizer,
-               items, held_out, description, normalizer, example)
-
-
-def build(options, module, config, example, device):
-    """The model on its device, after a first loss: a Config that the data do not fit, or that no network can
-    be made of, is one line here and no traceback an hour later."""
-    try:
-        with torch.device("meta"):
-            check_size(module.Model(config), device)
-        model = load_official(module, config, options.init) if options.init else module.Model(config)
-        model = model.to(device)
-        with torch.no_grad():
-            model.loss({k: v.to(device) for k, v in example.items()})
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError, IndexError) as e:
-        kind = "" if isinstance(e, ValueError) else "this configuration gives no model: "
-        raise UserError(f"{options.model}: {kind}{one_line(e)[:300]}") from None
-    return model
-
-
-def check_size(model, device):
-    """Refuse weights that cannot fit beside their average, before they are allocated."""
-    need, has = 8 * n_parameters(model), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        has = torch.cuda.get_device_properties(device).total_memory
-    if need > has:
-        raise ValueError(f"{n_parameters(model):,} parameters and their average take {need / 1e9:.0f} GB, "
-                         f"{device.type} has {has / 1e9:.0f} GB: take a smaller preset")
+    run = Run(options, out, device, dtype, rank, world, config, model, ema, shown, loss_step, optimizer,
+              items, held_out, description, normalizer, example)
+    if options.resume:
+        resume(run, earlier)
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -197,11 +172,13 @@ def after_steps(run, since, named, lr, grad_norm, received, bar):
     """Every log_every steps, the one place where the host waits for the device: log, save, evaluate, stop.
     -> what to gather in from here on"""
     options, done = run.options, run.step
-    logging = done % options.log_every == 0 or done == options.steps
+    due = evaluations_due(run)
+    logging = done % options.log_every == 0 or done == options.steps or any(due)
     stopping = bool(received) and (run.world == 1 or logging)
     if run.world > 1 and logging:  # all processes stop at the same step, or some would wait for ever
         stopping = distributed.any_process(stopping, run.device)
-    saving = stopping or done == options.steps or done % options.checkpoint_every == 0
+    saving = stopping or done == options.steps or done % options.checkpoint_every == 0 or (
+        options.keep_best and any(due)) or (options.keep_every and done % options.keep_every == 0)
     if not (logging or saving):
         return since
     losses = torch.stack(since.losses).reshape(-1, options.grad_accum).sum(1).tolist()
@@ -217,16 +194,10 @@ def after_steps(run, since, named, lr, grad_norm, received, bar):
     log(run, row)
     bar.set_postfix_str(f"loss {row['loss']:.4f} data {1e3 * row['data_s']:.1f} ms "
                         f"compute {1e3 * row['compute_s']:.1f} ms")
-    validating, rolling = (every and done % every == 0 and done < options.steps and not stopping
-                           for every in (options.eval_every, options.rollout_every))
     if saving:
         save(run)
-    elif validating or rolling:
-        collect(run)
-    if run.main and (validating or rolling):
-        row = evaluate(run, acting=rolling)
-        row.pop("rollouts", None)
-        log(run, row)
+    if any(due) and not stopping:
+        evaluate_on_the_way(run)
     if stopping:
         bar.close()
         if run.main:
@@ -279,6 +250,21 @@ def evaluate(run, acting):
     return row
 
 
+def evaluations_due(run):
+    """-> whether the held-out loss and whether the closed loop is due at this step, but the last."""
+    return [bool(every) and run.step % every == 0 and 0 < run.step < run.options.steps
+            for every in (run.options.eval_every, run.options.rollout_every)]
+
+
+def evaluate_on_the_way(run):
+    collect(run)
+    if run.main:
+        row = evaluate(run, acting=evaluations_due(run)[1])
+        row.pop("rollouts", None)
+        log(run, row)
+        keep_best(run)
+
+
 def finish(run):
     """The last evaluation, result.json and the report. -> the dict of result.json"""
     collect(run)
@@ -302,10 +288,6 @@ def finish(run):
     return result
 
 
-def n_parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def announce(run):
     """Print what is going to be trained on what, and begin metrics.jsonl."""
     print(json.dumps({"options": dataclasses.asdict(run.options), "config": dataclasses.asdict(run.config)}))
@@ -319,16 +301,32 @@ def announce(run):
 
 def train(options, module):
     """Train, evaluate, write everything to options.out. -> the dict of result.json"""
-    run = prepare(options, module)
-    if options.resume:
-        resume(run)
+    device, dtype = pick_device(options.device, options.dtype)
+    rank, world = distributed.join(device, options.fsdp)
+    out = prepare_out(options)
+    distributed.wait()  # all have looked before one writes
+    with locked(out, rank):
+        return carry_out(prepare(options, module, out, device, dtype, rank, world))
+
+
+def carry_out(run):
+    """From the first step to the report."""
+    options = run.options
     stream = data.batches(run.items, options.batch_size, options.seed, run.step * options.grad_accum,
                           run.rank, run.world, options.workers)
     if run.main:
         announce(run)
     if not options.resume:
         save(run)
-    loop(run, stream)
+    if any(evaluations_due(run)) and not any(r["step"] == run.step and "lr" not in r for r in run.rows):
+        evaluate_on_the_way(run)  # what was interrupted after its checkpoint and before this
+    try:
+        loop(run, stream)
+    except RuntimeError as e:  # torch notices it at any place of the loop
+        if "DataLoader worker" not in str(e):
+            raise
+        raise UserError(f"a worker process died ({one_line(e)[:120]}): go on with --resume, with less "
+                        f"--workers if memory was short") from None
     release_signals()  # all is saved: from here on an interruption costs the evaluation only
     return finish(run)
 

@@ -15,7 +15,7 @@ from demos.episodes import decode_jpeg, faults, nonfinite
 from demos.files import find_files, open_file, read_episodes
 from demos.generated import tabletop_file
 from robot import tabletop
-from robot.errors import UserError, nearest, one_line
+from robot.errors import UserError, fingerprint, nearest, one_line
 
 
 def choose_keys(first, obs, text, shape_meta):
@@ -189,7 +189,8 @@ class Demos:
                 "image_size": list(self.image_size) if self.image_size else None,
                 "state_dim": self.state_dim, "action_dim": self.action_dim, "action_names": self.action_names,
                 "instructions": sorted(set(self.instructions) - {""}), "episode_names": self.episode_names,
-                "lengths": self.lengths.tolist(), "train_episodes": self.train_episodes.tolist(),
+                "fingerprint": fingerprint(self.actions, self.state), "lengths": self.lengths.tolist(),
+                "train_episodes": self.train_episodes.tolist(),
                 "valid_episodes": self.valid_episodes.tolist()}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from demos.files import open_file
-from robot.errors import UserError, nearest, one_line
+from robot.errors import UserError, fingerprint, nearest, one_line
 
 
 def moons(n, rng):
@@ -122,7 +122,8 @@ class Samples:
     def description(self):
         """What a checkpoint keeps of the data: plain values only."""
         return {"source": self.source, "shape": list(self.shape), "n_classes": self.n_classes,
-                "class_names": list(self.class_names), "items": len(self)}
+                "class_names": list(self.class_names), "items": len(self),
+                "fingerprint": fingerprint(self.x.cpu().numpy())}
 
 
 def open_samples(source, n=None, seed=0, split="train"):

@@ -1,9 +1,10 @@
 """Checkpoints: weights, configuration, description of the data and a recorded pair to replay, in one file."""
+import zipfile
 from pathlib import Path
 
 import torch
 
-from .errors import UserError, written_aside
+from .errors import UserError, one_line, written_aside
 from .models import load_module, model_config
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
@@ -17,21 +18,38 @@ def save_checkpoint(path, content):
             raise OSError(f"torch.save: {str(e).splitlines()[0]}") from None
 
 
+# What a checkpoint holds, and of which type.
+CONTENT = {"model": str, "preset": str, "options": dict, "config": dict, "data": dict,
+           "normalizer": (dict, type(None)), "step": int, "train_seconds": (int, float), "weights": dict,
+           "ema": dict, "optimizer": dict, "replay": dict}
+
+
 def read_checkpoint(path, device="cpu"):
-    """The checkpoint's dict. `path` may be the run's folder. Only tensors, numbers, texts and containers
-    of them are read; anything else a pickle could hold is refused."""
+    """The checkpoint's dict. `path` may be the run's folder. Only tensors, numbers, texts and containers of
+    them are read; anything else a pickle could hold is refused. The file's checksums are compared, so that no
+    flipped bit becomes a weight."""
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"there is no {path}; give the --out folder of a training run")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        found = content["format"]
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+        content = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        found = None if damaged else content["format"]
+    except PermissionError:
+        raise UserError(f"{path} may not be read: change its permissions") from None
     except Exception:  # torch has a dozen types of error for files that are cut short, foreign or pickles
         raise UserError(f"{path} is not a checkpoint of this project, or it is cut short; only files that "
                         f"train.py wrote are read, and nothing is ever unpickled") from None
-    if found > FORMAT:
-        raise UserError(f"{path} has format {found}, this code reads up to {FORMAT}: update the code")
+    if damaged:
+        raise UserError(f"{path} is damaged ({damaged} does not match its checksum): copy it again")
+    if not isinstance(found, int) or found > FORMAT:
+        raise UserError(f"{path} has format {str(found)[:20]}, this code reads up to {FORMAT}: update the "
+                        f"code")
+    for key, kind in CONTENT.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path} holds no sound '{key}': it was edited, train again or take another copy")
     return content
 
 
@@ -48,21 +66,28 @@ def sample_two_steps(model, batch):
     return model.sample(batch, steps=2, generator=torch.Generator().manual_seed(0)).float().cpu()
 
 
-def load_model(path, device="cpu"):
-    """-> (model with the averaged weights, in evaluation mode, and the checkpoint). Verifies by replay
-    that this code computes what the code that trained it did."""
+def load_model(path, device="cpu", replay=True):
+    """-> (model with the averaged weights, in evaluation mode, and the checkpoint). Verifies by replay that
+    this code computes what the code that trained it did. replay=False: without, after a change that is meant.
+    """
     checkpoint = read_checkpoint(path, device)
     module = load_module(checkpoint["model"])
     config = model_config(module, checkpoint["config"], path)
-    model = module.Model(config)
-    model.load_state_dict(checkpoint["ema"])
-    model.to(device).eval().requires_grad_(False)
-    replay = checkpoint["replay"]
-    output = sample_two_steps(model, replay["batch"])
-    error = (output - replay["output"]).abs().max().item()
+    recorded, error = checkpoint["replay"], 0.0
+    try:
+        model = module.Model(config)
+        model.load_state_dict(checkpoint["ema"])
+        model.to(device).eval().requires_grad_(False)
+        if replay:
+            output = sample_two_steps(model, recorded["batch"])
+            error = (output - recorded["output"]).abs().max().item()
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
+        raise UserError(f"{path} does not fit {checkpoint['model']}.py, which has changed since it was "
+                        f"trained: {one_line(e)[:200]}") from None
     if not error <= 1e-2:
         raise UserError(f"{path}: the recorded input gives another output than when it was saved (by "
-                        f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained")
+                        f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained; if that "
+                        f"is meant, load it with --no_replay")
     return model, checkpoint
 
 

@@ -62,7 +62,10 @@ def model_config(module, values, where):
 
 
 def pick_device(name, dtype):
+    """Names as flags have them ("auto", "cpu", "cuda", "cuda:1", "mps"; "auto", "float32", "bfloat16") ->
+    (device, dtype)"""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name, _, index = name.partition(":")
     if name == "auto":
         name = next(d for d in ("cuda", "mps", "cpu") if available[d])
     if name not in available:
@@ -73,5 +76,7 @@ def pick_device(name, dtype):
               "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise UserError(f"--dtype {dtype!r} is not known{hint(dtype, dtypes)}")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name), dtypes[dtype]
+    index = index or os.environ.get("LOCAL_RANK", "0")
+    if name == "cuda" and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+        raise UserError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, from cuda:0 on")
+    return torch.device(name, int(index)) if name == "cuda" else torch.device(name), dtypes[dtype]

@@ -15,6 +15,7 @@ import torch
 
 from .checkpoint import load_model
 from .errors import UserError, hint
+from .models import pick_device
 from .normalizer import Normalizer
 from .text import encode_text
 
@@ -48,8 +49,11 @@ class Policy:
         self.reset()
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0, robot=None):
-        model, checkpoint = load_model(path, device)
+    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0, robot=None, replay=True):
+        """`path`: a checkpoint, or the folder of its run. replay=False: see checkpoint.load_model. device:
+        also "auto". Raises UserError."""
+        device, _ = pick_device(str(device), "float32")
+        model, checkpoint = load_model(path, device, replay)
         if checkpoint["normalizer"] is None:
             raise UserError(f"{path}: {checkpoint['model']} generates samples, it is no policy")
         normalizer = Normalizer.from_state(checkpoint["normalizer"])

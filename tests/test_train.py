@@ -30,6 +30,7 @@ import train
 from robot.checkpoint import FORMAT, load_model, read_checkpoint
 from robot.normalizer import Normalizer
 from robot.policy import Policy
+from tools.runs import locked
 
 
 def assert_same_run(out, reference):
@@ -125,7 +126,7 @@ def test_golden_steps(case, monkeypatch, tmp_path):
     unscaled = Normalizer("minmax", one, zero, {}, {})
     rows, none = GivenBatch(batches[0]), GivenBatch({"actions": ()})
     opened = dataclasses.asdict(config), lambda *_: [rows, none], {"source": "given"}, unscaled
-    monkeypatch.setattr(data, "open_data", lambda *_: opened)
+    monkeypatch.setattr(data, "open_data", lambda *_, **__: opened)
     monkeypatch.setattr(data, "batches", lambda *_: ((None, batch) for batch in batches))
     draws, loss = iter(zip(case.inp["noise"], case.inp["timesteps"])), module.Model.loss
     monkeypatch.setattr(module.Model, "loss", lambda self, batch: loss(
@@ -583,3 +584,152 @@ def test_a_disk_too_full_for_a_line_of_metrics(demos, tmp_path, monkeypatch, cap
     at_step(monkeypatch, 3, lambda: limit_file_size(0))
     refused(capsys, until_full(lambda: train.main(command(demos, tmp_path))), "--out", "make room")
     assert read_checkpoint(tmp_path)["step"] == 3
+
+
+# -- going on with other data, starting from a run of one's own ----------------------------------------------
+
+
+@pytest.mark.parametrize("write, named", [
+    (dict(episodes=8), "other episodes (6 then, 8 now)"), (dict(seed=1), "other numbers"),
+    (dict(length=15), "other episodes")], ids=str)
+def test_other_data_are_refused_when_resumed(write, named, demos, tmp_path, capsys):
+    own = shutil.copy(demos, tmp_path / "own.hdf5")
+    train.main(command(own, tmp_path / "out", steps=2, eval_every=0))
+    before = contents(tmp_path / "out")
+    write_demos(own, **write)
+    refused(capsys, lambda: train.main(command(own, tmp_path / "out", "--resume", steps=2)), named, "--init")
+    assert contents(tmp_path / "out") == before
+
+
+def test_another_split_is_refused_and_another_normaliser_is_not_taken(demos, tmp_path, capsys):
+    train.main(command(demos, tmp_path, steps=2, eval_every=0))
+    was = read_checkpoint(tmp_path)["normalizer"]
+    refused(capsys, lambda: train.main(command(demos, tmp_path, "--resume", steps=4, val_ratio=0.4)), "split")
+    train.main(command(demos, tmp_path, "--resume", steps=4, normalizer="meanstd"))
+    assert "normalizer was 'minmax' and is now 'meanstd'" in capsys.readouterr().out
+    now = read_checkpoint(tmp_path)
+    assert now["step"] == 4 and now["normalizer"]["mode"] == "minmax"
+    assert all(torch.equal(was["scale"][key], now["normalizer"]["scale"][key]) for key in was["scale"])
+
+
+def test_fewer_steps_than_are_done_are_refused(demos, finished, capsys):
+    refused(capsys, lambda: train.main(command(demos, finished, "--resume", steps=3)), "8 steps behind it")
+
+
+def test_a_finished_run_that_is_resumed_doubles_no_row(demos, finished, whole):
+    train.main(command(demos, finished, "--resume"))
+    assert [(row["step"], sorted(row)) for row in read_rows(finished)] == [
+        (row["step"], sorted(row)) for row in read_rows(whole[1])]
+    assert_same_run(finished, whole[1])
+
+
+def test_killed_between_a_checkpoint_and_its_evaluation(demos, whole, tmp_path, monkeypatch):
+    """The row of the evaluation is made when the run goes on, in its place."""
+    argv = command(demos, tmp_path / "a", checkpoint_every=4)
+    train.main(command(demos, tmp_path / "b", checkpoint_every=4))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(train, "evaluate", raiser(Crash))
+        train.main(argv)
+    assert read_checkpoint(tmp_path / "a")["step"] == 4
+    train.main([*argv, "--resume"])
+    assert [(row["step"], "val_loss" in row) for row in read_rows(tmp_path / "a")] == [
+        (row["step"], "val_loss" in row) for row in read_rows(tmp_path / "b")]
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_evaluations_come_when_they_are_due_whatever_is_logged(demos, tmp_path):
+    train.main(command(demos, tmp_path, log_every=50, checkpoint_every=50, eval_every=3, steps=8))
+    assert [row["step"] for row in read_rows(tmp_path) if "val_loss" in row] == [3, 6, 8]
+
+
+def test_a_run_of_ones_own_to_start_from(demos, whole, tmp_path, capsys):
+    """Its averaged weights, in its units: what it knows is worth as much on other data of the robot."""
+    other = write_demos(tmp_path / "other.hdf5", seed=7)
+    train.main(command(other, tmp_path / "out", steps=0, init=whole[1]))
+    first, now = read_checkpoint(whole[1]), read_checkpoint(tmp_path / "out")
+    assert now["step"] == 0
+    assert all(torch.equal(x, now["weights"][key]) for key, x in first["ema"].items())
+    was, units = first["normalizer"], now["normalizer"]
+    for part in ("scale", "offset"):
+        assert all(torch.equal(was[part][key], units[part][key]) for key in was[part])
+    train.main(command(other, tmp_path / "head", steps=0, init=whole[1], fresh="unet.final_out"))
+    assert "2 weights start fresh: unet.final_out" in capsys.readouterr().out
+    head = read_checkpoint(tmp_path / "head")["weights"]
+    same = {key for key, x in first["ema"].items() if torch.equal(x, head[key])}
+    assert set(head) - same == {"unet.final_out.weight", "unet.final_out.bias"}
+
+
+def test_what_does_not_fit_the_run_to_start_from(demos, whole, tmp_path, capsys):
+    for more, chosen, named in (([], {"fresh": "unet.finl_out"}, "did you mean 'unet.final_out'"),
+                                (["--set", "n_groups=2", "--set", "down_dims=[16, 16]"], {}, "--fresh"),
+                                ([], {"data": write_demos(tmp_path / "a.hdf5", action_dim=3)}, "normaliser")):
+        argv = {"init": whole[1]} | chosen
+        refused(capsys, lambda: train.main(command(argv.pop("data", demos), tmp_path / "out", *more, steps=0,
+                                                   **argv)), named)
+    refused(capsys, lambda: train.main(command(demos, tmp_path / "out", fresh="unet")), "add --init")
+
+
+def test_best_and_every_third_checkpoint_are_kept(demos, tmp_path):
+    train.main(command(demos, tmp_path, "--keep_best", keep_every=3, eval_every=1, steps=7))
+    assert [read_checkpoint(tmp_path / f"checkpoint_{step}.pt")["step"] for step in (3, 6)] == [3, 6]
+    losses = {row["step"]: row["val_loss"] for row in read_rows(tmp_path) if "val_loss" in row}
+    losses.pop(7)                                                   # the last evaluation comes after the loop
+    assert read_checkpoint(tmp_path / "checkpoint_best.pt")["step"] == min(losses, key=losses.get)
+
+
+def test_weights_that_the_last_update_broke_are_not_saved(demos, tmp_path, monkeypatch, capsys):
+    @torch.no_grad()
+    def broken():
+        torch._foreach_mul_(list(train_run["run"].model.parameters()), math.nan)
+    train_run, real = {}, train.loop
+    monkeypatch.setattr(train, "loop", lambda run, stream: (train_run.update(run=run), real(run, stream)))
+    monkeypatch.setattr(train, "ema_decay", lambda step, *_: (broken() if step == 4 else None, 0.5)[1])
+    argv = command(demos, tmp_path, steps=5, eval_every=0)
+    refused(capsys, lambda: train.main(argv), "not finite after step 5")
+    assert read_checkpoint(tmp_path)["step"] == 3
+
+
+def test_two_processes_do_not_train_into_one_folder(demos, tmp_path, capsys):
+    """The second is refused before it touches what the first is writing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out, 0):
+        part = out / "checkpoint.pt.1.part"
+        part.write_bytes(b"half")
+        refused(capsys, lambda: train.main(command(demos, out)), "another process is training")
+        assert part.exists()
+    train.main(command(demos, out, steps=1, eval_every=0))
+    assert not list(out.glob("*.part"))
+
+
+GROUP = """
+import os, signal, sys, train
+seed = train.seed_step
+def seed_step(s, step, rank):
+    seed(s, step, rank)
+    if step == 3:
+        {act}
+train.seed_step = seed_step
+if __name__ == "__main__":
+    train.run_command(lambda: train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("act, status, said", [
+    ("os.killpg(0, signal.SIGTERM)", 128 + signal.SIGTERM, "stopped after step 4"),
+    ("os.killpg(0, signal.SIGINT)", 128 + signal.SIGINT, "stopped after step 4"),
+    ("import multiprocessing as m; m.active_children()[0].kill(); import time; time.sleep(2)", 2,
+     "a worker process died")], ids=["SIGTERM", "SIGINT", "worker"])
+def test_signals_to_the_group_and_dead_workers(act, status, said, demos, tmp_path):
+    """Ctrl-C, a container that is stopped: workers get the signal too, and must not die of it."""
+    (tmp_path / "group.py").write_text(GROUP.format(act=act))
+    from_files = write_demos(tmp_path / "a.hdf5", change=lambda i, actions, obs: (actions, obs | {
+        "camera": np.full((len(actions), 8, 8, 3), i, np.uint8)}))
+    argv = command(from_files, tmp_path / "out", "--set", "obs=image", "--set", "resnet_widths=[16, 16, 16]",
+                   "--memory_gb", "0", workers=2, eval_every=0)
+    done = subprocess.run([sys.executable, str(tmp_path / "group.py"), *argv], cwd=tmp_path, text=True,
+                          start_new_session=True, capture_output=True, timeout=200,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert said in (done.stdout if status != 2 else done.stderr)
+    assert read_checkpoint(tmp_path / "out")["step"] == (3 if status == 2 else 4)

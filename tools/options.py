@@ -62,6 +62,8 @@ class Options:
     val_ratio: float = 0.0
     # minmax | meanstd | quantile | maxabs
     normalizer: str = "minmax"
+    # gigabytes of memory for images; what takes more stays in the files
+    memory_gb: float = 4.0
     # worker processes that read files (sets that fit into memory need none)
     workers: int = 0
     # a logged line every N steps
@@ -86,8 +88,14 @@ class Options:
     fsdp: bool = False
     # go on with the run in --out
     resume: bool = False
-    # weights to start from: .safetensors or state_dict of an official release
+    # keep every N-th checkpoint as checkpoint_<step>.pt; 0 = the newest only
+    keep_every: int = 0
+    # keep the checkpoint with the lowest held-out loss as checkpoint_best.pt
+    keep_best: bool = False
+    # weights to start from: a run of one's own (its folder), or .safetensors or state_dict of a release
     init: str = ""
+    # with --init: weights whose names begin so start fresh, for example a new head; several with commas
+    fresh: str = ""
     # fields of the model's Config
     set: dict = field(default_factory=dict)
     # observation and action keys of the data, as in Diffusion Policy's YAML (YAML only)
@@ -167,12 +175,17 @@ def check_options(options):
     """Numbers that no run can use."""
     for name, least in {"steps": 0, "batch_size": 1, "grad_accum": 1, "log_every": 1, "checkpoint_every": 1,
                         "warmup": 0, "workers": 0, "episodes": 0, "eval_every": 0, "rollout_every": 0,
-                        "clip": 0, "seed": 0, "lr": 0, "weight_decay": 0, "demos": 0}.items():
+                        "clip": 0, "seed": 0, "lr": 0, "weight_decay": 0, "demos": 0, "keep_every": 0,
+                        "ema_power": 0, "memory_gb": 0, "ema_max": 0, "max_train_episodes": 0}.items():
         value = getattr(options, name)
         if not value >= least:
             raise UserError(f"--{name} {value} must be at least {least}")
     if len(options.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in options.betas):
         raise UserError(f"--betas {options.betas} must be two numbers of at least 0 and below 1")
+    if options.ema_max > 1:
+        raise UserError(f"--ema_max {options.ema_max} is a share: at most 1")
+    if options.fresh and not options.init:
+        raise UserError("--fresh says which weights of --init are not taken: add --init")
     schedules = ("cosine", "linear", "constant", "pi0")
     if options.lr_schedule not in schedules:
         raise UserError(f"--lr_schedule {options.lr_schedule!r} is unknown"

@@ -5,15 +5,22 @@ Read train.py first. metrics.jsonl grows by a line at a time; checkpoint.pt is r
 import contextlib
 import dataclasses
 import json
+import os
+import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from robot.checkpoint import read_checkpoint, record, save_checkpoint
-from robot.errors import UserError
+from robot.checkpoint import record, save_checkpoint
+from robot.errors import UserError, written_aside
 from tools import distributed
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs out of one folder
+    fcntl = None
 
 
 @dataclass
@@ -45,6 +52,10 @@ class Run:
         return self.rank == 0
 
 
+def n_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
 def prepare_out(options):
     """The output folder, writable; an earlier run in it is only touched with --resume."""
     out = Path(options.out or f"out/{options.model}")
@@ -56,9 +67,28 @@ def prepare_out(options):
         raise UserError(f"--out {out} cannot be written ({e.strerror or e}); choose another folder") from None
     if (out / "checkpoint.pt").exists() and not options.resume:
         raise UserError(f"{out} already holds a run: --resume goes on with it, or choose another --out")
-    for part in out.glob("checkpoint.pt.*.part"):  # what a killed run left half written
-        part.unlink(missing_ok=True)
     return out
+
+
+@contextlib.contextmanager
+def locked(out, rank):
+    """Two runs in one folder would overwrite each other. The lock is on the folder itself: it leaves no file,
+    and goes with the process, however that ends."""
+    if rank or not fcntl:
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training into {out}: wait for it, or choose another --out"
+                            ) from None
+        for part in out.glob("*.part"):  # what a killed run left half written
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def log(run, row):
@@ -77,7 +107,11 @@ def collect(run):
 
 
 def save(run):
+    """Replace checkpoint.pt as a whole; never by weights that are not finite."""
     collect(run)
+    if not all(x.isfinite().all() for x in distributed.own(run.model)):
+        raise UserError(f"weights are not finite after step {run.step}; the last checkpoint in {run.out} is "
+                        f"intact: lower --lr or set --clip")
     state = distributed.gather({"weights": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
     if run.main:
         save_checkpoint(run.out / "checkpoint.pt", state | {
@@ -86,42 +120,20 @@ def save(run):
             "data": run.description, "normalizer": run.normalizer.state() if run.normalizer else None,
             "step": run.step, "train_seconds": run.seconds, "ema": run.shown.state_dict(),
             "replay": record(run.shown, run.example)})
+        if run.options.keep_every and run.step and run.step % run.options.keep_every == 0:
+            copy_aside(run.out / "checkpoint.pt", run.out / f"checkpoint_{run.step}.pt")
 
 
-def resume(run):
-    """Take up the state of the checkpoint in --out, and the rows of metrics.jsonl up to its step."""
-    path = run.out / "checkpoint.pt"
-    checkpoint = read_checkpoint(path, run.device)
-    if checkpoint["model"] != run.options.model:
-        raise UserError(f"{path} is a checkpoint of {checkpoint['model']}, not of {run.options.model}; "
-                        f"choose another --out")
-    now, was = dataclasses.asdict(run.config), checkpoint["config"]
-    changed = [f"{k} was {was[k]!r}, is {now.get(k)!r}" for k in was if now.get(k) != was[k]]
-    if changed:
-        raise UserError(f"--resume: the configuration of {path} differs: {'; '.join(changed)}")
-    for name in ("data", "seed", "steps", "batch_size", "grad_accum", "lr", "warmup", "lr_schedule", "clip"):
-        was, value = checkpoint["options"][name], getattr(run.options, name)
-        if was != value:
-            print(f"note: {name} was {was!r} and is now {value!r}: this is not the run that was interrupted")
-    for part, weights in ((run.model, checkpoint["weights"]), (run.ema, checkpoint["ema"])):
-        part.load_state_dict({key: distributed.split(weights[key], like)
-                              for key, like in part.state_dict().items()})
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    for i, state in checkpoint["optimizer"]["state"].items():
-        state |= {key: distributed.split(x, parameters[i]) for key, x in state.items()
-                  if x.shape == parameters[i].shape}
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.step, run.seconds = checkpoint["step"], checkpoint["train_seconds"]
-    run.rows = read_metrics(run.out / "metrics.jsonl", up_to=run.step)
+def keep_best(run):
+    """--keep_best: the checkpoint of this step stays if no evaluation so far had a lower held-out loss."""
+    losses = [row["val_loss"] for row in run.rows if row.get("val_loss") is not None]
+    if run.options.keep_best and losses and losses[-1] <= min(losses):
+        copy_aside(run.out / "checkpoint.pt", run.out / "checkpoint_best.pt")
 
 
-def read_metrics(path, up_to):
-    """Rows of the run's earlier part, without those after the checkpoint."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run left half written
-            rows.append(json.loads(line))
-    return [r for r in rows if r["step"] <= up_to]
+def copy_aside(source, target):
+    with written_aside(target) as aside:
+        shutil.copyfile(source, aside)
 
 
 def catch_signals():

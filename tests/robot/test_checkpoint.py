@@ -1,6 +1,7 @@
 """robot/checkpoint.py: what is read, replayed and refused; official weights."""
 import dataclasses
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -97,3 +98,51 @@ def test_official_weights_through_the_command_line(case, suffix, tmp_path, capsy
     other = config.step_embed_dim + 8                               # weights of another size are named
     argv += ["--set", f"step_embed_dim={other}", "--out", str(tmp_path / "misfit")]
     refused(capsys, lambda: train.main(argv), "--init", "should be", f"({other}")
+
+
+@pytest.mark.parametrize("key", ["weights", "ema", "options", "config", "data", "replay", "step", "model"])
+def test_a_checkpoint_without_a_part_or_with_one_of_another_type(key, tiny, tmp_path):
+    for change in ({}, {key: [1]}):
+        content = read_checkpoint(tiny)
+        content.pop(key)
+        torch.save(content | change, tmp_path / "checkpoint.pt")
+        with pytest.raises(UserError, match=f"holds no sound '{key}'"):
+            Policy.load(tmp_path)
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(tiny, tmp_path):
+    data = bytearray((tiny / "checkpoint.pt").read_bytes())
+    with zipfile.ZipFile(tiny / "checkpoint.pt") as parts:
+        largest = max(parts.infolist(), key=lambda part: part.file_size)
+    data[largest.header_offset + largest.file_size // 2] ^= 4
+    (tmp_path / "checkpoint.pt").write_bytes(data)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        Policy.load(tmp_path)
+
+
+def test_a_model_file_that_has_changed_its_layers_is_one_line(tiny, monkeypatch):
+    class Changed(dp_cnn.Model):
+        def __init__(self, config):
+            super().__init__(config)
+            self.another = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(dp_cnn, "Model", Changed)
+    with pytest.raises(UserError, match=r"does not fit dp_cnn.py.*another") as error:
+        Policy.load(tiny)
+    assert len(str(error.value)) < 400
+
+
+def test_the_replay_can_be_overruled(tiny, tmp_path, capsys):
+    content = read_checkpoint(tiny)
+    content["replay"]["output"] += 1
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="--no_replay"):
+        Policy.load(tmp_path)
+    assert Policy.load(tmp_path, replay=False).act(episode(1, None)[0]).shape == (2,)
+
+
+@pytest.mark.parametrize("device, named", [("cuda", "finds none"), ("cudda", "did you mean 'cuda'")])
+def test_a_device_that_is_not_there(device, named, tiny):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=named):
+        Policy.load(tiny, device=device)
