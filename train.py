@@ -32,7 +32,7 @@ from robot.errors import UserError, one_line, run_command, write_json, written_a
 from robot.models import load_module, pick_device
 from robot.normalizer import Normalizer
 from robot.policy import Policy
-from robot.rollout import closed_loop
+from robot.rollout import closed_loop, rehearse
 from tools import distributed, report
 from tools.explain import explain_one_batch
 from tools.options import make_config, parse_options, with_recipe
@@ -250,6 +250,12 @@ def evaluate(run, acting):
     return row
 
 
+def rehearse_all(run):
+    """Every environment is opened, reset and stepped once: what is wrong with it costs no training."""
+    for robot, environment in arenas(run.options).items() if run.normalizer and run.options.episodes else ():
+        rehearse(Policy(run.shown, run.normalizer, run.description, robot=robot), environment)
+
+
 def evaluations_due(run):
     """-> whether the held-out loss and whether the closed loop is due at this step, but the last."""
     return [bool(every) and run.step % every == 0 and 0 < run.step < run.options.steps
@@ -315,6 +321,7 @@ def carry_out(run):
     stream = data.batches(run.items, options.batch_size, options.seed, run.step * options.grad_accum,
                           run.rank, run.world, options.workers)
     if run.main:
+        rehearse_all(run)
         announce(run)
     if not options.resume:
         save(run)

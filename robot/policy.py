@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .checkpoint import load_model
-from .errors import UserError, hint
+from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
 from .text import encode_text
@@ -46,6 +46,7 @@ class Policy:
             if camera not in cameras:
                 raise UserError(f"there is no camera {camera!r}{hint(camera, cameras)}")
         self.device, self.steps, self.seed = torch.device(device), steps, seed
+        self.said = False  # whether values far outside the data were noted
         self.reset()
 
     @classmethod
@@ -61,7 +62,8 @@ class Policy:
 
     def reset(self):
         """Forget the past: call it at the start of every episode."""
-        self.history, self.queue, self.latency = [], [], []
+        self.history, self.queue = [], []
+        self.latency = []  # seconds that each chunk took
         self.chunk = None  # the last chunk that was sampled, (n, Tp, A), raw units
         self.generator = torch.Generator().manual_seed(self.seed)
 
@@ -90,49 +92,96 @@ class Policy:
 
     def prepare(self, observation):
         """One observation -> ({"state": (n, S), "images": (n, V, H, W, 3), "text": (n, L)}, whether n was
-        left out)"""
-        d, parts, step = self.description, [], {}
+        left out). Raises UserError, which names the key."""
+        d, step = self.description, {}
         wanted = list(d["state_keys"]) + list(d["camera_keys"])
         missing = [k for k in wanted if k not in observation]
         if missing:
             raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
         single = np.ndim(observation[wanted[0]]) == (1 if d["state_keys"] else 3)
-        for key, dim in d["state_keys"].items():
-            value = np.asarray(observation[key], np.float32)
-            value = value[None] if single else value
-            if value.shape[1:] != (dim,):
-                raise UserError(f"observation {key!r} has shape {value.shape[1:]}, trained on was ({dim},)")
-            parts.append(torch.from_numpy(value))
-        state = torch.cat(parts, dim=-1)
-        if self.places:
-            packed = state.new_zeros(len(state), d["state_dim"])
-            packed[:, self.places["state"]] = state
-            has = self.valid("state", len(state))
-            step["state"] = self.normalizer.normalize("state", packed) * has
-        else:
-            step["state"] = self.normalizer.normalize("state", state)
+        values = {key: np.asarray(observation[key]) for key in wanted}
+        values = {key: x[None] for key, x in values.items()} if single else values
+        n = len(values[wanted[0]])
+        step["state"] = self.prepare_state(values, n)
         if d["camera_keys"]:
-            images = [np.asarray(observation[k]) for k in d["camera_keys"]]
-            images = [np.full_like(x, BACKGROUND) if key in self.without else x
-                      for key, x in zip(d["camera_keys"], images)]
-            images = np.stack([i[None] if single else i for i in images], axis=1)  # (n, V, H, W, 3)
-            if images.dtype != np.uint8 or images.shape[2:] != (*d["image_size"], 3):
-                raise UserError(f"camera images must be uint8 {(*d['image_size'], 3)}, not {images.dtype} "
-                                f"{images.shape[2:]}")
-            step["images"] = torch.from_numpy(images)
-        length = getattr(self.model.config, "text_len", 0)
-        if length:
-            texts = observation.get("instruction", "")
-            texts = [texts] if isinstance(texts, str) else texts
-            for a, b in self.swap:
-                texts = [re.sub(rf"\b(?:{a}|{b})\b", lambda m: b if m[0] == a else a, t) for t in texts]
-            # A model file may bring its own codes; bytes otherwise.
-            encode = getattr(self.model.config, "encode_text", lambda text: encode_text(text, length))
-            try:
-                step["text"] = torch.stack([torch.as_tensor(encode(t)) for t in texts])
-            except ValueError as e:  # an instruction that is too long, a tokenizer that is not there
-                raise UserError(str(e)) from None
+            step["images"] = self.prepare_images(values, n)
+        if getattr(self.model.config, "text_len", 0):
+            step["text"] = self.prepare_text(observation.get("instruction"), n)
         return step, single
+
+    def prepare_state(self, values, n):
+        d, parts = self.description, []
+        for key, dim in d["state_keys"].items():
+            try:
+                value = values[key].astype(np.float32)
+            except (TypeError, ValueError):
+                raise UserError(f"observation {key!r} is {values[key].dtype}, not numbers") from None
+            if value.shape != (n, dim):
+                raise UserError(f"observation {key!r} has shape {value.shape[1:]}, trained on was ({dim},)")
+            if not np.isfinite(value).all():
+                raise UserError(f"observation {key!r} is not finite: {np.array2string(value)[:80]}")
+            parts.append(torch.from_numpy(value))
+        state = torch.cat(parts, dim=-1) if parts else torch.zeros(n, 0)
+        if self.places:
+            packed = state.new_zeros(n, d["state_dim"])
+            packed[:, self.places["state"]] = state
+            self.note_far_values(packed)
+            return self.normalizer.normalize("state", packed) * self.valid("state", n)
+        self.note_far_values(state)
+        return self.normalizer.normalize("state", state)
+
+    def note_far_values(self, state):
+        """Say once what lies further outside the training data than these are wide: degrees for radians, a
+        camera's arm instead of the robot's."""
+        stats = self.normalizer.stats.get("state")
+        if not stats or self.said:
+            return
+        low, high = stats["min"], stats["max"]
+        reach = (high - low).clamp(min=1e-3)
+        far = (state < low - reach) | (state > high + reach)                    # (n, S)
+        if self.places:
+            far &= self.valid("state", len(state))
+        if far.any():
+            i, d = far.nonzero()[0].tolist()
+            self.said = True
+            say_once(f"observation {self.name_of(d)} is {state[i, d]:.4g}, the training data have {low[d]:.4g} "
+                     f"to {high[d]:.4g}: are the units and the order those of the data?")
+
+    def name_of(self, d):
+        """Which observation holds number d of the state."""
+        for key, dim in self.description["state_keys"].items():
+            if d < dim:
+                return f"{key}[{d}]"
+            d -= dim
+        return f"number {d} of the unified vector"
+
+    def prepare_images(self, values, n):
+        images, size = [], tuple(self.description["image_size"])
+        for key in self.description["camera_keys"]:
+            image = values[key]
+            if image.dtype != np.uint8 or image.shape != (n, *size, 3):
+                raise UserError(f"observation {key!r} is {image.dtype} {image.shape[1:]}, a picture must be "
+                                f"uint8 {(*size, 3)}, 0..255, RGB")
+            images.append(np.full_like(image, BACKGROUND) if key in self.without else image)
+        return torch.from_numpy(np.stack(images, axis=1))                       # (n, V, H, W, 3)
+
+    def prepare_text(self, told, n):
+        known = self.description.get("instructions")
+        if told is None and known:
+            raise UserError(f"the policy reads: add 'instruction' to the observation (env: instruction: in "
+                            f"YAML), for example {known[0]!r}")
+        texts = [told or ""] * n if told is None or isinstance(told, str) else told
+        if not isinstance(texts, (list, tuple)) or len(texts) != n or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"'instruction' must be a text, or {n} of them, not {str(told)[:80]!r}")
+        for a, b in self.swap:
+            texts = [re.sub(rf"\b(?:{a}|{b})\b", lambda m: b if m[0] == a else a, t) for t in texts]
+        # A model file may bring its own codes; bytes otherwise.
+        config = self.model.config
+        encode = getattr(config, "encode_text", lambda text: encode_text(text, config.text_len))
+        try:
+            return torch.stack([torch.as_tensor(encode(text)) for text in texts])
+        except ValueError as e:  # an instruction that is too long, a tokenizer that is not there
+            raise UserError(str(e)) from None
 
     def valid(self, kind, n):
         """Which numbers of the unified vector the robot has: (n, dim) bool."""

@@ -110,10 +110,11 @@ def compare_policies(members, where, args):
         result = closed_loop(policy, environment, args.episodes, args.seed, n_rollouts=4,
                                  instruction=args.instruction)
         row = {"run": name, "model": f"{checkpoint['model']} ({checkpoint['preset']})"}
-        row |= success_cells(round(result["success"] * args.episodes), args.episodes)
+        row |= {"success": "unknown"} if result["success"] is None else success_cells(
+            round(result["success"] * args.episodes), args.episodes)
         if where != "tabletop":  # there the score is the success
             row["score"] = f"{result['score']:.3f}"
-        failures = {k: n for k, n in result["outcomes"].items() if k != "success"}
+        failures = {k: n for k, n in result.get("outcomes", {}).items() if k != "success"}
         rows.append(row | {"failures": ", ".join(f"{n} {k}" for k, n in failures.items()) or "none"})
         for i, r in enumerate(result["rollouts"]):
             scene = f"seed {r['seed']}" + f": {r['instruction']}" * bool(r["instruction"])

@@ -1,15 +1,17 @@
 """robot/environments.py: Gymnasium environments and their mapping."""
 import math
+import types
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers import LOWDIM, ROOT, Recorder, scaled
 
 from robot.environments import GymEpisodes, pick
-from robot.errors import UserError
+from robot.errors import UserError, say_once
 from robot.policy import Policy
-from robot.rollout import closed_loop
+from robot.rollout import closed_loop, rehearse
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,10 @@ class Walker:
         self.share = share
 
     def reset(self):
-        self.latency = [0.01]
+        self.history = []
+
+    def sample_chunk(self):
+        pass
 
     def act(self, obs):
         assert obs["x"].shape == obs["goal"].shape == (6, 1)
@@ -122,3 +127,135 @@ def test_pusht(name):
     policy = Policy(Recorder(), scaled(state_dim=20), description)
     result = closed_loop(policy, spec, 2, seed=0)
     assert result["success"] == 0 and 0 <= result["score"] < 1 and len(policy.model.batches) == 1
+
+
+FORMS = {"plain": lambda x: {"pos": x}, "nested": lambda x: {"agent": {"pos": x}, "pixels": {"top": PICTURE}},
+         "dotted": lambda x: {"observation.state": x, "eef-pos": x}, "array": lambda x: x,
+         "keypoints": lambda x: {"keypoints": np.stack([x, x + 1, x - 1])},
+         "scalar": lambda x: {"width": np.float32(x[0]), "pos": x}, "pixels": lambda x: {"top": PICTURE}}
+PICTURE = np.full((8, 12, 3), 90, np.uint8)
+
+
+@pytest.fixture
+def point():
+    """Registers "Point-v0", a point that is pushed about, with what a test asks for: point(form="nested")."""
+    gymnasium = pytest.importorskip("gymnasium", reason="package gymnasium is an extra")
+
+    def register(form="plain", space=None, success=True, renders="picture", takes_mode=True, name="Point-v0"):
+        class Point(gymnasium.Env):
+            metadata = {"render_modes": ["rgb_array"]}
+            action_space = space or gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+            observation_space = gymnasium.spaces.Box(-9, 9, (2,))
+
+            def reset(self, seed=None, options=None):
+                self.x, self.t = np.float32([seed % 7, 1]), 0
+                return FORMS[form](self.x), {}
+
+            def step(self, action):
+                assert self.action_space.contains(action), action
+                self.x, self.t = self.x + action.reshape(2), self.t + 1
+                info = {"is_success": self.t == 3, "grasped": self.t == 2} if success else {}
+                return FORMS[form](self.x), -1.0 - self.t, self.t == 3, False, info
+
+            def render(self):
+                if renders == "no screen":
+                    raise RuntimeError("no GL")
+                return PICTURE if renders == "picture" else None
+
+        if takes_mode:
+            Point.__init__ = lambda self, render_mode=None: setattr(self, "render_mode", render_mode)
+        gymnasium.register(id=name, entry_point=Point, max_episode_steps=10)
+        registered.append(name)
+        return {"id": name}
+
+    registered = []
+    yield register
+    for name in registered:
+        del gymnasium.registry[name]
+
+
+class Pusher:
+    """A stand-in for Policy that keeps what it is shown and commands 5 in every dimension."""
+    normalizer = types.SimpleNamespace(stats={"actions": {"mean": torch.full((2,), 5.0)}})
+    places = None
+
+    def __init__(self, state_keys, camera_keys=(), action_dim=2):
+        self.description = {"state_keys": state_keys, "camera_keys": list(camera_keys), "action_dim": action_dim}
+
+    def reset(self):
+        self.history, self.seen = [], []
+
+    def observe(self, obs):
+        self.seen.append(obs)
+
+    def act(self, obs):
+        self.seen.append(obs)
+        return np.full((len(next(iter(obs.values()))), 2), 5.0, np.float32)
+
+    def sample_chunk(self):
+        pass
+
+
+@pytest.mark.parametrize("form, keys, cameras, obs, first", [
+    ("plain", {"pos": 2}, [], None, {"pos": [5, 1]}),
+    ("nested", {"agent_pos": 2}, ["top"], {"agent_pos": "agent.pos", "top": "pixels.top"},
+     {"agent_pos": [5, 1], "top": PICTURE}),
+    ("dotted", {"observation.state": 2, "eef-pos": 2}, [], None, {"observation.state": [5, 1], "eef-pos": [5, 1]}),
+    ("keypoints", {"keypoints": 6}, [], None, {"keypoints": [5, 1, 6, 2, 4, 0]}),
+    ("scalar", {"width": 1, "pos": 2}, [], None, {"width": [5], "pos": [5, 1]}),
+    ("array", {"pos": 1}, [], {"pos": "state[1:2]"}, {"pos": [1]}),
+    ("pixels", {}, ["top"], None, {"top": PICTURE})])
+def test_every_form_of_observation_arrives(form, keys, cameras, obs, first, point):
+    policy = Pusher(keys, cameras)
+    spec = point(form) | ({"obs": obs} if obs else {})
+    rehearse(policy, spec)
+    result = closed_loop(policy, spec, 2, seed=0)                   # seeds 100000, 100001: 100000 % 7 = 5
+    for key, value in first.items():
+        assert np.array_equal(policy.seen[0][key][0], value), key
+    # The action space ends at 1, so the point moves by 1 a step; rewards -2, -3, -4.
+    if "pos" in keys and form != "array":
+        assert policy.seen[-1]["pos"].tolist() == [[7, 3], [8, 3]]
+    assert result["score"] == -2 and result["return"] == -9 and result["success"] == 1
+
+
+def test_success_is_what_the_environment_says_and_unknown_where_it_is_silent(point):
+    result = closed_loop(Pusher({"pos": 2}), point(success=False), 2, seed=0)
+    assert result["success"] is None and result["interval"] is None and "outcomes" not in result
+    assert result["return"] == -9
+    spec = point(name="Named-v0")
+    assert closed_loop(Pusher({"pos": 2}), spec | {"success": "grasped"}, 2, seed=0)["success"] == 1
+    with pytest.raises(UserError, match="'graspd' is not in the environment's info, did you mean 'grasped'"):
+        closed_loop(Pusher({"pos": 2}), spec | {"success": "graspd"}, 2, seed=0)
+
+
+@pytest.mark.parametrize("how", [{"renders": "none"}, {"renders": "no screen"}, {"takes_mode": False}], ids=str)
+def test_an_evaluation_does_not_die_of_a_picture(how, point, capsys):
+    say_once.cache_clear()
+    result = closed_loop(Pusher({"pos": 2}), point(**how), 2, seed=0)
+    assert result["success"] == 1 and len(result["rollouts"]) == 2
+    assert ("renders no picture" in capsys.readouterr().err) == ("renders" in how)
+
+
+def test_a_policy_that_reads_is_told(point):
+    policy = Pusher({"pos": 2})
+    closed_loop(policy, point() | {"instruction": "push it"}, 2, seed=0)
+    assert all(obs["instruction"] == ["push it"] * 2 for obs in policy.seen)
+
+
+def test_what_does_not_fit_is_said_before_anything_is_trained(point):
+    import gymnasium
+    discrete = point(space=gymnasium.spaces.Discrete(5), name="Discrete-v0")
+    for spec, policy, named in (
+            (discrete, Pusher({"pos": 2}), r"takes Discrete\(5\)"),
+            (point(), Pusher({"pos": 2}, action_dim=7), "the data have 7 numbers"),
+            (point(name="B-v0") | {"idd": 1}, Pusher({"pos": 2}), "did you mean 'id'"),
+            ({"id": "other_package:B-v0"}, Pusher({"pos": 2}), "other_package"),
+            (point(name="C-v0") | {"obs": {"pos": "poss"}}, Pusher({"pos": 2}), r"'poss' is not in .*\(pos\)")):
+        with pytest.raises(UserError, match=named) as error:
+            rehearse(policy, spec)
+        assert len(str(error.value)) < 400
+
+
+def test_a_namespace_that_is_no_package(point):
+    point(name="Other-Name/Point-v0")
+    assert closed_loop(Pusher({"pos": 2}), {"id": "Other-Name/Point-v0"}, 1, seed=0)["success"] == 1

@@ -7,7 +7,7 @@ from helpers import LOWDIM, Recorder, episode, observed, recorder, write_demos
 import data
 import sample
 from demos.dataset import open_demos
-from robot.errors import UserError
+from robot.errors import UserError, say_once
 from robot.policy import Policy
 from robot.text import decode_text
 
@@ -140,3 +140,32 @@ def test_observations_that_do_not_fit_are_named(change, named):
     observation = observed(0) | {"front": np.zeros((4, 6, 3), np.uint8)} | change
     with pytest.raises(UserError, match=named):
         policy.act({key: value for key, value in observation.items() if value is not None})
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"a": np.array([np.nan])}, "'a' is not finite"), ({"b": np.array([np.inf, 0])}, "'b' is not finite"),
+    ({"a": np.array(["x"])}, "'a' is .*not numbers"), ({"instruction": None}, "add 'instruction'.*'red block'"),
+    ({"instruction": ["x", "y"]}, "'instruction' must be a text"), ({"instruction": 3}, "must be a text"),
+    ({"camera": np.zeros((4, 6, 3), np.float32)}, "'camera' is float32"),
+    ({"camera": np.zeros((6, 4, 3), np.uint8)}, r"'camera' is uint8 \(6, 4, 3\).*\(4, 6, 3\)")])
+def test_what_a_robot_may_hand_over_by_mistake(change, named):
+    """A number that is not finite would become an action; words that are missing would become other words."""
+    description = LOWDIM | {"camera_keys": ["camera"], "image_size": [4, 6], "instructions": ["red block"]}
+    policy = recorder(description, text_len=8)
+    whole = observed(1) | {"camera": np.zeros((4, 6, 3), np.uint8), "instruction": "red block"}
+    assert policy.act(whole).shape == (2,)
+    wrong = {key: value for key, value in (whole | change).items() if value is not None}
+    with pytest.raises(UserError, match=named):
+        policy.act(wrong)
+
+
+def test_values_far_outside_the_training_data_are_said_once(capsys):
+    say_once.cache_clear()
+    policy = recorder()
+    policy.normalizer.stats["state"] = {"min": torch.tensor([-1.0, 0, 0]), "max": torch.tensor([1.0, 2, 2])}
+    policy.act({"a": np.array([2.9]), "b": np.array([3.9, -1.9])})  # as far outside as the data are wide: fine
+    assert not capsys.readouterr().err
+    for _ in range(3):
+        policy.act({"a": np.array([0.0]), "b": np.array([57.3, 1.0])})
+    said = capsys.readouterr().err
+    assert said.count("note:") == 1 and "b[0] is 57.3, the training data have 0 to 2" in said
