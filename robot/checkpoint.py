@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import UserError, written_aside
+from .errors import UserError, one_line, written_aside
 from .models import load_module, model_config
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
@@ -48,14 +48,19 @@ def sample_two_steps(model, batch):
     return model.sample(batch, steps=2, generator=torch.Generator().manual_seed(0)).float().cpu()
 
 
-def load_model(path, device="cpu"):
+def load_model(path, device="cpu", module=None):
     """-> (model with the averaged weights, in evaluation mode, and the checkpoint). Verifies by replay
-    that this code computes what the code that trained it did."""
+    that this code computes what the code that trained it did. module: what the checkpoint was trained with,
+    if that was no model file of its name but, say, one with a head of your own."""
     checkpoint = read_checkpoint(path, device)
-    module = load_module(checkpoint["model"])
+    module = module or load_module(checkpoint["model"])
     config = model_config(module, checkpoint["config"], path)
     model = module.Model(config)
-    model.load_state_dict(checkpoint["ema"])
+    try:
+        model.load_state_dict(checkpoint["ema"])
+    except RuntimeError as e:
+        raise UserError(f"{path}: the weights are not those of {module.__name__}.Model; if you trained a "
+                        f"class of your own, use Policy.load(..., module=...): {one_line(e)[:200]}") from None
     model.to(device).eval().requires_grad_(False)
     replay = checkpoint["replay"]
     output = sample_two_steps(model, replay["batch"])

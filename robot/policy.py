@@ -48,8 +48,8 @@ class Policy:
         self.reset()
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0, robot=None):
-        model, checkpoint = load_model(path, device)
+    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0, robot=None, module=None):
+        model, checkpoint = load_model(path, device, module)
         if checkpoint["normalizer"] is None:
             raise UserError(f"{path}: {checkpoint['model']} generates samples, it is no policy")
         normalizer = Normalizer.from_state(checkpoint["normalizer"])
