@@ -7,6 +7,7 @@ under "worth a look" it takes as it is. Exit status 2, with one line, only if no
 """
 import argparse
 import collections
+import contextlib
 from pathlib import Path
 
 import h5py
@@ -66,7 +67,7 @@ def read_values(episodes, wrong):
     readable, numbers, frames = [], collections.defaultdict(list), collections.defaultdict(list)
     camera = lambda array: array.kind in ("camera", "jpeg")
     for e in episodes:
-        with open_file(e.file) as file:
+        with contextlib.closing(open_file(e.file)) as file:
             try:
                 first = {key: file[array.path][0] for key, array in e.obs.items() if camera(array)}
                 first = {key: decode_jpeg(x) if e.obs[key].kind == "jpeg" else x for key, x in first.items()}
