@@ -51,7 +51,7 @@ def open_data(options, module, cache=None, normalizer=None):
     chosen = fields | module.PRESETS.get(options.preset, {}) | options.set
     opened = lambda source: open_demos(
         source, obs=chosen.get("obs", "image"), text="text_len" in fields,
-        shape_meta=options.shape_meta or None, episodes=options.demos or None,
+        shape_meta=options.shape_meta or None, extra=options.extra, episodes=options.demos or None,
         val_ratio=options.val_ratio or None, max_train_episodes=options.max_train_episodes or None,
         seed=options.seed, cache=cache, memory_gb=options.memory_gb)
     if options.robots:
@@ -152,6 +152,7 @@ class Windows:
         if normalizer:
             self.actions = normalizer.normalize("actions", self.actions)
             self.state = normalizer.normalize("state", self.state)
+        self.labels, self.label_keys = torch.from_numpy(demos.labels[rows]), demos.label_keys
         self.valid = {}
         if isinstance(demos, MixedDemos):           # 0 stays 0 where a robot has nothing
             robot = demos.robot[self.episodes]
@@ -189,13 +190,17 @@ class Windows:
     def batch(self, indices):
         """indices (B,) int64 -> dict on `device`: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S)
         and control_hz (B,); images (B, To, V, 3, H, W) uint8 if there are cameras, text (B, L) unless
-        text_len is 0; of several robots also action_valid, state_valid (B, dim)."""
+        text_len is 0; of several robots also action_valid, state_valid (B, dim). Labels go by their names:
+        (B, Tp, d) of the same steps as the actions, in the units of the file."""
         i = indices.to(self.held_on)
         first, last, episode = self.first[i, None], self.last[i, None], self.item_episode[i]
         acted = i[:, None] + self.action_steps                              # (B, Tp) rows, not yet clamped
+        real = (acted >= first) & (acted <= last)
+        acted = acted.clamp(first, last)
         seen = (i[:, None] + self.state_steps).clamp(first, last)           # (B, To) rows
-        batch = {"actions": gather(self.actions, acted.clamp(first, last)),
-                 "action_mask": (acted >= first) & (acted <= last),
+        labels = gather(self.labels, acted).split([*self.label_keys.values()], dim=-1)
+        batch = {"actions": gather(self.actions, acted), "action_mask": real,
+                 **dict(zip(self.label_keys, labels)),
                  "state": gather(self.state, seen),
                  "control_hz": self.control_hz[episode],
                  **{key: x[episode.to(x.device)] for key, x in self.valid.items()}}

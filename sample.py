@@ -49,7 +49,7 @@ def add_flags(parser):
 def load_run(path, args):
     """-> (model with --set applied, its checkpoint, Policy or None for a generative model)"""
     device, dtype = pick_device(args.device, args.dtype)
-    model, checkpoint = load_model(path, device, not args.no_replay)
+    model, checkpoint = load_model(path, device, replay=not args.no_replay)
     changes = parse_set(args.set)
     model.config = model_config(load_module(checkpoint["model"]), checkpoint["config"] | changes, "--set")
     if checkpoint["normalizer"] is None:

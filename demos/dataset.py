@@ -11,14 +11,18 @@ import sys
 
 import numpy as np
 
-from demos.episodes import decode_jpeg, faults, nonfinite
+from demos.episodes import decode_jpeg, faults, label_of, nonfinite
 from demos.files import find_files, open_file, read_episodes
 from demos.generated import tabletop_file
 from robot import tabletop
 from robot.errors import UserError, fingerprint, nearest, one_line
 
 
-def choose_keys(first, obs, text, shape_meta):
+# What a batch holds already, see data.Windows.
+TAKEN = ("actions", "action_mask", "state", "images", "text", "control_hz", "action_valid", "state_valid")
+
+
+def choose_keys(first, obs, text, shape_meta, extra):
     """(state keys, camera keys): named by shape_meta, or else found by their kind in the first episode."""
     if shape_meta:
         return keys_of_shape_meta(first, shape_meta)
@@ -26,6 +30,7 @@ def choose_keys(first, obs, text, shape_meta):
         raise UserError(f"obs is 'lowdim' or 'image', not {obs!r}{nearest(obs, ('lowdim', 'image'))}")
     # `object` is what only a simulator knows; `goal` says in numbers what the instruction says in words.
     hidden = [] if obs == "lowdim" else ["object", "goal"] if text else ["object"]
+    hidden += extra             # a policy that was shown what it has to tell would learn nothing
     state = [key for key, array in sorted(first.obs.items()) if array.kind == "state" and key not in hidden]
     cameras = [key for key, array in sorted(first.obs.items()) if array.kind in ("camera", "jpeg")]
     if obs == "lowdim":
@@ -59,6 +64,14 @@ def keys_of_shape_meta(first, shape_meta):
     return [[key for key in wanted if wanted[key][0] == kind] for kind in ("low_dim", "rgb")]
 
 
+def check_extra(extra):
+    for name, dim in extra.items():
+        if name in TAKEN:
+            raise UserError(f"extra: a batch has its own '{name}': give the label another name in the file")
+        if type(dim) is not int or dim < 1:
+            raise UserError(f"extra: {name}: {dim!r} should be how many numbers a step has, for example 1")
+
+
 def split_episodes(episodes, val_ratio, max_train_episodes, seed):
     """(train, valid): episode numbers. Rollouts are held out whole, so that no scene is on both sides."""
     masked = all(e.split is not None for e in episodes) and any(e.split == "train" for e in episodes)
@@ -86,14 +99,15 @@ def split_episodes(episodes, val_ratio, max_train_episodes, seed):
 class Demos:
     """A checked set of demonstrations, see open_demos.
 
-    Of the set: state_keys {key: dim}, camera_keys, state_dim, action_dim, action_names, image_size (H, W) or
-    None, fps (of the first episode), notes (what a user should know).
+    Of the set: state_keys {key: dim}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
+    action_names, image_size (H, W) or None, fps (of the first episode), notes (what a user should know).
     Of each episode: lengths, instructions, episode_names, episode_fps. train_episodes, valid_episodes:
     numbers. Of each step: actions (N, action_dim), state (N, state_dim): float32, in the units of the file,
-    all episodes in a row; episode e begins at starts[e]. The state keys stand side by side in their order.
+    all episodes in a row; episode e begins at starts[e]. The state keys stand side by side in their order. So
+    do the labels: labels (N, sum of their dims).
     """
 
-    def __init__(self, source, episodes, state_keys, camera_keys, split, memory_gb):
+    def __init__(self, source, episodes, state_keys, camera_keys, label_keys, split, memory_gb):
         first = episodes[0]
         self.source, self.episodes, self.memory_gb = str(source), episodes, memory_gb
         self.notes, self.files = [], {}
@@ -121,6 +135,10 @@ class Demos:
         self.actions = np.concatenate([self._numbers(e, "actions", e.actions) for e in episodes])
         state = [[self._numbers(e, key, e.obs[key]) for e in episodes] for key in self.state_keys]
         self.state = np.concatenate([self.actions[:, :0], *map(np.concatenate, state)], axis=1)
+        self.label_keys = label_keys
+        labels = [[self._numbers(e, name, label_of(e, name, dim)) for e in episodes]
+                  for name, dim in label_keys.items()]
+        self.labels = np.concatenate([self.actions[:, :0], *map(np.concatenate, labels)], axis=1)
 
         sizes = {key: self._frames(first, key, 0, 1).shape[1:3] for key in self.camera_keys}
         if len(set(sizes.values())) > 1:
@@ -194,7 +212,7 @@ class Demos:
                 "valid_episodes": self.valid_episodes.tolist()}
 
 
-def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None, val_ratio=None,
+def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, episodes=None, val_ratio=None,
                max_train_episodes=None, seed=0, cache=None, memory_gb=4.0):
     """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
 
@@ -204,6 +222,9 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None,
     text         whether instructions will be read
     shape_meta   {"obs": {key: {"shape": [..], "type": "rgb" | "low_dim"}}, "action": {"shape": [..]}} as in
                  Diffusion Policy: the keys, their order and their shapes, which are checked. rgb is [3, H, W]
+    extra        {name: dim} of labels per step, which a loss reads beside the actions (success, progress).
+                 They lie beside the actions or among the observations; a policy does not see them unless
+                 shape_meta names them too
     episodes     for tabletop: how many rollouts to generate (default 1000, with cameras 2000:
                  see demos/generated.py)
     val_ratio    share of the episodes to hold out, at least one. None: what the files' masks say, else 0.05
@@ -215,10 +236,12 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, episodes=None,
         files = [tabletop_file(obs == "image", episodes, seed, cache, source)]
     else:
         files = find_files(source)
+    extra = extra or {}
+    check_extra(extra)
     found = [episode for path in files for episode in read_episodes(path)]
-    state_keys, camera_keys = choose_keys(found[0], obs, text, shape_meta)
+    state_keys, camera_keys = choose_keys(found[0], obs, text, shape_meta, extra)
     split = split_episodes(found, val_ratio, max_train_episodes, seed)
-    demos = Demos(source, found, state_keys, camera_keys, split, memory_gb)
+    demos = Demos(source, found, state_keys, camera_keys, extra, split, memory_gb)
     for key in camera_keys if shape_meta else []:
         if tuple(shape_meta["obs"][key]["shape"]) != (3, *demos.image_size):
             raise UserError(f"shape_meta: '{key}' is {shape_meta['obs'][key]['shape']}, but the pictures of "

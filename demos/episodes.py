@@ -1,12 +1,12 @@
 """What an episode on disk is, and what can be wrong with its shapes. Every layout makes its own of these."""
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import h5py
 import numpy as np
 
-from robot.errors import UserError, nearest, one_line
+from robot.errors import UserError, hint, nearest, one_line
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Array:
     path: str                   # inside the file
     shape: tuple
     dtype: np.dtype
-    kind: str                   # "state", "camera", "jpeg" (a compressed camera), "other" (used if asked for)
+    kind: str = "state"         # or "camera", "jpeg" (a compressed camera), "other" (used if asked for)
 
 
 @dataclass
@@ -23,12 +23,16 @@ class Episode:
     name: str                   # "file.hdf5:demo_3", for messages
     actions: Array
     obs: dict                   # key -> Array
-    num_samples: int            # as the file claims; None if it does not
-    fps: float                  # None if the file does not say
-    instruction: str            # "" if there is none
-    action_names: list          # [] if the file does not say
-    rollout: object             # episodes of one rollout are held out together
-    split: str                  # "train", "valid", "" (in neither mask), None (the file has no masks)
+    labels: dict = field(default_factory=dict)      # name -> Array: what else lies beside the actions
+    num_samples: int = None     # as the file claims; None if it does not
+    fps: float = None           # None if the file does not say
+    instruction: str = ""       # "" if there is none
+    action_names: list = field(default_factory=list)
+    rollout: object = None      # episodes of one rollout are held out together; by default each is its own
+    split: str = None           # "train", "valid", "" (in neither mask), None (the file has no masks)
+
+    def __post_init__(self):
+        self.rollout = self.rollout or (self.file, self.name)
 
     @property
     def length(self):
@@ -36,7 +40,8 @@ class Episode:
 
 
 def make_episode(path, name, actions, obs, nodes, rollout, split, instruction=""):
-    """An Episode from its HDF5 parts; `nodes` are those whose attributes count, the innermost first."""
+    """An Episode from its HDF5 parts; `nodes` are those whose attributes count, the innermost first. Labels
+    are the arrays of the innermost one."""
     def attribute(*names, default=None, nodes=nodes):
         for node, key in ((node, key) for node in nodes for key in names):
             if key in node.attrs:
@@ -59,6 +64,8 @@ def make_episode(path, name, actions, obs, nodes, rollout, split, instruction=""
     num_samples = attribute("num_samples", nodes=nodes[:1])     # on the data group it would be another number
     return Episode(
         file=str(path), name=name, actions=describe(actions), obs=dict(arrays(obs)),
+        labels={key: describe(node) for key, node in nodes[0].items()
+                if isinstance(node, h5py.Dataset) and node.shape},
         num_samples=None if num_samples is None else int(num_samples),
         fps=None if fps is None else float(fps),
         instruction=str(attribute("language_instruction", "language", default=instruction)),
@@ -125,6 +132,20 @@ def faults(episode, first, state_keys, camera_keys):
         if like and array.kind != "jpeg" and array.shape[1:] != like.shape[1:]:
             yield (f"{e.name}: '{key}' has shape {array.shape[1:]} per step, in {first.name} "
                    f"{like.shape[1:]}: keep different robots and cameras in different data sets")
+
+
+def label_of(episode, name, dim):
+    """The Array of a label with `dim` numbers per step, from beside the actions or from the observations.
+    Raises UserError."""
+    e, known = episode, episode.obs | episode.labels
+    if name not in known:
+        raise UserError(f"{e.name} has no label '{name}'{hint(name, known)}")
+    array = known[name]
+    shapes = [(e.length, dim)] + [(e.length,)] * (dim == 1)
+    if array.shape not in shapes or array.dtype.kind not in "fiub":
+        raise UserError(f"{e.name}: label '{name}' is {array.dtype} {array.shape}, extra asks for numbers "
+                        f"{' or '.join(map(str, shapes))}")
+    return array
 
 
 def nonfinite(name, key, x):

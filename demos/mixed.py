@@ -32,6 +32,7 @@ class MixedDemos(Demos):
         self.notes, self.files, self.episodes = [], {}, chain("episodes")
         self.state_keys, self.camera_keys, self.action_names = {}, first.camera_keys, []
         self.image_size, self.state_dim, self.action_dim = first.image_size, dim, dim
+        self.label_keys, self.labels = first.label_keys, np.concatenate([d.labels for d in self.parts])
         self.instructions, self.episode_names = chain("instructions"), chain("episode_names")
         self.lengths, self.episode_fps = np.array(chain("lengths")), np.array(chain("episode_fps"))
         self.starts = np.cumsum(self.lengths) - self.lengths

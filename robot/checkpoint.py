@@ -66,12 +66,14 @@ def sample_two_steps(model, batch):
     return model.sample(batch, steps=2, generator=torch.Generator().manual_seed(0)).float().cpu()
 
 
-def load_model(path, device="cpu", replay=True):
+def load_model(path, device="cpu", module=None, replay=True):
     """-> (model with the averaged weights, in evaluation mode, and the checkpoint). Verifies by replay that
-    this code computes what the code that trained it did. replay=False: without, after a change that is meant.
+    this code computes what the code that trained it did. module: what the checkpoint was trained with, if that
+    was no model file of its name but, say, one with a head of your own. replay=False: no verification, after a
+    change that is meant.
     """
     checkpoint = read_checkpoint(path, device)
-    module = load_module(checkpoint["model"])
+    module = module or load_module(checkpoint["model"])
     config = model_config(module, checkpoint["config"], path)
     recorded, error = checkpoint["replay"], 0.0
     try:
@@ -82,8 +84,8 @@ def load_model(path, device="cpu", replay=True):
             output = sample_two_steps(model, recorded["batch"])
             error = (output - recorded["output"]).abs().max().item()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
-        raise UserError(f"{path} does not fit {checkpoint['model']}.py, which has changed since it was "
-                        f"trained: {one_line(e)[:200]}") from None
+        raise UserError(f"{path} does not fit {module.__name__}, which has changed since it was trained (a "
+                        f"class of your own needs Policy.load(..., module=...)): {one_line(e)[:180]}") from None
     if not error <= 1e-2:
         raise UserError(f"{path}: the recorded input gives another output than when it was saved (by "
                         f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained; if that "

@@ -235,7 +235,8 @@ ENVIRONMENTS = {name: tabletop_episodes(robot) for name, robot in tabletop.ROBOT
 
 
 def make_episodes(environment, n, description, instruction=None):
-    """environment: a name in ENVIRONMENTS, or a dict as in GymEpisodes."""
-    if isinstance(environment, str):
-        return ENVIRONMENTS[environment](n, description, instruction)
+    """environment: a name in ENVIRONMENTS, or a dict as in GymEpisodes whose id may be such a name, too."""
+    name = environment if isinstance(environment, str) else environment.get("id")
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name](n, description, instruction)
     return GymEpisodes(n, description, environment)

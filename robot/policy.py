@@ -50,11 +50,11 @@ class Policy:
         self.reset()
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0, robot=None, replay=True):
-        """`path`: a checkpoint, or the folder of its run. replay=False: see checkpoint.load_model. device:
-        also "auto". Raises UserError."""
+    def load(cls, path, device="cpu", dtype=None, steps=None, seed=0, robot=None, module=None, replay=True):
+        """`path`: a checkpoint, or the folder of its run. device: also "auto". module, replay: see
+        checkpoint.load_model. Raises UserError."""
         device, _ = pick_device(str(device), "float32")
-        model, checkpoint = load_model(path, device, replay)
+        model, checkpoint = load_model(path, device, module, replay)
         if checkpoint["normalizer"] is None:
             raise UserError(f"{path}: {checkpoint['model']} generates samples, it is no policy")
         normalizer = Normalizer.from_state(checkpoint["normalizer"])

@@ -6,14 +6,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import two_robots, write
+from helpers import two_robots, write, write_aloha
 
 import data
+import dp_cnn
 from demos.dataset import open_demos
 from demos.images import open_samples
+from demos.mixed import MixedDemos
 from robot.errors import UserError
 from robot.normalizer import Normalizer
 from robot.text import decode_text
+from tools.options import parse_options
 
 
 def test_normalizer_is_fitted_on_training_episodes_only(tmp_path):
@@ -186,3 +189,95 @@ def test_a_model_file_may_make_its_own_codes(tmp_path):
         raise ValueError("too long, shorten it")
     with pytest.raises(UserError, match="too long, shorten it"):
         data.Windows(demos, None, 4, 1, 0, text_len=3, encode=refuses)
+
+
+# ---- labels per step
+
+
+def add_labels(file):
+    """To the file of `write`: success (T,) bool and goal_error (T, 2) beside the actions, progress (T, 1)
+    among the observations; their values tell episode and step."""
+    for demo in file["data"].values():
+        step = demo["actions"][:, 0]
+        demo["success"] = step % 100 >= 2
+        demo["goal_error"] = np.stack([step + 0.5, -step], 1)
+        demo["obs/progress"] = step[:, None] / 4
+
+
+def test_labels_are_those_of_the_steps_of_the_actions(tmp_path):
+    path = write(tmp_path / "a.hdf5", edit=add_labels)
+    extra = {"success": 1, "goal_error": 2, "progress": 1}
+    demos = open_demos(path, extra=extra, val_ratio=0)
+    normalizer = data.fit_normalizer(demos)             # which leaves labels in the units of the file
+    batch = data.Windows(demos, normalizer, 6, 2, -1).batch(torch.arange(16))
+    steps = normalizer.unnormalize("actions", batch["actions"])[..., :1]    # clamped: 0 0 1 2 .. n-1 n-1
+    assert torch.allclose(batch["goal_error"], torch.cat([steps + 0.5, -steps], -1), atol=1e-3)
+    assert torch.allclose(batch["progress"], steps / 4, atol=1e-3)
+    assert batch["success"].dtype == torch.float32 and batch["success"].shape == (16, 6, 1)
+    assert batch["success"][0, :, 0].tolist() == [0, 0, 0, 1, 1, 1]        # steps 0 0 1 2 3 4
+    assert batch["success"][15, :, 0].tolist() == [0, 1, 1, 1, 1, 1]       # steps 1 2 2 2 2 2 of demo_2
+    assert list(demos.state_keys) == ["angle", "pos"]   # a label is not shown to the policy ...
+    assert list(open_demos(path).state_keys) == ["angle", "pos", "progress"]
+    meta = {"obs": {"progress": {"shape": [1]}}}        # ... unless it is asked for by name
+    assert list(open_demos(path, shape_meta=meta, extra=extra).state_keys) == ["progress"]
+
+
+def test_labels_of_the_held_out_part_of_aloha_and_of_several_robots(tmp_path):
+    folder = write_aloha(tmp_path / "aloha", (4, 5, 6))
+    for e, n in enumerate((4, 5, 6)):
+        with h5py.File(folder / f"episode_{e}.hdf5", "a") as file:
+            file["reward"] = 10.0 * e + np.arange(n)
+    demos = open_demos(folder, extra={"reward": 1}, seed=1)
+    for split, episodes in (("train", demos.train_episodes), ("valid", demos.valid_episodes)):
+        windows = data.Windows(demos, None, 1, 1, 0, split=split)
+        got = windows.batch(torch.arange(len(windows)))["reward"].flatten().tolist()
+        assert got == [10.0 * e + t for e in episodes for t in range((4, 5, 6)[e])]
+
+    parts = {}
+    for name in "ab":
+        path = write(tmp_path / f"{name}.hdf5", edit=add_labels)
+        part = open_demos(path, extra={"success": 1}, val_ratio=0)
+        part.labels = part.labels + 2 * (name == "b")   # to tell them apart
+        parts[name] = (part, [0, 1], [0, 1, 2, 3, 4])
+    windows = data.Windows(MixedDemos(parts, dim=5), None, 1, 1, 0)
+    got = windows.batch(torch.arange(32))["success"].flatten().tolist()
+    one = [float(t >= 2) for n in (5, 8, 3) for t in range(n)]
+    assert got == one + [x + 2 for x in one]
+
+
+@pytest.mark.parametrize("extra, words", [
+    ({"sucess": 1}, r"a.hdf5:demo_0 has no label 'sucess', did you mean 'success'\?"),
+    ({"success": 2}, r"demo_0: label 'success' is bool \(5,\), extra asks for numbers \(5, 2\)"),
+    ({"goal_error": 1}, r"label 'goal_error' is float64 \(5, 2\), extra asks for numbers \(5, 1\) or \(5,\)"),
+    ({"left": 1}, r"label 'left' is uint8 \(5, 4, 6, 3\), extra asks"),
+    ({"note": 1}, r"label 'note' is object \(5,\), extra asks for numbers"),
+    ({"broken": 1}, r"a.hdf5:demo_0: 'broken' is not finite at step 1"),
+    ({"only_once": 1}, r"a.hdf5:demo_1 has no label 'only_once'"),
+    ({"short": 1}, r"demo_0: label 'short' is float64 \(4,\), extra asks for numbers \(5, 1\) or \(5,\)"),
+    ({"state": 1}, "a batch has its own 'state': give the label another name"),
+    ({"success": 0}, "extra: success: 0 should be how many numbers a step has"),
+    ({"success": True}, "extra: success: True should be how many"),
+])
+def test_bad_labels(tmp_path, extra, words):
+    def edit(file):
+        add_labels(file)
+        file["data/demo_0/only_once"] = np.zeros(5)
+        file["data/demo_0/short"] = np.zeros(4)
+        file["data/demo_0/note"] = ["a"] * 5
+        file["data/demo_0/broken"] = [0, np.nan, 0, 0, 0]
+        file["data/demo_0/empty"] = h5py.Empty("f")     # of no step: neither a label nor a reason to refuse
+    with pytest.raises(UserError, match=words) as error:
+        open_demos(write(tmp_path / "a.hdf5", edit=edit), extra=extra)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_come_from_the_yaml(tmp_path):
+    write(tmp_path / "a.hdf5", edit=add_labels)
+    (tmp_path / "a.yaml").write_text(f"model: dp_cnn\ndata: {tmp_path}/a.hdf5\nextra: {{success: 1}}\n")
+    options, _ = parse_options(["--config", str(tmp_path / "a.yaml")])
+    _, make_items, _, _ = data.open_data(options, dp_cnn)
+    items, _ = make_items(dp_cnn.Config(), "cpu")
+    assert items.batch(torch.arange(3))["success"].shape == (3, 16, 1)
+    (tmp_path / "a.yaml").write_text("extra: success")
+    with pytest.raises(UserError, match="extra = 'success' should be dict"):
+        parse_options(["--config", str(tmp_path / "a.yaml")])
