@@ -167,9 +167,9 @@ class GymEpisodes:
                 found[key] = np.stack([pick(obs, where) for obs in self.last])
             except (KeyError, TypeError, ValueError, AttributeError):
                 has = ", ".join(names(self.last[0])) or "one array"
-                raise UserError(f"env: obs: {key}: {str(where)[:60]!r} is not in the environment's observation"
-                                f" ({has[:150]}); write NAME, NAME[FROM:TO] or {{pose: .., points: ..}}"
-                                ) from None
+                raise UserError(f"env: obs: {key}: {str(where)[:60]!r} is not in the environment's "
+                                f"observation ({has[:150]}); write NAME, NAME[FROM:TO] or {{pose: .., "
+                                f"points: ..}}") from None
             if key in self.description["state_keys"]:  # numbers of any shape; pictures keep theirs
                 found[key] = found[key].reshape(len(self.envs), -1)
         return found

@@ -144,8 +144,8 @@ class Policy:
         if far.any():
             i, d = far.nonzero()[0].tolist()
             self.said = True
-            say_once(f"observation {self.name_of(d)} is {state[i, d]:.4g}, the training data have {low[d]:.4g} "
-                     f"to {high[d]:.4g}: are the units and the order those of the data?")
+            say_once(f"observation {self.name_of(d)} is {state[i, d]:.4g}, the training data have "
+                     f"{low[d]:.4g} to {high[d]:.4g}: are the units and the order those of the data?")
 
     def name_of(self, d):
         """Which observation holds number d of the state."""
@@ -171,7 +171,8 @@ class Policy:
             raise UserError(f"the policy reads: add 'instruction' to the observation (env: instruction: in "
                             f"YAML), for example {known[0]!r}")
         texts = [told or ""] * n if told is None or isinstance(told, str) else told
-        if not isinstance(texts, (list, tuple)) or len(texts) != n or not all(isinstance(text, str) for text in texts):
+        several = isinstance(texts, (list, tuple)) and len(texts) == n
+        if not several or not all(isinstance(text, str) for text in texts):
             raise UserError(f"'instruction' must be a text, or {n} of them, not {str(told)[:80]!r}")
         for a, b in self.swap:
             texts = [re.sub(rf"\b(?:{a}|{b})\b", lambda m: b if m[0] == a else a, t) for t in texts]

@@ -735,8 +735,8 @@ def test_signals_to_the_group_and_dead_workers(act, status, said, demos, tmp_pat
     assert read_checkpoint(tmp_path / "out")["step"] == (3 if status == 2 else 4)
 
 
-@pytest.mark.parametrize("env, named", [("{id: no_such_package/Env-v0}", "no_such_package"), ("{di: x}", "'di'"),
-                                        ("{id: 3}", "names no environment")])
+@pytest.mark.parametrize("env, named", [("{id: no_such_package/Env-v0}", "no_such_package"),
+                                        ("{di: x}", "'di'"), ("{id: 3}", "names no environment")])
 def test_an_environment_that_is_wrong_costs_no_training(env, named, demos, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"env: {env}\n")
     argv = command(demos, tmp_path / "out", config=tmp_path / "a.yaml", episodes=2)
