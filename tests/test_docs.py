@@ -66,7 +66,6 @@ check.inspect("episode_*.npz")      # knows it, too, and takes none of it for im
 assert counted.labels[:, 0].tolist() == [0.0] * 8 + [1, 1] + [0] * 8 + [1, 1] + [0] * 8 + [1, 1]
 
 # an environment: what goes straight to the goal arrives, what stands still does not
-from robot.environments import make_episodes
 from robot.rollout import closed_loop
 class Walk:
     description, latency, speed = {}, [0.0], 1
@@ -95,7 +94,7 @@ except UserError as e:
 else:
     raise AssertionError("weights of another class were loaded")
 """)
-    assert "episode_*.npz: 3 episodes, 30 steps at 25 Hz" in said and "nothing looks wrong" in said
+    assert "episode_*.npz: 3 episodes, 30 steps at 25 Hz" in said and "must be mended" not in said
 
 
 def test_the_example_of_data_md(tmp_path):
