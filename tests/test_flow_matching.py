@@ -73,7 +73,7 @@ class Net(torch.nn.Module):
         self.layers = torch.nn.Sequential(*layers).double()
 
     def forward(self, x, t, label=None):
-        return 2 * self.layers(torch.cat([x, t[:, None] / 100], dim=1))
+        return 2 * self.layers(torch.cat([x, t[:, None].expand(len(x), 1) / 100], dim=1))
 
 
 def double_model(D=2, seed=0):
@@ -318,7 +318,7 @@ def test_conversions_are_true(name):
 def test_v_is_ddpms_v():
     x0, eps = normal(6, 2), normal(6, 2, seed=1)
     k = torch.tensor([0, 10, 30, 60, 80, 99])
-    step = ddpm.pick(torch.stack(ddpm.chain(torch.cumprod(1 - ddpm.SCHEDULES["cosine"](100), 0))), k, x0)
+    step = ddpm.at(ddpm.coefficients(ddpm.alpha_bars("cosine", 100)), k, x0)
     x_t, (target, _) = ddpm.q_sample(x0, eps, step), ddpm.PREDICTIONS["v"]
     c = (step.signal, step.sigma, torch.ones_like(step.sigma), torch.zeros_like(step.sigma))   # no velocity
     assert torch.allclose(fm.convert(target(x0, eps, step), "v", "x1", x_t, c), x0)
@@ -623,7 +623,8 @@ def test_guidance_reaches_the_sampler():
 
 def test_label_dropout_trains_the_extra_row():
     def rows_with_gradient(dropout, training):
-        model = random_model(n_classes=3, label_dropout=dropout).train(training)
+        model = random_model(n_classes=3).train(training)
+        model.config.label_dropout = dropout
         model.loss({"x": normal(50, 2).float(), "label": torch.arange(50) % 3})["loss"].backward()
         return model.net.embed.label.weight.grad.abs().sum(1).ne(0).tolist()
     assert rows_with_gradient(1.0, True) == [False, False, False, True]
@@ -708,8 +709,8 @@ def test_param_groups_cover_everything_once():
 
 # ---------------------------------------------------------------- what a user can get wrong
 @pytest.mark.parametrize("config, words", [
-    (dict(path="otp"), "nearest: 'ot'"), (dict(solver="rk5"), "nearest: 'rk4'"),
-    (dict(coupling="independant"), "nearest: 'independent'"), (dict(sigma_min=1.0), "sigma_min"),
+    (dict(path="otp"), "'otp' is not known: choose one of ot, vp, ve"), (dict(solver="rk5"), "euler, midpoint"),
+    (dict(coupling="independant"), "choose one of independent, ot"), (dict(sigma_min=1.0), "sigma_min"),
     (dict(sigma_min=-0.1), "sigma_min"), (dict(path="ve"), "sigma_min"),
     (dict(sampler_steps=0), "sampler_steps"), (dict(tolerance=0.0), "tolerance"),
     (dict(data_shape=(3, 32)), "data_shape"),
