@@ -137,7 +137,7 @@ def check_networks(config):
          f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
          f"halves {len(mult) - 1} times"),
         (any(width < 1 or width % groups for width in widths),
-         f"norm_groups {groups} does not divide channels {config.channels} or its product with {mult}"),
+         f"norm_groups {groups} must divide channels {config.channels}, and that times channel_mult {mult}"),
     ):
         if wrong:
             raise ValueError(message)

@@ -140,7 +140,7 @@ def check_networks(config):
          f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
          f"halves {len(mult) - 1} times"),
         (any(width < 1 or width % groups for width in widths),
-         f"norm_groups {groups} does not divide channels {config.channels} or its product with {mult}"),
+         f"norm_groups {groups} must divide channels {config.channels}, and that times channel_mult {mult}"),
     ):
         if wrong:
             raise ValueError(message)
@@ -321,9 +321,9 @@ class UNet(nn.Module):
 
 # ---------------------------------------------------------------- paths: alpha, sigma, alpha', sigma' of t
 def ot_path(t, config):
-    """Straight lines, which a solver follows exactly in one step. The field bends only where lines to different
-    data points cross, so that fewer steps do than on curves. "ot": each line is the optimal transport from
-    N(0, I) to one data point. That for many points at once is another thing, the coupling "ot"."""
+    """Straight lines, each of which a solver follows exactly in one step. The field bends only where lines to
+    different data points cross, so that fewer steps do than on curves. "ot": a line is the optimal transport
+    from N(0, I) to one data point. That for many points at once is another thing, the coupling "ot"."""
     shrink = 1 - config.sigma_min
     return t, 1 - shrink * t, torch.ones_like(t), torch.full_like(t, -shrink)                 # [7]
 
@@ -637,7 +637,7 @@ class FlowMatching(nn.Module):
         return log_p0.flatten(1).sum(1) - change                              # change: log p_0 - log p_1
 
     def bits_per_dim(self, batch, steps=None, probe=None):
-        """Bits per number of 8-bit images, x = pixel/127.5 - 1: (B,), on average an upper bound (the paper's).
+        """Bits per number of 8-bit images, x = pixel/127.5 - 1: (B,); on average an upper bound, the paper's.
         Uniform noise as wide as the level of a pixel, 1/127.5, makes them continuous for log_prob."""
         x = batch["x"] + (torch.rand_like(batch["x"]) - 0.5) / 127.5
         nats = self.log_prob({**batch, "x": x}, steps, probe) / x[0].numel()

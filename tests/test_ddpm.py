@@ -1,14 +1,17 @@
 """ddpm.py: closed forms on Gaussians and mixtures, official numbers, official weights, errors, the demo."""
+import copy
 import math
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from conftest import ROOT
 from golden_cases import golden, manifest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm
 from ddpm import DDPM, Config, at, coefficients
@@ -22,8 +25,7 @@ def model_of(**config):
 
 
 class Function(torch.nn.Module):
-    """A function in place of the network: f(x, t), t (B,) or (1,). It has one weight, by which a model finds its
-    device."""
+    """A function in place of the network: f(x, t), t (B,) or (1,). Its weight tells the device."""
 
     def __init__(self, f):
         super().__init__()
@@ -488,6 +490,253 @@ def test_param_groups_hold_every_parameter_once():
     assert any(p is model.net.embed.label.weight for p in rest["params"])
 
 
+# ---------------------------------------------------------------- devices, dtypes, memory
+class Copies(TorchDispatchMode):
+    """Notes what is copied from the CPU to the meta device, for which a GPU's host would have to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        from_cpu = any(isinstance(x, torch.Tensor) and x.dim() and x.device.type == "cpu" for x in args)
+        if from_cpu and isinstance(out, torch.Tensor) and out.is_meta:
+            self.seen.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("preset", ddpm.PRESETS)
+def test_neither_loss_nor_sample_waits_for_the_device(preset):
+    """On the meta device a value that is read back raises, and so does a tensor left on the CPU."""
+    config = ddpm.Config(**{**ddpm.PRESETS[preset], "n_classes": 4, "guidance": 2.0})
+    with torch.device("meta"):
+        model, label = ddpm.Model(config), torch.zeros(2, dtype=torch.long)
+        batch = {"x": torch.zeros(2, *config.data_shape), "label": label}
+    optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-3)
+    for warm in (False, True):
+        with Copies() as copies:
+            model.loss(batch)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            assert model.sample(batch, steps=3).is_meta
+    assert warm and not copies.seen
+
+
+def small_unet(**config):
+    """Images with dropout, attention, labels; all weights drawn, so that no zero hides a part."""
+    torch.manual_seed(0)
+    config = dict(data_shape=(3, 8, 8), channels=8, norm_groups=4, attn_resolutions=(4,)) | config
+    model = ddpm.Model(ddpm.Config(**config))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 8, 8)], ids=["points", "images"])
+def test_bfloat16_weights_and_autocast(shape):
+    model = small_unet(data_shape=shape, n_classes=3, width=32, guidance=2.0, n_diffusion_steps=20,
+                       sampler_steps=4).eval()
+    batch = {"x": torch.rand(4, *shape) * 2 - 1, "label": torch.arange(4) % 3}
+    noise, t = torch.randn(4, *shape), torch.tensor([0, 3, 11, 19])
+    start = lambda: torch.Generator().manual_seed(0)
+    run = lambda m: (m.loss(batch, noise, t)["loss"], m.sample(batch, generator=start()))
+    loss, x = run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = run(model)
+    weights = copy.deepcopy(model).to(torch.bfloat16)
+    for loss_b, x_b in (under_autocast, run(weights)):
+        assert loss_b.dtype == x_b.dtype == torch.float32
+        assert loss_b.item() == pytest.approx(loss.item(), rel=0.02)
+        assert (x_b - x).abs().max() < 0.1 * x.abs().max()
+    run(weights)[0].backward()
+    assert all(p.grad.isfinite().all() for p in weights.parameters())
+
+
+def test_sampling_embeds_time_once_for_all_samples_and_keeps_no_state_unasked():
+    model, states, alive = model_of(sampler_steps=10), [], []
+
+    def net(x, t, label=None):
+        assert t.shape == (1,)
+        states.append(weakref.ref(x))
+        alive.append(sum(state() is not None for state in states))
+        return 0.1 * x
+
+    model.net = Function(net)
+    kept = []
+    x = model.sample({"n": 5}, trace=kept, generator=torch.Generator().manual_seed(0))
+    assert len(kept) == 11 and kept[0].std() > 0.3 and torch.equal(kept[-1], x)
+    del kept
+    states.clear(), alive.clear()
+    again = model.sample({"n": 5}, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again, x) and len(alive) == 10 and max(alive) <= 2
+
+
+# ---------------------------------------------------------------- draws, items, training mode
+def test_the_loss_draws_noise_then_one_time_per_sample():
+    model = small_unet(data_shape=(2,), n_classes=3, width=32).eval()
+    batch = {"x": torch.randn(400, 2), "label": torch.arange(400) % 3}
+    torch.manual_seed(5)
+    out = model.loss(batch)
+    torch.manual_seed(5)
+    noise, t = torch.randn(400, 2), torch.randint(100, (400,))
+    assert torch.equal(out["per_sample"], model.loss(batch, noise, t)["per_sample"])
+    assert 0 <= out["t"].min() < 0.03 and 0.97 < out["t"].max() <= 1 and abs(out["t"].mean() - 0.5) < 0.08
+
+
+def test_a_batch_is_its_items_one_by_one():
+    model = small_unet(n_classes=3, guidance=2.0, n_diffusion_steps=20, sampler_steps=4).eval()
+    batch, noise = {"x": torch.randn(3, 3, 8, 8), "label": torch.tensor([2, 0, 1])}, torch.randn(3, 3, 8, 8)
+    t = torch.tensor([0, 11, 19])
+    z = torch.randn(3, 3, 3, 8, 8)
+    out, x = model.loss(batch, noise, t)["per_sample"], model.sample(batch, noise=noise, step_noise=z)
+    assert (x[0] - x[1]).abs().max() > 0.1
+    for i in range(3):
+        one, own = {k: v[i:i + 1] for k, v in batch.items()}, slice(i, i + 1)
+        assert torch.allclose(model.loss(one, noise[own], t[own])["per_sample"], out[own], atol=1e-5)
+        assert torch.allclose(model.sample(one, noise=noise[own], step_noise=z[:, own]), x[own], atol=1e-4)
+
+
+def test_dropout_acts_in_training_alone():
+    model, t = small_unet(dropout=0.5), torch.tensor([0, 3, 11, 19])
+    x, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    loss = lambda: model.loss({"x": x}, noise, t)["per_sample"]
+    assert not torch.allclose(loss(), loss(), rtol=1e-3)
+    model.eval()
+    assert torch.equal(loss(), loss())
+
+
+def test_a_flip_mirrors_half_of_the_images_in_training_alone():
+    seen, x = [], torch.arange(2 * 3 * 4.0).reshape(1, 2, 3, 4).repeat(300, 1, 1, 1)
+    model = ddpm.Model(ddpm.Config(data_shape=(2, 4, 4), channel_mult=(1,), horizontal_flip=True))
+    model.net = Function(lambda x, t: seen.append(x) or torch.zeros_like(x))
+    model.loss({"x": x}, noise=0 * x, t=torch.zeros(300, dtype=torch.long))
+    scale = seen[0].abs().max() / x.max()
+    mirrored = torch.isclose(seen[0], scale * x.flip(3)).flatten(1).all(1)
+    straight = torch.isclose(seen[0], scale * x).flatten(1).all(1)
+    assert (mirrored ^ straight).all() and 0.4 < mirrored.float().mean() < 0.6
+    model.eval()
+    model.loss({"x": x}, noise=0 * x, t=torch.zeros(300, dtype=torch.long))
+    assert torch.allclose(seen[1], scale * x)
+    flips = {preset: ddpm.Config(**fields).horizontal_flip for preset, fields in ddpm.PRESETS.items()}
+    assert flips == {"tiny": False, "tiny_image": False, "cifar10": True}
+
+
+def test_weight_decay_acts_on_matrices_and_kernels_alone():
+    model = small_unet(n_classes=3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay, rest = ({names[id(p)] for p in group["params"]} for group in model.param_groups(0.1))
+    assert all(name.endswith("weight") and "norm" not in name for name in decay)
+    assert all(name.endswith("bias") or "norm" in name or name == "net.embed.label.weight" for name in rest)
+    assert decay | rest == set(names.values()) and not decay & rest
+
+
+def test_time_embedding_by_hand():
+    """Sines first, frequencies 1, 10000^(-1/2), 10000^(-1) for three of them."""
+    want = [math.sin(3), math.sin(0.03), math.sin(0.0003), math.cos(3), math.cos(0.03), math.cos(0.0003)]
+    assert ddpm.time_embedding(torch.tensor([3.0]), 6)[0].tolist() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [
+    dict(data_shape=(0,)), dict(data_shape=()), dict(data_shape=(3, -8, 8)), dict(n_classes=-1),
+    dict(depth=0), dict(label_dropout=7.0), dict(label_dropout=1.0), dict(label_dropout=math.nan),
+    dict(dropout=1.0), dict(dropout=-0.1), dict(width=2), dict(width=3), dict(width=33), dict(width=0),
+    dict(channels=2), dict(channels=7, norm_groups=1), dict(channel_mult=()), dict(channel_mult=(0, 1)),
+    dict(norm_groups=0), dict(channel_mult=(1, -2)), dict(channel_mult=(1, math.nan)),
+    dict(channel_mult=(0.3,)), dict(n_res_blocks=0), dict(channels=36, channel_mult=(2,)),
+    dict(attn_resolutions=(0,)), dict(guidance=-1.0, n_classes=2), dict(guidance=math.nan, n_classes=2),
+    dict(guidance=2.0), dict(guidance=2.0, n_classes=3, label_dropout=0.0), dict(horizontal_flip=True),
+    dict(sampler_steps=0), dict(sampler_steps=-3), dict(eta=-0.1), dict(eta=math.nan),
+    dict(n_diffusion_steps=-2)], ids=str)
+def test_nonsense_in_a_field_is_one_line(config):
+    with pytest.raises(ValueError) as error:
+        ddpm.Config(**config)
+    assert "\n" not in str(error.value)
+    assert next(iter(config)) in str(error.value).replace("sampler steps", "sampler_steps")
+
+
+def test_any_class_is_refused_where_it_was_never_trained():
+    model = ddpm.Model(ddpm.Config(n_classes=3, label_dropout=0.0))
+    with pytest.raises(ValueError, match="only label_dropout, here 0.0, trains 'any class'"):
+        model.sample({"n": 2})
+    assert model.sample({"label": torch.tensor([0, 2])}, steps=2).shape == (2, 2)
+
+
+def test_guidance_extrapolates_eps_and_leaves_the_variance_alone():
+    model = small_unet(data_shape=(2,), n_classes=3, width=32, variance="learned").eval()
+    x, t, label = torch.randn(6, 2), torch.full((6,), 40), torch.arange(6) % 3
+    (eps, f), (any_eps, any_f) = model.predict(x, t, label), model.predict(x, t)
+    assert (eps - any_eps).abs().max() > 1e-3
+    assert torch.equal(any_eps, model.predict(x, t, torch.full((6,), 3))[0])
+    for g in (0.0, 1.0, 2.5):
+        guided, f_guided = model.predict(x, t, label, g)
+        assert torch.allclose(guided, any_eps + g * (eps - any_eps), atol=1e-6) and torch.equal(f_guided, f)
+    assert (f - any_f).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_guidance_reaches_the_sampler_but_neither_loss_nor_bound(kind):
+    label, noise = torch.arange(6) % 3, torch.randn(6, 2)
+    fields = dict(data_shape=(2,), n_classes=3, width=32, sampler="ddim", sampler_steps=5,
+                  prediction_type=kind)
+    models = {g: small_unet(**fields, guidance=g).eval() for g in (0.0, 1.0, 4.0)}
+    plain, one, four = (models[g].sample({"label": label}, noise=noise) for g in models)
+    assert torch.allclose(plain, models[1.0].sample({"n": 6}, noise=noise), rtol=1e-4)
+    assert not torch.allclose(one, plain, rtol=1e-3) and not torch.allclose(four, one, rtol=1e-3)
+    batch, t, z = {"x": noise, "label": label}, torch.arange(6), torch.randn(100, 6, 2)
+    assert models[1.0].loss(batch, noise, t)["loss"] == models[4.0].loss(batch, noise, t)["loss"]
+    assert torch.equal(*(models[g].bits_per_dim(batch, z)["total"] for g in (1.0, 4.0)))
+
+
+def test_the_generator_decides_every_draw():
+    for sampler, eta, draws in (("ddpm", 0.0, 5), ("ddim", 0.5, 5), ("ddim", 0.0, 1)):
+        model = small_unet(data_shape=(2,), width=32, sampler=sampler, eta=eta, sampler_steps=5).eval()
+        used, same = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+        before = torch.get_rng_state()
+        model.sample({"n": 4}, generator=used)
+        for _ in range(draws):
+            torch.randn(4, 2, generator=same)
+        assert torch.equal(used.get_state(), same.get_state()), "DDIM without eta draws its start alone"
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_chain_of_one_step_has_a_finite_bound():
+    """K = 1: the last term with variance beta, the prior of the one state."""
+    model = model_of(n_diffusion_steps=1, sampler_steps=1)
+    x = torch.tensor([[0.5, -0.8]])
+    out = model.bits_per_dim({"x": x}, noise=torch.zeros(1, 1, 2))
+    beta = 0.999                                                          # the largest there is
+    assert alpha_bars("cosine", 1).item() == pytest.approx(1 - beta)
+    # eps is estimated as 0: x0 as x_t/signal, which is x where no noise was added, and the mean as x0
+    assert out["vb"].item() == pytest.approx(0.5 * math.log2(2 * math.pi * beta), abs=1e-4)
+    assert model.loss({"x": x})["t"].tolist() == [0]
+
+
+def test_points_are_not_clipped_and_pixels_are():
+    """4 % of the moons lie outside [-1, 1]."""
+    torch.manual_seed(0)
+    assert 0.03 < (ddpm.two_moons(20000).abs() > 1).any(1).float().mean() < 0.05
+    clipped = {preset: Config(**overrides).clip_x0 for preset, overrides in ddpm.PRESETS.items()}
+    assert clipped == {"tiny": False, "tiny_image": True, "cifar10": True} and not Config().clip_x0
+    model = exact([[0.95, 0.0]], 0.05, **ddpm.PRESETS["tiny"])
+    x = model.sample({"n": 1000}, generator=torch.Generator().manual_seed(0))
+    assert 0.05 < (x[:, 0] > 1).float().mean() < 0.2
+
+
+def test_tables_are_kept_and_stay_float32():
+    model = model_of().to(torch.bfloat16)
+    assert not list(model.buffers()) and table_of(model) is table_of(model)
+    assert table_of(model).dtype == torch.float32 and 0 < 1 - table_of(model)[0, 0] < 1e-3
+
+
+def test_a_name_given_twice_is_left_over():
+    with torch.device("meta"):
+        weights = DDPM(Config(**ddpm.PRESETS["cifar10"])).net.state_dict()
+    weights["mid.0.attn.query.weight"] = weights["mid.0.attn.q.weight"]
+    with pytest.raises(ValueError, match="configuration: left over mid.0.attn.query.weight$"):
+        DDPM.from_official(weights)
+
+
 # ---------------------------------------------------------------- official numbers (golden)
 def official_function(config):
     """The stand-in for a network that the golden trajectories were made with."""
@@ -508,7 +757,7 @@ def scheduler_model(case, variant, monkeypatch, **config):
     # diffusers works its tables out in float32, which these numbers show in their fifth digit, and does not
     # scale the linear schedule with K
     betas = {"linear": lambda K: ddpm.linear_beta(K, first, last), "cosine": ddpm.cosine_beta}[name]
-    schedule = f"diffusers {name} {first} {last}"                         # tables are kept by the schedule's name
+    schedule = f"diffusers {name} {first} {last}"    # tables are kept by the schedule's name
     monkeypatch.setitem(ddpm.SCHEDULES, schedule, lambda K: betas(K).float())
     model = DDPM(Config(
         n_diffusion_steps=K, sampler_steps=case.config["steps"], clip_x0=arguments.pop("clip_sample"),
