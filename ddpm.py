@@ -65,7 +65,7 @@ class Config:
     data_shape: tuple = (2,)         # of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
     n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
     label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
-    horizontal_flip: bool = False    # images: mirror half of them in training, where left and right are alike
+    flip: bool = False               # mirror half of the training images, drawn by chance, left to right
 
     # -- network for points (MLP)
     width: int = 128                 # units per layer
@@ -131,7 +131,7 @@ def check_networks(config):
         (config.width % 2 or config.channels % 2,
          f"width {config.width} and channels {config.channels} must be even: time is sines and cosines"),
         (len(shape) not in (1, 3), f"data_shape {shape}: (D,) for points or (C, H, W) for images"),
-        (config.horizontal_flip and len(shape) == 1, f"horizontal_flip: {shape} is no image"),
+        (config.flip and len(shape) == 1, f"flip: {shape} is no image"),
         (not mult, "channel_mult () needs a number for each level of the U-Net, at least one"),
         (any(size % multiple for size in shape[1:]),
          f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
@@ -375,6 +375,7 @@ def coefficients(alpha_bar):
 
 
 @functools.lru_cache
+@torch.compiler.assume_constant_result
 def step_table(schedule, K, device, levels=None):
     """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
     `device`. Kept: a copy from the host in every step would make the host wait. No buffer of the model:
@@ -532,7 +533,7 @@ class DDPM(nn.Module):
         variance, vb (bits per dimension), per_sample (B,), t (B,) in [0, 1]. The argument t is in 0..K-1:
         t = 0 is one step of noise, not none, and t = K-1 is all noise."""
         x0, label, K = batch["x"], self.label(batch, required=True), self.config.n_diffusion_steps
-        if self.training and self.config.horizontal_flip:
+        if self.training and self.config.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
         eps = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (len(x0),), device=x0.device) if t is None else t
@@ -668,7 +669,7 @@ PRESETS = {
     "tiny": {},                                                           # points in the plane
     "tiny_image": dict(data_shape=(3, 32, 32), n_diffusion_steps=1000, clip_x0=True, sampler="ddim",
                        sampler_steps=50),                                 # two CPU cores are enough
-    "cifar10": dict(data_shape=(3, 32, 32), horizontal_flip=True, channels=128, channel_mult=(1, 2, 2, 2),
+    "cifar10": dict(data_shape=(3, 32, 32), flip=True, channels=128, channel_mult=(1, 2, 2, 2),
                     n_res_blocks=2, attn_resolutions=(16,), norm_groups=32, dropout=0.1,
                     n_diffusion_steps=1000, schedule="linear", variance="fixed_large", clip_x0=True,
                     sampler_steps=1000),                                  # Ho et al.: 35.7 M, FID 3.17

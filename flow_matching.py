@@ -66,7 +66,7 @@ class Config:
     data_shape: tuple = (2,)         # of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
     n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
     label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
-    horizontal_flip: bool = False    # images: mirror half of them in training, where left and right are alike
+    flip: bool = False               # mirror half of the training images, drawn by chance, left to right
 
     # -- network for points (MLP)
     width: int = 128                 # units per layer
@@ -93,12 +93,13 @@ class Config:
     def __post_init__(self):
         self.data_shape = tuple(self.data_shape)                              # a list, if it comes from YAML
         check_networks(self)
+        check_at_least(self, 0, "sigma_min", "sigma_max")
         check_at_least(self, 1, "sampler_steps")
         check_choice("path", self.path, PATHS)
         check_choice("coupling", self.coupling, COUPLINGS)
         check_choice("solver", self.solver, TABLEAUS)
-        if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"sigma_min {self.sigma_min} must lie in [0, 1)")
+        if self.sigma_min >= 1:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below 1")
         if self.path == "ve" and not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"path 've' needs 0 < sigma_min < sigma_max = {self.sigma_max}, not sigma_min "
                              f"{self.sigma_min}: take 0.01")
@@ -134,7 +135,7 @@ def check_networks(config):
         (config.width % 2 or config.channels % 2,
          f"width {config.width} and channels {config.channels} must be even: time is sines and cosines"),
         (len(shape) not in (1, 3), f"data_shape {shape}: (D,) for points or (C, H, W) for images"),
-        (config.horizontal_flip and len(shape) == 1, f"horizontal_flip: {shape} is no image"),
+        (config.flip and len(shape) == 1, f"flip: {shape} is no image"),
         (not mult, "channel_mult () needs a number for each level of the U-Net, at least one"),
         (any(size % multiple for size in shape[1:]),
          f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
@@ -595,7 +596,7 @@ class FlowMatching(nn.Module):
         """batch: x (B, *data_shape), label (B,) if n_classes; t (B,) in [0, 1], where 0 is noise and 1 data
         -> loss (0-d), per_sample (B,) and t (B,)."""
         x1, label = batch["x"], self.label(batch, required=True)
-        if self.training and self.config.horizontal_flip:
+        if self.training and self.config.flip:
             x1 = torch.where(torch.rand(len(x1), 1, 1, 1, device=x1.device) < 0.5, x1.flip(3), x1)
         x0 = torch.randn_like(x1) if noise is None else noise
         x0 = COUPLINGS[self.config.coupling](x0, x1, label)                                   # [10]
@@ -688,7 +689,7 @@ PRESETS = {
     "tiny": {},                                                           # points in the plane
     "tiny_image": dict(data_shape=(3, 32, 32)),                           # two CPU cores are enough
     # The size of torchcfm's network, which is Ho et al.'s: 35.7 M parameters; theirs reaches FID 3.5.
-    "cifar10": dict(data_shape=(3, 32, 32), horizontal_flip=True, channels=128, channel_mult=(1, 2, 2, 2),
+    "cifar10": dict(data_shape=(3, 32, 32), flip=True, channels=128, channel_mult=(1, 2, 2, 2),
                     n_res_blocks=2, attn_resolutions=(16,), norm_groups=32, dropout=0.1, solver="dopri5"),
 }
 

@@ -608,7 +608,7 @@ def test_dropout_acts_in_training_alone():
 
 def test_a_flip_mirrors_half_of_the_images_in_training_alone():
     seen, x = [], torch.arange(2 * 3 * 4.0).reshape(1, 2, 3, 4).repeat(300, 1, 1, 1)
-    model = ddpm.Model(ddpm.Config(data_shape=(2, 4, 4), channel_mult=(1,), horizontal_flip=True))
+    model = ddpm.Model(ddpm.Config(data_shape=(2, 4, 4), channel_mult=(1,), flip=True))
     model.net = Function(lambda x, t: seen.append(x) or torch.zeros_like(x))
     model.loss({"x": x}, noise=0 * x, t=torch.zeros(300, dtype=torch.long))
     scale = seen[0].abs().max() / x.max()
@@ -618,7 +618,7 @@ def test_a_flip_mirrors_half_of_the_images_in_training_alone():
     model.eval()
     model.loss({"x": x}, noise=0 * x, t=torch.zeros(300, dtype=torch.long))
     assert torch.allclose(seen[1], scale * x)
-    flips = {preset: ddpm.Config(**fields).horizontal_flip for preset, fields in ddpm.PRESETS.items()}
+    flips = {preset: ddpm.Config(**fields).flip for preset, fields in ddpm.PRESETS.items()}
     assert flips == {"tiny": False, "tiny_image": False, "cifar10": True}
 
 
@@ -645,7 +645,7 @@ def test_time_embedding_by_hand():
     dict(norm_groups=0), dict(channel_mult=(1, -2)), dict(channel_mult=(1, math.nan)),
     dict(channel_mult=(0.3,)), dict(n_res_blocks=0), dict(channels=36, channel_mult=(2,)),
     dict(attn_resolutions=(0,)), dict(guidance=-1.0, n_classes=2), dict(guidance=math.nan, n_classes=2),
-    dict(guidance=2.0), dict(guidance=2.0, n_classes=3, label_dropout=0.0), dict(horizontal_flip=True),
+    dict(guidance=2.0), dict(guidance=2.0, n_classes=3, label_dropout=0.0), dict(flip=True),
     dict(sampler_steps=0), dict(sampler_steps=-3), dict(eta=-0.1), dict(eta=math.nan),
     dict(n_diffusion_steps=-2)], ids=str)
 def test_nonsense_in_a_field_is_one_line(config):

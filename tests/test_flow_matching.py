@@ -826,7 +826,7 @@ def test_dropout_acts_in_training_alone():
 
 def test_a_flip_mirrors_half_of_the_images_in_training_alone():
     seen, x = [], torch.arange(2 * 3 * 4.0).reshape(1, 2, 3, 4).repeat(300, 1, 1, 1)
-    model = fm.Model(fm.Config(data_shape=(2, 4, 4), channel_mult=(1,), horizontal_flip=True))
+    model = fm.Model(fm.Config(data_shape=(2, 4, 4), channel_mult=(1,), flip=True))
     model.net.forward = lambda x, t, label=None: (seen.append(x) or torch.zeros_like(x))
     model.loss({"x": x}, noise=0 * x, t=torch.ones(300))
     scale = seen[0].abs().max() / x.max()
@@ -836,7 +836,7 @@ def test_a_flip_mirrors_half_of_the_images_in_training_alone():
     model.eval()
     model.loss({"x": x}, noise=0 * x, t=torch.ones(300))
     assert torch.allclose(seen[1], scale * x)
-    flips = {preset: fm.Config(**fields).horizontal_flip for preset, fields in fm.PRESETS.items()}
+    flips = {preset: fm.Config(**fields).flip for preset, fields in fm.PRESETS.items()}
     assert flips == {"tiny": False, "tiny_image": False, "cifar10": True}
 
 
@@ -863,7 +863,7 @@ def test_time_embedding_by_hand():
     dict(norm_groups=0), dict(channel_mult=(1, -2)), dict(channel_mult=(1, math.nan)),
     dict(channel_mult=(0.3,)), dict(n_res_blocks=0), dict(channels=36, channel_mult=(2,)),
     dict(attn_resolutions=(0,)), dict(guidance=-1.0, n_classes=2), dict(guidance=math.nan, n_classes=2),
-    dict(guidance=2.0), dict(guidance=2.0, n_classes=3, label_dropout=0.0), dict(horizontal_flip=True),
+    dict(guidance=2.0), dict(guidance=2.0, n_classes=3, label_dropout=0.0), dict(flip=True),
     dict(sampler_steps=0), dict(sampler_steps=-3), dict(tolerance=math.nan), dict(sigma_min=math.nan),
     dict(path="ve", sigma_min=0.1, sigma_max=0.1)], ids=str)
 def test_nonsense_in_a_field_is_one_line(config):
@@ -898,7 +898,7 @@ def test_likelihood_ignores_guidance():
 
 
 def test_bits_per_dim_of_images_by_hand():
-    """The untrained flow stands still: it has the density of the noise, at levels 2/255 wide. A density that is
+    """The untrained flow stands still: its density is that of noise, at levels 2/255 wide. A density that is
     equal over all 256 levels costs 8 bits."""
     config = fm.Config(data_shape=(1, 8, 8), channels=8, channel_mult=(1,), attn_resolutions=())
     model, x = fm.FlowMatching(config).eval(), torch.zeros(3, 1, 8, 8)
