@@ -44,7 +44,8 @@ Differs from the original:
  1. The linear schedule is scaled by 1000/K (as iDDPM's), so that any K ends in noise; at K = 1000 it is Ho's.
  2. t is drawn uniformly; iDDPM's importance sampling of t is left out.
  3. Sampling in fewer than K steps is a chain of its own (iDDPM). After clipping x0, DDIM derives eps anew.
- 4. Labels, a learned vector each, are added to the time embedding; the paper of 2020 has none.
+ 4. Labels, a learned vector each, are added to the time embedding. The paper of 2020 has neither labels nor
+    guidance, which came later [14]; without labels nothing is left of either.
 
 Run alone: `python ddpm.py` learns two moons in about 20 seconds on one CPU core.
 """
@@ -66,11 +67,9 @@ class Config:
     n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
     label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
     flip: bool = False               # mirror half of the training images, drawn by chance, left to right
-
     # -- network for points (MLP)
     width: int = 128                 # units per layer
     depth: int = 4                   # residual layers
-
     # -- network for images (UNet)
     channels: int = 32               # feature maps at full resolution
     channel_mult: tuple = (1, 2, 2)  # feature maps per level / `channels`; each but the first halves H and W
@@ -78,7 +77,6 @@ class Config:
     attn_resolutions: tuple = (8,)   # image heights at which every ResBlock is followed by self-attention
     norm_groups: int = 8             # groups of GroupNorm; must divide every level's feature maps
     dropout: float = 0.0             # inside the ResBlocks
-
     # -- the diffusion
     n_diffusion_steps: int = 100     # K, length of the chain: 1000 in the papers; 100 is enough for points
     schedule: str = "cosine"         # a name in SCHEDULES [7, 8]
@@ -117,7 +115,7 @@ def check_at_least(config, least, *fields):
 
 
 def check_networks(config):
-    """The fields of the data, the labels and the two networks."""
+    """The fields of the data, the labels and the two networks. ValueError."""
     check_at_least(config, 0, "n_classes", "label_dropout", "dropout", "guidance", "channel_mult")
     check_at_least(config, 1, "data_shape", "depth", "n_res_blocks", "attn_resolutions", "norm_groups")
     check_at_least(config, 4, "width", "channels")
@@ -166,7 +164,7 @@ class StepEmbedding(nn.Module):
         self.label = nn.Embedding(n_classes + 1, d_out) if n_classes else None
 
     def forward(self, t, label=None):
-        # A sampler gives t as (1,), which all samples share: B in the column of shapes is then 1.
+        # From a sampler t is (1,), shared by all samples; B is then 1.
         emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B, d_out)
         if self.n_classes:
             label = torch.full_like(t, self.n_classes, dtype=torch.long) if label is None else label
@@ -218,10 +216,8 @@ class AttnBlock(nn.Module):
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention.
-
-    Group norm, because batch norm would let an image depend on the others of its batch, which here are noised
-    to all degrees; and the averaged weights (EMA) would need averages of its statistics too.
-    """
+    Group norm, because batch norm mixes the images of a batch, here noised to all degrees, and because its
+    running statistics would not fit the averaged weights (EMA)."""
 
     def __init__(self, c_in, c_out, c_emb, norm_groups, dropout, attn):
         super().__init__()
@@ -338,8 +334,7 @@ def alpha_bars(schedule, K):
 
 
 class Coefficients(NamedTuple):
-    """The numbers of a step x_t -> x_prev. Each (S,) for a whole chain, or shaped to broadcast over x. dit.py
-    needs fewer: its fields differ."""
+    """The numbers of a step x_t -> x_prev: (S,) for a chain, or broadcast over x. dit.py's differ."""
 
     signal: torch.Tensor        # sqrt(alpha_bar): how much of x0 is in x_t
     sigma: torch.Tensor         # sqrt(1 - alpha_bar): how much noise
@@ -357,7 +352,7 @@ def coefficients(alpha_bar):
     """alpha_bar (S,) of the levels visited, least noised first -> Coefficients, stacked (fields, S).
 
     Any selection of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps.
-    Give float64: 1 - alpha_bar/alpha_bar_prev loses half its digits in float32. dit.py's differs in fields.
+    Give float64: 1 - alpha_bar/alpha_bar_prev loses half its digits in float32. It differs from dit.py's.
     """
     alpha_bar_prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     beta = 1 - alpha_bar / alpha_bar_prev
@@ -378,8 +373,8 @@ def coefficients(alpha_bar):
 @torch.compiler.assume_constant_result
 def step_table(schedule, K, device, levels=None):
     """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
-    `device`. Kept: a copy from the host in every step would make the host wait. No buffer of the model:
-    .to(bfloat16) would round alpha_bar_0 to 1."""
+    `device`. Kept: a copy from the host in every step would make the host wait; compiled code takes it as
+    a constant. No buffer of the model: .to(bfloat16) would round alpha_bar_0 to 1."""
     alpha_bar = alpha_bars(schedule, K)
     return coefficients(alpha_bar if levels is None else alpha_bar[list(levels[::-1])]).float().to(device)
 
@@ -563,9 +558,9 @@ class DDPM(nn.Module):
         ts = timetable(config.n_diffusion_steps, config.sampler_steps if steps is None else steps)
         table = step_table(config.schedule, config.n_diffusion_steps, device, tuple(ts))      # (fields, S)
         draw = lambda: randn((B, *config.data_shape), generator, device)
+        keep = (lambda x: None) if trace is None else trace.append
         x = draw() if noise is None else noise
-        if trace is not None:
-            trace.append(x)
+        keep(x)
         for k, t in enumerate(ts):
             to_go = len(ts) - 1 - k             # row of this step: the chain counts from the data
             c = at(table, to_go, x)
@@ -580,8 +575,7 @@ class DDPM(nn.Module):
                 x = ddim_step(x0, eps_from_x0(x, x0, c), c, config.eta, z)
             else:
                 x = ancestral_step(x0, x, self.log_variance(f, c), c, z)
-            if trace is not None:
-                trace.append(x)
+            keep(x)
         return x
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ The flow (a continuous normalising flow)
     [1]  dx/dt = v_t(x),   x(0) ~ N(0, I),   samples are x(1)
     [2]  d log p_t(x(t))/dt = -div v_t(x(t)), div v = trace(dv/dx) = E z' (dv/dx) z if E z z' = I (Hutchinson)
 Its training
-    [3]  L_FM = E |v_t(x) - u_t(x)|^2,   u_t(x) = E[u_t(x|x1) | x_t = x]: the field we want, but unknown: a
-         mean over all x1 that may have led to x
+    [3]  L_FM = E |v_t(x) - u_t(x)|^2,   u_t(x) = E[u_t(x|x1) | x_t = x]: the field we want, but cannot
+         compute, since it is a mean over all data points x1 that may have led to x
     [4]  L_CFM = E |v_t(x) - u_t(x|x1)|^2 = L_FM + constant: can be computed, and has the same gradients
 Paths from noise to one data point
     [5]  p_t(x|x1) = N(mu, sigma^2 I), mu = alpha x1:   x_t = alpha x1 + sigma x0
@@ -38,7 +38,7 @@ Around it
     [13] guidance: v = v(any class) + g (v(class) - v(any class));   others count from zero, w = g - 1
 
 Map: Config | MLP, UNet | paths [7-9] | identities [3, 6, 12] | couplings [10] | solvers [2, 11]
-| FlowMatching: loss [4, 5], sample, log_prob | PRESETS | main. The networks are ddpm.py's, word for word.
+| FlowMatching: loss [4, 5], sample, log_prob, bits_per_dim | PRESETS | main. Networks as in ddpm.py.
 
 Differs from the original:
  1. sigma_min is 0, as in both repositories. The paper's is "sufficiently small", without a number.
@@ -67,11 +67,9 @@ class Config:
     n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
     label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
     flip: bool = False               # mirror half of the training images, drawn by chance, left to right
-
     # -- network for points (MLP)
     width: int = 128                 # units per layer
     depth: int = 4                   # residual layers
-
     # -- network for images (UNet)
     channels: int = 32               # feature maps at full resolution
     channel_mult: tuple = (1, 2, 2)  # feature maps per level / `channels`; each but the first halves H and W
@@ -79,7 +77,6 @@ class Config:
     attn_resolutions: tuple = (8,)   # image heights at which every ResBlock is followed by self-attention
     norm_groups: int = 8             # groups of GroupNorm; must divide every level's feature maps
     dropout: float = 0.0             # inside the ResBlocks
-
     # -- the flow
     path: str = "ot"                 # a name in PATHS: how noise turns into data [5]
     sigma_min: float = 0.0           # "ot", "ve": standard deviation left around a data point at t = 1
@@ -121,7 +118,7 @@ def check_at_least(config, least, *fields):
 
 
 def check_networks(config):
-    """The fields of the data, the labels and the two networks."""
+    """The fields of the data, the labels and the two networks. ValueError."""
     check_at_least(config, 0, "n_classes", "label_dropout", "dropout", "guidance", "channel_mult")
     check_at_least(config, 1, "data_shape", "depth", "n_res_blocks", "attn_resolutions", "norm_groups")
     check_at_least(config, 4, "width", "channels")
@@ -170,7 +167,7 @@ class StepEmbedding(nn.Module):
         self.label = nn.Embedding(n_classes + 1, d_out) if n_classes else None
 
     def forward(self, t, label=None):
-        # A sampler gives t as (1,), which all samples share: B in the column of shapes is then 1.
+        # From a sampler t is (1,), shared by all samples; B is then 1.
         emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B, d_out)
         if self.n_classes:
             label = torch.full_like(t, self.n_classes, dtype=torch.long) if label is None else label
@@ -222,10 +219,8 @@ class AttnBlock(nn.Module):
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention.
-
-    Group norm, because batch norm would let an image depend on the others of its batch, which here are noised
-    to all degrees; and the averaged weights (EMA) would need averages of its statistics too.
-    """
+    Group norm, because batch norm mixes the images of a batch, here noised to all degrees, and because its
+    running statistics would not fit the averaged weights (EMA)."""
 
     def __init__(self, c_in, c_out, c_emb, norm_groups, dropout, attn):
         super().__init__()
@@ -466,16 +461,15 @@ COUPLINGS = {"independent": lambda x0, x1, label: x0, "ot": optimal_coupling}
 
 # ---------------------------------------------------------------- solvers
 # An explicit Runge-Kutta method is a table: the rows of a, one per stage, then b; c_i is the sum of row i.
+# rk4_38, the 3/8 rule, is what torchdiffeq means by "rk4"; dopri5 is Dormand & Prince's of 1980.
 TABLEAUS = {
     "euler": [[], [1]],                                                                       # order 1
     "midpoint": [[], [1 / 2], [0, 1]],                                                        # order 2
     "heun": [[], [1], [1 / 2, 1 / 2]],                                                        # order 2
     "heun3": [[], [1 / 3], [0, 2 / 3], [1 / 4, 0, 3 / 4]],                                    # order 3
     "rk4": [[], [1 / 2], [0, 1 / 2], [0, 0, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]],                # order 4
-    # also of order 4, the 3/8 rule: this is what torchdiffeq means by "rk4"
-    "rk4_38": [[], [1 / 3], [-1 / 3, 1], [1, -1, 1], [1 / 8, 3 / 8, 3 / 8, 1 / 8]],
-    # Dormand & Prince 1980, order 5, the step is adapted
-    "dopri5": [[], [1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],
+    "rk4_38": [[], [1 / 3], [-1 / 3, 1], [1, -1, 1], [1 / 8, 3 / 8, 3 / 8, 1 / 8]],           # order 4
+    "dopri5": [[], [1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],               # order 5, adaptive
                [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
                [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
                [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]],
@@ -585,7 +579,7 @@ class FlowMatching(nn.Module):
         return PATHS[self.config.path](t, self.config)
 
     def velocity(self, x_t, t, label=None, guidance=1.0):
-        """v_t (B, ...) for x_t at t (B,) or (1,). label None = "any class"."""
+        """v_t (B, ...) for x_t at t (B,) or (1,). label None = "any class". Why 100 t: difference 2."""
         v_t = self.net(x_t, 100 * t, label)
         if label is not None and guidance != 1:
             any_class = self.net(x_t, 100 * t)
