@@ -1028,6 +1028,17 @@ def test_live_flow_matching():
 
 
 # ---------------------------------------------------------------- the file as a whole
+def test_shared_networks_are_ddpms():
+    """Whose tests hold them against official numbers: the same text, and the same output of the same weights."""
+    for name in ("time_embedding", "StepEmbedding", "MLP", "AttnBlock", "ResBlock", "UNet", "check_networks"):
+        assert inspect.getsource(getattr(fm, name)) == inspect.getsource(getattr(ddpm, name)), name
+    ours, theirs = small_unet(n_classes=3).eval().net, ddpm.UNet(ddpm.Config(
+        data_shape=(3, 8, 8), channels=8, norm_groups=4, attn_resolutions=(4,), n_classes=3), 3).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x, t, label = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 70.0]), torch.tensor([0, 2])
+    assert torch.equal(ours(x, t, label), theirs(x, t, label))
+
+
 def test_shared_methods_are_the_text_of_ddpm():
     for name in ("label", "param_groups"):
         ours, theirs = getattr(fm.FlowMatching, name), getattr(ddpm.DDPM, name)
