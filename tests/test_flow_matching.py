@@ -375,6 +375,13 @@ def test_loss_regresses_on_the_velocity_of_the_trip():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize("name, last", [("linear_vp", 1 - 1e-5), ("vp", 1 - 1e-5), ("ot", 1.0)])
+def test_times_stop_before_an_infinite_velocity(name, last, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.ones(*shape))
+    out = fm.FlowMatching(fm.Config(path=name)).loss({"x": torch.randn(4, 2)})
+    assert out["t"].tolist() == pytest.approx([last] * 4, abs=1e-7) and out["loss"].isfinite()
+
+
 def test_loss_sees_noise_at_0_and_data_at_1():
     seen = []
     model = fm.FlowMatching(fm.Config())
@@ -1029,7 +1036,7 @@ def test_live_flow_matching():
 
 # ---------------------------------------------------------------- the file as a whole
 def test_shared_networks_are_ddpms():
-    """Whose tests hold them against official numbers: the same text, and the same output of the same weights."""
+    """Whose tests hold them against official numbers: the same text, the same output."""
     for name in ("time_embedding", "StepEmbedding", "MLP", "AttnBlock", "ResBlock", "UNet", "check_networks"):
         assert inspect.getsource(getattr(fm, name)) == inspect.getsource(getattr(ddpm, name)), name
     ours, theirs = small_unet(n_classes=3).eval().net, ddpm.UNet(ddpm.Config(
