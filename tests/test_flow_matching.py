@@ -469,6 +469,14 @@ def test_optimal_coupling_enters_the_loss():
     assert b < 0.5 * a
 
 
+def test_optimal_coupling_of_the_loss_stays_in_its_class():
+    x, noise, label = mixture(60).float(), normal(60, 2, seed=9).float(), torch.arange(60) % 3
+    model = fm.FlowMatching(fm.Config(coupling="ot", n_classes=3))
+    loss = lambda label: (fm.optimal_coupling(noise, x, label) - x).square().mean()
+    got = model.loss({"x": x, "label": label}, noise)["loss"]                   # the network is 0
+    assert torch.allclose(got, loss(label)) and got > 1.01 * loss(None)
+
+
 # ---------------------------------------------------------------- solvers [11]
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "rk4_38": 4}
 
