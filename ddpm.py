@@ -4,6 +4,7 @@
     code github.com/hojonathanho/diffusion
     cosine schedule, learned variance: Nichol, Dhariwal, arXiv:2102.09672 ("iDDPM"; openai/improved-diffusion)
     faster sampling: Song, Meng, Ermon: "Denoising Diffusion Implicit Models", arXiv:2010.02502 (DDIM)
+    classes: Ho, Salimans: "Classifier-Free Diffusion Guidance", arXiv:2207.12598
 
 TIME: t = 0 is the LEAST noised of K states, K-1 is noise. Clean data is not t = 0; it would be t = -1, with
 alpha_bar = 1. (The papers count 1..K: their t is ours + 1.) `prev` is the neighbour of t towards the data.
@@ -34,21 +35,24 @@ The step back: the same numbers three times, then a faster one
     [12] x_prev = alpha (x_t - beta_t grad E) + sigma z:   noisy descent of an energy E = -log q(x_t) + c,
          grad E = -score = eps/sqrt(1 - alpha_bar_t). The density is exp(-E)/Z, but grad E does not contain Z
     [13] DDIM: x_prev = sqrt(alpha_bar_prev) x0 + sqrt(1 - alpha_bar_prev - s^2) eps + s z, s = eta sigma
+    [14] guidance: eps = eps(any class) + g (eps(class) - eps(any class));   g > 1: clearer, less varied
 
-Map: Config | MLP, UNet | schedules [7, 8], chain [2, 10, 11] | one step [1, 3, 4, 9-13] | terms of the bound
-| DDPM: loss [6], sample, bits_per_dim [5], from_official | PRESETS | main.
+Map: Config | MLP, UNet | schedules [7, 8], coefficients [2, 10, 11] | one step [3, 4, 11, 13] | identities
+[1, 9, 12] | terms of the bound | DDPM: loss [6], sample, bits_per_dim [5], from_official | PRESETS | main.
 
 Differs from the original:
  1. The linear schedule is scaled by 1000/K (as iDDPM's), so that any K ends in noise; at K = 1000 it is Ho's.
  2. t is drawn uniformly; iDDPM's importance sampling of t is left out.
  3. Sampling in fewer than K steps is a chain of its own (iDDPM). After clipping x0, DDIM derives eps anew.
- 4. Labels, a learned vector each, are added to the time embedding; the paper has none.
+ 4. Labels, a learned vector each, are added to the time embedding. The paper of 2020 has neither labels nor
+    guidance, which came later [14]; without labels nothing is left of either.
 
 Run alone: `python ddpm.py` learns two moons in about 20 seconds on one CPU core.
 """
-import difflib
+import functools
 import math
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,88 +63,91 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    # shape of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
-    data_shape: tuple = (2,)
-    # number of classes; 0 = no labels. The networks keep one more row: class n_classes means "any class"
-    n_classes: int = 0
-    # share of the training labels replaced by "any class", so that this row is trained too
-    label_dropout: float = 0.1
-
+    data_shape: tuple = (2,)         # of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
+    n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
+    label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
+    flip: bool = False               # mirror half of the training images, drawn by chance, left to right
     # -- network for points (MLP)
-    # units per layer
-    width: int = 128
-    # residual layers
-    depth: int = 4
-
+    width: int = 128                 # units per layer
+    depth: int = 4                   # residual layers
     # -- network for images (UNet)
-    # feature maps at full resolution
-    channels: int = 32
-    # feature maps per level, as multiples of `channels`; each level but the first halves the image
-    channel_mult: tuple = (1, 2, 2)
-    # ResBlocks per level on the way down (one more on the way up)
-    n_res_blocks: int = 1
-    # image heights at which every ResBlock is followed by self-attention
-    attn_resolutions: tuple = (8,)
-    # groups of GroupNorm; must divide every level's feature maps
-    norm_groups: int = 8
-    # dropout inside the ResBlocks
-    dropout: float = 0.0
-
+    channels: int = 32               # feature maps at full resolution
+    channel_mult: tuple = (1, 2, 2)  # feature maps per level / `channels`; each but the first halves H and W
+    n_res_blocks: int = 1            # ResBlocks per level on the way down (one more on the way up)
+    attn_resolutions: tuple = (8,)   # image heights at which every ResBlock is followed by self-attention
+    norm_groups: int = 8             # groups of GroupNorm; must divide every level's feature maps
+    dropout: float = 0.0             # inside the ResBlocks
     # -- the diffusion
-    # K, length of the chain: 1000 in the papers; 100 is enough for points and for robot actions
-    n_diffusion_steps: int = 100
-    # a name in SCHEDULES [7, 8]
-    schedule: str = "cosine"
-    # a name in PREDICTIONS: what the network is asked for [6]
-    prediction_type: str = "eps"
-    # a name in VARIANCES: of the step back [4, 10]
-    variance: str = "fixed_small"
-    # clip the estimate of x0 to [-1, 1] while sampling; turn it off for data that does not lie in there
-    clip_x0: bool = True
-    # "ddpm" (ancestral [4]) or "ddim" [13]
-    sampler: str = "ddpm"
-    # steps of `sample`, up to n_diffusion_steps
-    sampler_steps: int = 100
-    # "ddim": share of fresh noise; 0 = none (deterministic), 1 = as much as "ddpm" with fixed_small
-    eta: float = 0.0
+    n_diffusion_steps: int = 100     # K, length of the chain: 1000 in the papers; 100 is enough for points
+    schedule: str = "cosine"         # a name in SCHEDULES [7, 8]
+    prediction_type: str = "eps"     # a name in PREDICTIONS: what the network is asked for [6]
+    variance: str = "fixed_small"    # a name in VARIANCES: of the step back [4, 10]
+    clip_x0: bool = False            # while sampling, clip the estimate of x0 to [-1, 1], where pixels lie
+    sampler: str = "ddpm"            # "ddpm" (ancestral [4]) or "ddim" [13]
+    sampler_steps: int = 100         # of `sample`, up to n_diffusion_steps
+    eta: float = 0.0                 # "ddim": share of fresh noise; 0 none, 1 as "ddpm" with fixed_small
+    guidance: float = 1.0            # g of [14] where a label is given; 1 = none
 
     def __post_init__(self):
         self.data_shape = tuple(self.data_shape)                              # a list, if it comes from YAML
-        check_name("schedule", self.schedule, SCHEDULES)
-        check_name("prediction_type", self.prediction_type, PREDICTIONS)
-        check_name("variance", self.variance, VARIANCES)
-        check_name("sampler", self.sampler, ("ddpm", "ddim"))
-        check_steps(self.sampler_steps, self.n_diffusion_steps)
+        check_networks(self)
+        check_at_least(self, 1, "n_diffusion_steps")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("prediction_type", self.prediction_type, PREDICTIONS)
+        check_choice("variance", self.variance, VARIANCES)
+        check_choice("sampler", self.sampler, ("ddpm", "ddim"))
+        timetable(self.n_diffusion_steps, self.sampler_steps)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta {self.eta} must lie in [0, 1]")
-        if len(self.data_shape) not in (1, 3):
-            raise ValueError(f"data_shape {self.data_shape}: (D,) for points or (C, H, W) for images")
-        multiple = 2 ** (len(self.channel_mult) - 1)
-        if any(size % multiple for size in self.data_shape[1:]):
-            raise ValueError(f"data_shape {self.data_shape}: height and width must be multiples of {multiple}"
-                             f", or channel_mult shorter: it halves {len(self.channel_mult) - 1} times")
-        if any(round(self.channels * m) % self.norm_groups for m in self.channel_mult):
-            raise ValueError(f"norm_groups {self.norm_groups} does not divide channels x channel_mult, "
-                             f"{self.channels} x {self.channel_mult}")
 
 
-def check_name(field, value, known):
-    """ValueError that lists what is known and names the nearest."""
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, cutoff=0.0)
-        raise ValueError(f"{field} {value!r} is unknown; nearest: {near[0]!r}; known: {', '.join(known)}")
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(map(str, choices))}")
 
 
-def check_steps(steps, n_diffusion_steps):
-    if not 1 <= steps <= n_diffusion_steps:
-        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {n_diffusion_steps}")
+def check_at_least(config, least, *fields):
+    """Each of these fields, or every number of it if it is a tuple, is at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        if not all(x >= least for x in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field} {value} must be at least {least}")
+
+
+def check_networks(config):
+    """The fields of the data, the labels and the two networks. ValueError."""
+    check_at_least(config, 0, "n_classes", "label_dropout", "dropout", "guidance", "channel_mult")
+    check_at_least(config, 1, "data_shape", "depth", "n_res_blocks", "attn_resolutions", "norm_groups")
+    check_at_least(config, 4, "width", "channels")
+    shape, mult, groups = config.data_shape, config.channel_mult, config.norm_groups
+    multiple, widths = 2 ** (len(mult) - 1), [round(config.channels * m) for m in (1, *mult)]
+    for wrong, message in (
+        (config.label_dropout >= 1 or config.dropout >= 1,
+         f"label_dropout {config.label_dropout} and dropout {config.dropout} must be below 1"),
+        (config.guidance != 1 and not (config.n_classes and config.label_dropout),
+         f"guidance {config.guidance} needs classes, and label_dropout above 0 to train 'any class'"),
+        (config.width % 2 or config.channels % 2,
+         f"width {config.width} and channels {config.channels} must be even: time is sines and cosines"),
+        (len(shape) not in (1, 3), f"data_shape {shape}: (D,) for points or (C, H, W) for images"),
+        (config.flip and len(shape) == 1, f"flip: {shape} is no image"),
+        (not mult, "channel_mult () needs a number for each level of the U-Net, at least one"),
+        (any(size % multiple for size in shape[1:]),
+         f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
+         f"halves {len(mult) - 1} times"),
+        (any(width < 1 or width % groups for width in widths),
+         f"norm_groups {groups} must divide channels {config.channels}, and that times channel_mult {mult}"),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
 # ---------------------------------------------------------------- small modules
 def time_embedding(t, dim):
-    """t (B,) float -> (B, dim): [sin, cos] of t at dim/2 frequencies from 1 down to 1/10000 (Ho et al.)."""
-    # Two layouts are in use: the exponent is i/(half - 1) here, i/half in improved-diffusion and DiT, which
-    # also put the cosines first. Mixed up, training still works but released weights give garbage.
+    """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000.
+
+    As Ho et al. Others differ: improved-diffusion and DiT put the cosines first and have i/half for the
+    exponent i/(half - 1). Mixed up, training still works but released weights give garbage.
+    """
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
     angle = t.float()[:, None] * frequency                                # (B, half)
@@ -157,7 +164,8 @@ class StepEmbedding(nn.Module):
         self.label = nn.Embedding(n_classes + 1, d_out) if n_classes else None
 
     def forward(self, t, label=None):
-        emb = self.mlp(time_embedding(t, self.d_in))                      # (B, d_out)
+        # From a sampler t is (1,), shared by all samples; B is then 1.
+        emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B, d_out)
         if self.n_classes:
             label = torch.full_like(t, self.n_classes, dtype=torch.long) if label is None else label
             emb = emb + self.label(label)                                 # (B, d_out)
@@ -166,7 +174,7 @@ class StepEmbedding(nn.Module):
 
 # ---------------------------------------------------------------- network for points
 class MLP(nn.Module):
-    """Residual MLP for points: x (B, D), t (B,), label (B,) or None -> (B, d_out)."""
+    """Residual MLP for points: x (B, D), t (B,) or (1,), label (B,) or None -> (B, d_out), of x's dtype."""
 
     def __init__(self, config, d_out):
         super().__init__()
@@ -184,10 +192,10 @@ class MLP(nn.Module):
 
     def forward(self, x, t, label=None):
         emb = self.embed(t, label)                                        # (B, W)
-        h = self.inp(x)                                                   # (B, W)
+        h = self.inp(x.to(emb.dtype))                                     # (B, W)
         for layer in self.layers:
             h = h + layer(F.silu(h + emb))                                # (B, W)
-        return self.out(F.silu(h))                                        # (B, d_out)
+        return self.out(F.silu(h)).to(x.dtype)                            # (B, d_out)
 
 
 # ---------------------------------------------------------------- network for images
@@ -207,7 +215,9 @@ class AttnBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention."""
+    """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention.
+    Group norm, because batch norm mixes the images of a batch, here noised to all degrees, and because its
+    running statistics would not fit the averaged weights (EMA)."""
 
     def __init__(self, c_in, c_out, c_emb, norm_groups, dropout, attn):
         super().__init__()
@@ -227,31 +237,8 @@ class ResBlock(nn.Module):
         return self.attn(self.shortcut(x) + h)                            # (B, c_out, H, W)
 
 
-class Downsample(nn.Module):
-    """Halves height and width by a strided convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        # Zeros on the right and bottom only: TensorFlow's "SAME" padding, as in the original.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                          # (B, C, H/2, W/2)
-
-
-class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, 2H, 2W)
-
-
 class UNet(nn.Module):
-    """U-Net of Ho et al. 2020: x (B, C, H, W), t (B,), label (B,) or None -> (B, c_out, H, W)."""
+    """U-Net of Ho et al. 2020: x (B, C, H, W), t (B,) or (1,), label (B,) or None -> (B, c_out, H, W)."""
 
     def __init__(self, config, c_out):
         super().__init__()
@@ -259,6 +246,11 @@ class UNet(nn.Module):
         ch, widths = config.channels, [round(config.channels * m) for m in config.channel_mult]
         res = lambda a, b, attn: ResBlock(a, b, 4 * ch, config.norm_groups, config.dropout, attn)
         attn_at = lambda level: size // 2**level in config.attn_resolutions
+        # Zeros on the right and bottom only: TensorFlow's "SAME" padding, as in the original.
+        halve = lambda c: nn.Sequential(OrderedDict(
+            pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
+        double = lambda c: nn.Sequential(OrderedDict(
+            nearest=nn.Upsample(scale_factor=2, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1)))
         self.embed = StepEmbedding(ch, 4 * ch, config.n_classes)
         self.conv_in = nn.Conv2d(c_data, ch, 3, padding=1)
 
@@ -268,7 +260,7 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList([res(a, width, attn_at(level)) for a in [c] + [width] * (n - 1)]))
             c, skips = width, skips + [width] * n
             if level + 1 < len(widths):
-                self.downsample.append(Downsample(c))
+                self.downsample.append(halve(c))
                 skips.append(c)
 
         self.mid = nn.ModuleList([res(c, c, True), res(c, c, False)])
@@ -276,11 +268,11 @@ class UNet(nn.Module):
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):            # self.up[0] is the coarsest level
             self.up.append(nn.ModuleList())
-            for _ in range(n + 1):                # one more than down: for conv_in's or Downsample's output
+            for _ in range(n + 1):                # one more than down: for conv_in's or downsample's output
                 self.up[-1].append(res(c + skips.pop(), width, attn_at(level)))
                 c = width
             if level > 0:
-                self.upsample.append(Upsample(c))
+                self.upsample.append(double(c))
 
         self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
@@ -301,14 +293,14 @@ class UNet(nn.Module):
 
     def forward(self, x, t, label=None):
         emb = self.embed(t, label)                                        # (B, 4 ch)
-        h = self.conv_in(x)                                               # (B, ch, H, W)
+        h = self.conv_in(x.to(emb.dtype))                                 # (B, ch, H, W)
         skips = [h]
         for level, blocks in enumerate(self.down):
             for block in blocks:
                 h = block(h, emb)                                         # (B, width, H/2^level, W/2^level)
                 skips.append(h)
             if level < len(self.downsample):
-                h = self.downsample[level](h)
+                h = self.downsample[level](h)                             # (B, width, H/2^(level+1), ...)
                 skips.append(h)
         for block in self.mid:
             h = block(h, emb)
@@ -317,7 +309,7 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
             if level < len(self.upsample):
                 h = self.upsample[level](h)
-        return self.conv_out(F.silu(self.norm_out(h)))                    # (B, c_out, H, W)
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)        # (B, c_out, H, W)
 
 
 # ---------------------------------------------------------------- schedules: K betas, float64
@@ -336,8 +328,13 @@ def cosine_beta(K, s=0.008):
 SCHEDULES = {"linear": lambda K: linear_beta(K, 0.1 / K, 20 / K), "cosine": cosine_beta}
 
 
-class Step(NamedTuple):
-    """The numbers of a step x_t -> x_prev. Each (S,) for a whole chain, or shaped to broadcast over x."""
+def alpha_bars(schedule, K):
+    """(K,) float64. diffusers' float32 tables differ in the fifth digit where 1 - alpha_bar is small."""
+    return torch.cumprod(1 - SCHEDULES[schedule](K), 0)                                       # [2]
+
+
+class Coefficients(NamedTuple):
+    """The numbers of a step x_t -> x_prev: (S,) for a chain, or broadcast over x. dit.py's differ."""
 
     signal: torch.Tensor        # sqrt(alpha_bar): how much of x0 is in x_t
     sigma: torch.Tensor         # sqrt(1 - alpha_bar): how much noise
@@ -347,42 +344,61 @@ class Step(NamedTuple):
     c_x0: torch.Tensor          # coefficients of the posterior mean
     c_xt: torch.Tensor
     variance: torch.Tensor      # of the posterior: 0 at t = 0, where x_prev is x0 itself
-    log_small: torch.Tensor     # log of that variance, floored at t = 0
+    log_small: torch.Tensor     # log of that variance, but not of 0
     log_large: torch.Tensor     # log beta, the same at t = 0
 
 
-def chain(alpha_bar, alpha_bar_prev=None):
-    """alpha_bar (S,) of the states visited, least noised first -> Step of (S,).
+def coefficients(alpha_bar):
+    """alpha_bar (S,) of the levels visited, least noised first -> Coefficients, stacked (fields, S).
 
-    Any selection of the K states is a chain of its own, with larger betas: so sampling can take fewer steps.
-    Give float64: 1 - alpha_bar/alpha_bar_prev loses half its digits in float32.
+    Any selection of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps.
+    Give float64: 1 - alpha_bar/alpha_bar_prev loses half its digits in float32. It differs from dit.py's.
     """
-    if alpha_bar_prev is None:
-        alpha_bar_prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    alpha_bar_prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     beta = 1 - alpha_bar / alpha_bar_prev
     variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)                                  # [10]
-    # log 0 at t = 0: Ho and iDDPM put the next step's variance there, in log_large too; diffusers 1e-20.
-    # No sample depends on it, because no noise is added there, but the last term of the bound does.
-    floor = variance[1:2] if len(variance) > 1 else torch.full_like(variance, 1e-20)
-    return Step(
+    # The variance at t = 0 is 0 and has no log. No sample needs it, since that step adds no noise, but the
+    # last term of the bound does. Ho and iDDPM take the variance at t = 1, for log_large too (diffusers takes
+    # 1e-20). A chain of one step has no t = 1: there beta stands in.
+    floor = variance[1:2] if len(variance) > 1 else beta
+    return torch.stack(Coefficients(
         signal=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt(),
         signal_prev=alpha_bar_prev.sqrt(), sigma_prev=(1 - alpha_bar_prev).sqrt(), beta=beta,
         c_x0=alpha_bar_prev.sqrt() * beta / (1 - alpha_bar),                                  # [11]
         c_xt=(1 - beta).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar), variance=variance,
-        log_small=torch.cat([floor, variance[1:]]).log(), log_large=torch.cat([floor, beta[1:]]).log(),
-    )
+        log_small=torch.cat([floor, variance[1:]]).log(), log_large=torch.cat([floor, beta[1:]]).log()))
 
 
-def pick(table, t, x):
-    """Row t (an int or (B,) indices) of a stacked chain (fields, S), shaped to broadcast over x (B, ...)."""
-    return Step(*table[:, t].reshape(len(table), -1, *[1] * (x.dim() - 1)))
+@functools.lru_cache
+@torch.compiler.assume_constant_result
+def step_table(schedule, K, device, levels=None):
+    """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
+    `device`. Kept: a copy from the host in every step would make the host wait; compiled code takes it as
+    a constant. No buffer of the model: .to(bfloat16) would round alpha_bar_0 to 1."""
+    alpha_bar = alpha_bars(schedule, K)
+    return coefficients(alpha_bar if levels is None else alpha_bar[list(levels[::-1])]).float().to(device)
 
 
-# ---------------------------------------------------------------- one step of the chain; c is its Step
-def q_step(x_prev, z, c):
-    return (1 - c.beta).sqrt() * x_prev + c.beta.sqrt() * z                                   # [1]
+def at(table, t, x):
+    """Row t (an int or (B,) indices) of coefficients (fields, S), shaped to broadcast over x (B, ...)."""
+    return Coefficients(*table[:, t].reshape(len(table), -1, *[1] * (x.dim() - 1)))
 
 
+def timetable(K, steps):
+    """The levels t that a sampler visits, noisiest first: `steps` of K, evenly from K-1 to 0, or steps itself
+    if it is a list. The policies' differ: diffusers' "leading" starts below K-1, at less than noise alone."""
+    if isinstance(steps, int):
+        if not 1 <= steps <= K:
+            raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {K}")
+        last = max(steps - 1, 1)
+        return [round((K - 1) * (last - k) / last) for k in range(steps)]
+    levels = [int(t) for t in steps]
+    if not levels or levels != sorted(set(levels), reverse=True) or levels[0] >= K or levels[-1] < 0:
+        raise ValueError(f"sampler steps {levels} must fall from at most {K - 1} to at least 0")
+    return levels
+
+
+# ---------------------------------------------------------------- one step of the chain; c: its Coefficients
 def q_sample(x0, eps, c):
     return c.signal * x0 + c.sigma * eps                                                      # [3]
 
@@ -407,17 +423,29 @@ def eps_from_x0(x_t, x0, c):
     return (x_t - c.signal * x0) / c.sigma
 
 
-def score_from_eps(eps, c):
-    """grad log q(x_t), which is minus the gradient of the energy."""
-    return -eps / c.sigma                                                                     # [12]
-
-
 def posterior_mean(x0, x_t, c):
     return c.c_x0 * x0 + c.c_xt * x_t                                                         # [11]
 
 
 def ancestral_step(x0, x_t, log_variance, c, z):
     return posterior_mean(x0, x_t, c) + (0.5 * log_variance).exp() * z                        # [4]
+
+
+def ddim_step(x0, eps, c, eta, z):
+    s = eta * c.variance.sqrt()
+    # clamp: at eta = 1 a long stride leaves 0 up to rounding, and the root of -1e-12 is nan.
+    return c.signal_prev * x0 + (c.sigma_prev**2 - s**2).clamp(min=0).sqrt() * eps + s * z    # [13]
+
+
+# ---------------------------------------------------------------- identities, for tests: no model calls them
+def q_step(x_prev, z, c):
+    """One step of noise; t + 1 of them make q_sample."""
+    return (1 - c.beta).sqrt() * x_prev + c.beta.sqrt() * z                                   # [1]
+
+
+def score_from_eps(eps, c):
+    """grad log q(x_t), which is minus the gradient of the energy."""
+    return -eps / c.sigma                                                                     # [12]
 
 
 def alpha_gamma_step(x_t, eps, c, z):
@@ -429,12 +457,6 @@ def alpha_gamma_step(x_t, eps, c, z):
 def energy_step(x_t, energy_gradient, c, z):
     """The same again: downhill by beta, then the shrinking of q_step is undone, then noise."""
     return (x_t - c.beta * energy_gradient) / (1 - c.beta).sqrt() + c.variance.sqrt() * z     # [12]
-
-
-def ddim_step(x0, eps, c, eta, z):
-    s = eta * c.variance.sqrt()
-    # clamp: at eta = 1 a long stride leaves 0 up to rounding, and the root of -1e-12 is nan.
-    return c.signal_prev * x0 + (c.sigma_prev**2 - s**2).clamp(min=0).sqrt() * eps + s * z    # [13]
 
 
 # ---------------------------------------------------------------- terms of the bound, elementwise, in nats
@@ -477,25 +499,25 @@ class DDPM(nn.Module):
         self.target, self.to_x0 = PREDICTIONS[config.prediction_type]
         self.log_variance = VARIANCES[config.variance]
         self.nll = point_nll if is_points else pixel_nll
-        # (fields, K); rounded to float32 only here. Not in checkpoints: it follows from the Config.
-        self.register_buffer("table", torch.stack(chain(self.alpha_bar())).float(), persistent=False)
 
-    def alpha_bar(self):
-        """(K,) float64. diffusers' float32 tables differ in the fifth digit where 1 - alpha_bar is small."""
-        return torch.cumprod(1 - SCHEDULES[self.config.schedule](self.config.n_diffusion_steps), 0)    # [2]
-
-    def predict(self, x_t, t, label=None):
-        """The network's eps, x0 or v (B, ...) for x_t at t (B,), and its f (B, ...), None unless learned."""
-        out = self.net(x_t, t.float(), label)                             # (B, d or 2d, ...)
-        return out.chunk(2, dim=1) if self.config.variance == "learned" else (out, None)
+    def predict(self, x_t, t, label=None, guidance=1.0):
+        """The network's eps, x0 or v (B, ...) for x_t at t (B,) or (1,), and its f (B, ...), None unless
+        learned. label None = "any class". Guidance acts on x0 and v as on eps: they are linear in it."""
+        split = lambda out: out.chunk(2, dim=1) if self.config.variance == "learned" else (out, None)
+        prediction, f = split(self.net(x_t, t.float(), label))            # (B, d, ...) each
+        if label is not None and guidance != 1:
+            any_class, _ = split(self.net(x_t, t.float()))
+            prediction = any_class + guidance * (prediction - any_class)                      # [14]
+        return prediction, f
 
     def x0_estimate(self, x_t, prediction, c, clip):
         x0 = self.to_x0(x_t, prediction, c)
-        # Deep in noise, signal is nearly 0 and divides eps: a small error of eps is a huge one of x0.
+        # Deep in noise, signal is nearly 0 and divides eps: a small error of eps is a huge one of x0. Pixels
+        # lie in [-1, 1], so the worst of it can be cut off; data that reach beyond would lose their edge.
         return x0.clamp(-1, 1) if clip else x0
 
     def bound_term(self, x0, x_t, x0_hat, f, t, c):
-        """The term of [5] that belongs to t (B,), bits per dimension (B,): at t = 0 the last, else a KL."""
+        """The term of [5] that belongs to t, bits per dimension (B,): at t = 0 the last, else a KL."""
         mean, log_variance = posterior_mean(x0_hat, x_t, c), self.log_variance(f, c)
         kl = normal_kl(posterior_mean(x0, x_t, c), c.log_small, mean, log_variance)           # [5]
         nll = self.nll(x0, mean, log_variance)
@@ -503,12 +525,14 @@ class DDPM(nn.Module):
 
     def loss(self, batch, noise=None, t=None):
         """batch: x (B, *data_shape), label (B,) if n_classes -> loss (0-d), its parts mse and, with learned
-        variance, vb (bits per dimension), per_sample (B,), t (B,) in [0, 1). The argument t is in 0..K-1:
+        variance, vb (bits per dimension), per_sample (B,), t (B,) in [0, 1]. The argument t is in 0..K-1:
         t = 0 is one step of noise, not none, and t = K-1 is all noise."""
         x0, label, K = batch["x"], self.label(batch, required=True), self.config.n_diffusion_steps
+        if self.training and self.config.flip:
+            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
         eps = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (len(x0),), device=x0.device) if t is None else t
-        c = pick(self.table, t, x0)
+        c = at(step_table(self.config.schedule, K, x0.device), t, x0)
         x_t = q_sample(x0, eps, c)                                                            # [3]
         if label is not None and self.training:
             dropped = torch.rand(t.shape, device=t.device) < self.config.label_dropout
@@ -521,110 +545,104 @@ class DDPM(nn.Module):
             vb = self.bound_term(x0, x_t, self.x0_estimate(x_t, prediction.detach(), c, clip=False), f, t, c)
             # K vb estimates the sum over t. DiT and some of iDDPM's own models leave out the factor 0.001 K.
             per_sample, parts["vb"] = mse + 0.001 * K * vb, vb.mean()
-        return {"loss": per_sample.mean(), **parts, "per_sample": per_sample.detach(), "t": t / K}
+        return {"loss": per_sample.mean(), **parts, "per_sample": per_sample.detach(),
+                "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
         """From noise to data: -> x (B, *data_shape). batch says how many, by "n", "label" (B,) or "x"; no
         label means "any class". steps: how many, or which t (see timetable). noise: the start; step_noise: z
         of every step but the last; else drawn from generator. trace: a list that receives every x_t."""
-        B = batch["n"] if "n" in batch else len(batch["label"] if "label" in batch else batch["x"])
-        config, device, label, ts = self.config, self.table.device, self.label(batch), self.timetable(steps)
-        table = torch.stack(chain(self.alpha_bar()[ts[::-1]])).float().to(device)             # (fields, S)
+        config, label, device = self.config, self.label(batch), next(self.parameters()).device
+        B = batch["n"] if "n" in batch else len(batch.get("label", batch.get("x")))
+        ts = timetable(config.n_diffusion_steps, config.sampler_steps if steps is None else steps)
+        table = step_table(config.schedule, config.n_diffusion_steps, device, tuple(ts))      # (fields, S)
         draw = lambda: randn((B, *config.data_shape), generator, device)
+        keep = (lambda x: None) if trace is None else trace.append
         x = draw() if noise is None else noise
-        trace = [] if trace is None else trace
-        trace.append(x)
+        keep(x)
         for k, t in enumerate(ts):
             to_go = len(ts) - 1 - k             # row of this step: the chain counts from the data
-            c = pick(table, to_go, x)
-            prediction, f = self.predict(x, torch.full((B,), t, device=device), label)
+            c = at(table, to_go, x)
+            prediction, f = self.predict(x, torch.full((1,), t, device=device), label, config.guidance)
             x0 = self.x0_estimate(x, prediction, c, config.clip_x0)
-            z = torch.zeros_like(x) if to_go == 0 else draw() if step_noise is None else step_noise[k]
-            # eps is derived from the clipped x0, so that they still make up x_t; diffusers keeps the old eps.
-            x = (ddim_step(x0, eps_from_x0(x, x0, c), c, config.eta, z) if config.sampler == "ddim"
-                 else ancestral_step(x0, x, self.log_variance(f, c), c, z))
-            trace.append(x)
+            if to_go == 0 or config.sampler == "ddim" and config.eta == 0:
+                z = 0                           # the last step, and DDIM without eta, add no noise
+            else:
+                z = draw() if step_noise is None else step_noise[k]
+            if config.sampler == "ddim":
+                # From the clipped x0, so that both still make up x_t; diffusers keeps the network's eps.
+                x = ddim_step(x0, eps_from_x0(x, x0, c), c, config.eta, z)
+            else:
+                x = ancestral_step(x0, x, self.log_variance(f, c), c, z)
+            keep(x)
         return x
 
     @torch.no_grad()
     def bits_per_dim(self, batch, noise=None):
         """The bound on -log p(x) term by term: total (B,), prior (B,), vb (B, K), column t the term of t.
         Bits per dimension, of 8-bit pixels or of a density. K calls; noise (K, B, ...), row t for t."""
-        x0, label, vb = batch["x"], self.label(batch), []
-        for k in range(self.config.n_diffusion_steps):
-            t = torch.full((len(x0),), k, device=x0.device)
-            c = pick(self.table, t, x0)
+        x0, label, K, vb = batch["x"], self.label(batch), self.config.n_diffusion_steps, []
+        for k in range(K):
+            t = torch.full((1,), k, device=x0.device)
+            c = at(step_table(self.config.schedule, K, x0.device), k, x0)
             x_t = q_sample(x0, torch.randn_like(x0) if noise is None else noise[k], c)
             prediction, f = self.predict(x_t, t, label)
             x0_hat = self.x0_estimate(x_t, prediction, c, self.config.clip_x0)
             vb.append(self.bound_term(x0, x_t, x0_hat, f, t, c))
-        # Not learned: how far the last state of the chain still is from pure noise.
+        # Not learned: how far the last state of the chain, whose c is left here, still is from pure noise.
         zero, vb = torch.zeros_like(x0), torch.stack(vb, dim=1)
         prior = normal_kl(c.signal * x0, 2 * c.sigma.log(), zero, zero)                       # [5]
         prior = prior.flatten(1).mean(1) / math.log(2)
         return {"total": vb.sum(1) + prior, "prior": prior, "vb": vb}
 
-    def timetable(self, steps=None):
-        """The t visited, most noised first. steps: how many, evenly from K-1 to 0; or the list itself."""
-        K = self.config.n_diffusion_steps
-        steps = self.config.sampler_steps if steps is None else steps
-        if isinstance(steps, int):
-            check_steps(steps, K)
-            # Trap: diffusers' default, "leading", begins below K-1, where x_t is not noise alone.
-            return torch.linspace(K - 1, 0, steps).round().long().tolist()
-        ts = [int(t) for t in steps]
-        if not ts or ts != sorted(set(ts), reverse=True) or ts[0] >= K or ts[-1] < 0:
-            raise ValueError(f"steps {ts} must fall from at most {K - 1} to at least 0")
-        return ts
-
     def label(self, batch, required=False):
         """The checked labels of a batch; None = "any class"."""
-        n_classes = self.config.n_classes
-        if not n_classes:
-            return None
-        if "label" not in batch:
-            if required:
-                raise ValueError(f"the model has n_classes = {n_classes}, but the batch has no 'label'")
-            return None
-        label = batch["label"]
+        n_classes, label = self.config.n_classes, batch.get("label")
+        if n_classes and label is None and (required or not self.config.label_dropout):
+            raise ValueError(f"the batch has no 'label', but the model has n_classes = {n_classes}; only "
+                             f"label_dropout, here {self.config.label_dropout}, trains 'any class'")
         # On a GPU the comparison would stop every step to wait for it; there the embedding's assertion fires.
-        if label.device.type == "cpu" and ((label < 0) | (label >= n_classes)).any():
+        on_cpu = n_classes and label is not None and label.device.type == "cpu"
+        if on_cpu and ((label < 0) | (label >= n_classes)).any():
             raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = {n_classes} "
                              f"means 0..{n_classes - 1}")
-        return label
+        return label if n_classes else None
 
     def param_groups(self, weight_decay):
         """For AdamW: matrices and kernels decay; biases, norms and embeddings do not."""
         embeddings = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}
-        decay = [p for p in self.parameters() if p.dim() > 1 and p not in embeddings]
-        rest = [p for p in self.parameters() if p.dim() <= 1 or p in embeddings]
-        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        decays = lambda p: p.dim() > 1 and p not in embeddings
+        return [{"params": [p for p in self.parameters() if decays(p)], "weight_decay": weight_decay},
+                {"params": [p for p in self.parameters() if not decays(p)], "weight_decay": 0.0}]
 
     @classmethod
     def from_official(cls, state_dict, config=None):
         """Weights of diffusers' UNet2DModel as in google/ddpm-cifar10-32, which are Ho et al.'s own, -> DDPM.
-        config: PRESETS["cifar10"] if None. ValueError naming every key missing, left over or misshapen."""
-        model = cls(config or Config(**PRESETS["cifar10"]))
-        ours, renamed, left_over = model.net.state_dict(), {}, []
+        config: PRESETS["cifar10"] if None. ValueError if they do not fit it."""
+        weights = {}
         for key, value in state_dict.items():
             name = key
             for pattern, replacement in OFFICIAL_NAMES:
                 name = re.sub(pattern, replacement, name)
-            if name in ours and name not in renamed:
-                renamed[name] = value
-            else:
-                left_over.append(key)
-        faults = {
-            "missing": [name for name in ours if name not in renamed], "left over": left_over,
-            "misshapen": [f"{name} {tuple(value.shape)}, not {tuple(ours[name].shape)}"
-                          for name, value in renamed.items() if value.shape != ours[name].shape],
-        }
-        if any(faults.values()):
-            raise ValueError("official weights do not fit: " + "; ".join(
-                f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults.items() if names))
-        model.net.load_state_dict(renamed)
+            weights[key if name in weights else name] = value             # twice the same: left over
+        with torch.device("meta"):
+            model = cls(config or Config(**PRESETS["cifar10"]))
+        load_strictly(model.net, weights)
         return model
+
+
+def load_strictly(model, weights):
+    """Put `weights` into a model that stands on the meta device. One ValueError names what does not fit."""
+    want = model.state_dict()
+    problems = [f"missing {k}" for k in want if k not in weights]
+    problems += [f"left over {k}" for k in weights if k not in want]
+    problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
+                 for k in want if k in weights and weights[k].shape != want[k].shape]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems[:6])}{more}")
+    model.load_state_dict(weights, assign=True)
 
 
 OFFICIAL_NAMES = (      # diffusers' -> ours, applied in turn
@@ -642,24 +660,24 @@ OFFICIAL_NAMES = (      # diffusers' -> ours, applied in turn
 Model = DDPM
 
 PRESETS = {
-    # points in the plane
-    "tiny": {},
-    # 32 x 32 images on two CPU cores
-    "tiny_image": dict(data_shape=(3, 32, 32), n_diffusion_steps=1000, sampler="ddim", sampler_steps=50),
-    # Ho et al.: 35.7 M parameters, FID 3.17
-    "cifar10": dict(data_shape=(3, 32, 32), channels=128, channel_mult=(1, 2, 2, 2), n_res_blocks=2,
-                    attn_resolutions=(16,), norm_groups=32, dropout=0.1, n_diffusion_steps=1000,
-                    schedule="linear", variance="fixed_large", sampler_steps=1000),
+    "tiny": {},                                                           # points in the plane
+    "tiny_image": dict(data_shape=(3, 32, 32), n_diffusion_steps=1000, clip_x0=True, sampler="ddim",
+                       sampler_steps=50),                                 # two CPU cores are enough
+    "cifar10": dict(data_shape=(3, 32, 32), flip=True, channels=128, channel_mult=(1, 2, 2, 2),
+                    n_res_blocks=2, attn_resolutions=(16,), norm_groups=32, dropout=0.1,
+                    n_diffusion_steps=1000, schedule="linear", variance="fixed_large", clip_x0=True,
+                    sampler_steps=1000),                                  # Ho et al.: 35.7 M, FID 3.17
 }
 
-# What train.py takes for these presets unless it is told otherwise.
+# What train.py takes for these presets unless it is told otherwise. ema_max: samples are made by a moving
+# average of the weights (EMA), which is less noisy than the weights of any one step. Its memory is short at
+# first, because early weights are soon out of date, and grows to about 1/(1 - ema_max) steps.
+ADAM = dict(betas=(0.9, 0.999), weight_decay=0.0)
 RECIPES = {
-    "tiny": {"steps": 4000, "batch_size": 512, "lr": 2e-3, "betas": (0.9, 0.999), "weight_decay": 0.0,
-             "ema_max": 0.999},
-    "tiny_image": {"steps": 1500, "batch_size": 64, "lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0,
-                   "ema_max": 0.995, "eval_every": 500},
-    "cifar10": {"steps": 800_000, "batch_size": 128, "lr": 2e-4, "lr_schedule": "constant", "warmup": 5000,
-                "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.0},
+    "tiny": ADAM | dict(steps=4000, batch_size=512, lr=2e-3, ema_max=0.999),
+    "tiny_image": ADAM | dict(steps=1500, batch_size=64, lr=1e-3, ema_max=0.995, eval_every=500),
+    "cifar10": ADAM | dict(steps=800_000, batch_size=128, lr=2e-4, lr_schedule="constant", warmup=5000,
+                           clip=1.0),
 }
 
 

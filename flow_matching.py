@@ -21,22 +21,24 @@ The flow (a continuous normalising flow)
     [1]  dx/dt = v_t(x),   x(0) ~ N(0, I),   samples are x(1)
     [2]  d log p_t(x(t))/dt = -div v_t(x(t)), div v = trace(dv/dx) = E z' (dv/dx) z if E z z' = I (Hutchinson)
 Its training
-    [3]  L_FM = E |v_t(x) - u_t(x)|^2,   u_t(x) = E[u_t(x|x1) | x_t = x]: the field we want but do not know
+    [3]  L_FM = E |v_t(x) - u_t(x)|^2,   u_t(x) = E[u_t(x|x1) | x_t = x]: the field we want, but cannot
+         compute, since it is a mean over all data points x1 that may have led to x
     [4]  L_CFM = E |v_t(x) - u_t(x|x1)|^2 = L_FM + constant: can be computed, and has the same gradients
 Paths from noise to one data point
     [5]  p_t(x|x1) = N(mu, sigma^2 I), mu = alpha x1:   x_t = alpha x1 + sigma x0
     [6]  u_t(x|x1) = (sigma'/sigma) (x - mu) + mu',   which is alpha' x1 + sigma' x0 at x = x_t
-    [7]  "ot": alpha = t,   sigma = 1 - (1 - sigma_min) t: straight lines at constant speed
+    [7]  "ot": alpha = t,   sigma = 1 - (1 - sigma_min) t: straight lines at constant speed; for sigma_min = 0
+         x_t = t x1 + (1 - t) x0,   u_t = x1 - x0,   so that x1 = x_t + (1 - t) u_t
     [8]  "vp": alpha = exp(-T/2),   sigma = sqrt(1 - exp(-T)),   T = integral of beta over [0, 1-t]: DDPM
     [9]  "ve": alpha = 1,   sigma = sigma_min (sigma_max/sigma_min)^(1-t): noise shrinks, data stay in place
 Around it
-    [10] optimal coupling: noise and data of a batch paired so that sum |x0 - x1|^2 is least, not at random
+    [10] coupling, "ot" too: noise and data of a batch paired so that sum |x0 - x1|^2 is least, not at random
     [11] Runge-Kutta: k_i = v(x + h sum_j a_ij k_j, t + c_i h),   x(t + h) = x + h sum_i b_i k_i
     [12] score grad log p_t(x) = -E[x0 | x_t = x]/sigma
     [13] guidance: v = v(any class) + g (v(class) - v(any class));   others count from zero, w = g - 1
 
-Map: Config | MLP, UNet | paths [7-9] | what follows from a path [3, 6, 12] | couplings [10] | solvers [2, 11]
-| FlowMatching: loss [4, 5], sample, log_prob | PRESETS | main. The networks are ddpm.py's, word for word.
+Map: Config | MLP, UNet | paths [7-9] | identities [3, 6, 12] | couplings [10] | solvers [2, 11]
+| FlowMatching: loss [4, 5], sample, log_prob, bits_per_dim | PRESETS | main. Networks as in ddpm.py.
 
 Differs from the original:
  1. sigma_min is 0, as in both repositories. The paper's is "sufficiently small", without a number.
@@ -49,8 +51,8 @@ Differs from the original:
 
 Run alone: `python flow_matching.py` learns eight Gaussians in about half a minute on two CPU cores.
 """
-import difflib
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,93 +63,94 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    # shape of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
-    data_shape: tuple = (2,)
-    # number of classes; 0 = no labels. The networks keep one more row: class n_classes means "any class"
-    n_classes: int = 0
-    # share of the training labels replaced by "any class", so that this row is trained too
-    label_dropout: float = 0.1
-
+    data_shape: tuple = (2,)         # of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
+    n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
+    label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
+    flip: bool = False               # mirror half of the training images, drawn by chance, left to right
     # -- network for points (MLP)
-    # units per layer
-    width: int = 128
-    # residual layers
-    depth: int = 4
-
+    width: int = 128                 # units per layer
+    depth: int = 4                   # residual layers
     # -- network for images (UNet)
-    # feature maps at full resolution
-    channels: int = 32
-    # feature maps per level, as multiples of `channels`; each level but the first halves the image
-    channel_mult: tuple = (1, 2, 2)
-    # ResBlocks per level on the way down (one more on the way up)
-    n_res_blocks: int = 1
-    # image heights at which every ResBlock is followed by self-attention
-    attn_resolutions: tuple = (8,)
-    # groups of GroupNorm; must divide every level's feature maps
-    norm_groups: int = 8
-    # dropout inside the ResBlocks
-    dropout: float = 0.0
-
+    channels: int = 32               # feature maps at full resolution
+    channel_mult: tuple = (1, 2, 2)  # feature maps per level / `channels`; each but the first halves H and W
+    n_res_blocks: int = 1            # ResBlocks per level on the way down (one more on the way up)
+    attn_resolutions: tuple = (8,)   # image heights at which every ResBlock is followed by self-attention
+    norm_groups: int = 8             # groups of GroupNorm; must divide every level's feature maps
+    dropout: float = 0.0             # inside the ResBlocks
     # -- the flow
-    # a name in PATHS: how noise turns into data [5]
-    path: str = "ot"
-    # "ot", "ve": standard deviation left around a data point at t = 1
-    sigma_min: float = 0.0
-    # "ve": standard deviation at t = 0; about the largest distance between two data points (Song & Ermon)
-    sigma_max: float = 10.0
-    # a name in COUPLINGS: which noise goes with which data [10]
-    coupling: str = "independent"
-    # a name in TABLEAUS [11]
-    solver: str = "midpoint"
-    # steps of `sample` from noise to data; "dopri5" chooses its own
-    sampler_steps: int = 50
-    # "dopri5": error allowed per step, absolute and relative (the paper's)
-    tolerance: float = 1e-5
-    # g of [13] where a label is given; 1 = none
-    guidance: float = 1.0
+    path: str = "ot"                 # a name in PATHS: how noise turns into data [5]
+    sigma_min: float = 0.0           # "ot", "ve": standard deviation left around a data point at t = 1
+    sigma_max: float = 10.0          # "ve": ... at t = 0: the largest distance between two data points
+    coupling: str = "independent"    # a name in COUPLINGS: which noise goes with which data [10]
+    solver: str = "midpoint"         # a name in TABLEAUS [11]
+    sampler_steps: int = 50          # of `sample`, from noise to data; "dopri5" chooses its own
+    tolerance: float = 1e-5          # "dopri5": error allowed per step, absolute and relative (the paper's)
+    guidance: float = 1.0            # g of [13] where a label is given; 1 = none
 
     def __post_init__(self):
         self.data_shape = tuple(self.data_shape)                              # a list, if it comes from YAML
-        check_name("path", self.path, PATHS)
-        check_name("coupling", self.coupling, COUPLINGS)
-        check_name("solver", self.solver, TABLEAUS)
-        check_steps(self.sampler_steps)
-        if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"sigma_min {self.sigma_min} must lie in [0, 1)")
+        check_networks(self)
+        check_at_least(self, 0, "sigma_min", "sigma_max")
+        check_at_least(self, 1, "sampler_steps")
+        check_choice("path", self.path, PATHS)
+        check_choice("coupling", self.coupling, COUPLINGS)
+        check_choice("solver", self.solver, TABLEAUS)
+        if self.sigma_min >= 1:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below 1")
         if self.path == "ve" and not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"path 've' needs 0 < sigma_min < sigma_max = {self.sigma_max}, not sigma_min "
                              f"{self.sigma_min}: take 0.01")
         if not self.tolerance > 0:
             raise ValueError(f"tolerance {self.tolerance} must be positive")
-        if len(self.data_shape) not in (1, 3):
-            raise ValueError(f"data_shape {self.data_shape}: (D,) for points or (C, H, W) for images")
-        multiple = 2 ** (len(self.channel_mult) - 1)
-        if any(size % multiple for size in self.data_shape[1:]):
-            raise ValueError(f"data_shape {self.data_shape}: height and width must be multiples of {multiple}"
-                             f", or channel_mult shorter: it halves {len(self.channel_mult) - 1} times")
-        if any(round(self.channels * m) % self.norm_groups for m in self.channel_mult):
-            raise ValueError(f"norm_groups {self.norm_groups} does not divide channels x channel_mult, "
-                             f"{self.channels} x {self.channel_mult}")
 
 
-def check_name(field, value, known):
-    """ValueError that lists what is known and names the nearest."""
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, cutoff=0.0)
-        raise ValueError(f"{field} {value!r} is unknown; nearest: {near[0]!r}; known: {', '.join(known)}")
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(map(str, choices))}")
 
 
-def check_steps(steps):
-    """The chains of the diffusion files differ: a solver may take any number of steps."""
-    if steps < 1:
-        raise ValueError(f"sampler_steps {steps} must be at least 1")
+def check_at_least(config, least, *fields):
+    """Each of these fields, or every number of it if it is a tuple, is at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        if not all(x >= least for x in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field} {value} must be at least {least}")
+
+
+def check_networks(config):
+    """The fields of the data, the labels and the two networks. ValueError."""
+    check_at_least(config, 0, "n_classes", "label_dropout", "dropout", "guidance", "channel_mult")
+    check_at_least(config, 1, "data_shape", "depth", "n_res_blocks", "attn_resolutions", "norm_groups")
+    check_at_least(config, 4, "width", "channels")
+    shape, mult, groups = config.data_shape, config.channel_mult, config.norm_groups
+    multiple, widths = 2 ** (len(mult) - 1), [round(config.channels * m) for m in (1, *mult)]
+    for wrong, message in (
+        (config.label_dropout >= 1 or config.dropout >= 1,
+         f"label_dropout {config.label_dropout} and dropout {config.dropout} must be below 1"),
+        (config.guidance != 1 and not (config.n_classes and config.label_dropout),
+         f"guidance {config.guidance} needs classes, and label_dropout above 0 to train 'any class'"),
+        (config.width % 2 or config.channels % 2,
+         f"width {config.width} and channels {config.channels} must be even: time is sines and cosines"),
+        (len(shape) not in (1, 3), f"data_shape {shape}: (D,) for points or (C, H, W) for images"),
+        (config.flip and len(shape) == 1, f"flip: {shape} is no image"),
+        (not mult, "channel_mult () needs a number for each level of the U-Net, at least one"),
+        (any(size % multiple for size in shape[1:]),
+         f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
+         f"halves {len(mult) - 1} times"),
+        (any(width < 1 or width % groups for width in widths),
+         f"norm_groups {groups} must divide channels {config.channels}, and that times channel_mult {mult}"),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
 # ---------------------------------------------------------------- small modules
 def time_embedding(t, dim):
-    """t (B,) float -> (B, dim): [sin, cos] of t at dim/2 frequencies from 1 down to 1/10000 (Ho et al.)."""
-    # Two layouts are in use: the exponent is i/(half - 1) here, i/half in improved-diffusion and DiT, which
-    # also put the cosines first. Mixed up, training still works but released weights give garbage.
+    """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000.
+
+    As Ho et al. Others differ: improved-diffusion and DiT put the cosines first and have i/half for the
+    exponent i/(half - 1). Mixed up, training still works but released weights give garbage.
+    """
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
     angle = t.float()[:, None] * frequency                                # (B, half)
@@ -164,7 +167,8 @@ class StepEmbedding(nn.Module):
         self.label = nn.Embedding(n_classes + 1, d_out) if n_classes else None
 
     def forward(self, t, label=None):
-        emb = self.mlp(time_embedding(t, self.d_in))                      # (B, d_out)
+        # From a sampler t is (1,), shared by all samples; B is then 1.
+        emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B, d_out)
         if self.n_classes:
             label = torch.full_like(t, self.n_classes, dtype=torch.long) if label is None else label
             emb = emb + self.label(label)                                 # (B, d_out)
@@ -173,7 +177,7 @@ class StepEmbedding(nn.Module):
 
 # ---------------------------------------------------------------- network for points
 class MLP(nn.Module):
-    """Residual MLP for points: x (B, D), t (B,), label (B,) or None -> (B, d_out)."""
+    """Residual MLP for points: x (B, D), t (B,) or (1,), label (B,) or None -> (B, d_out), of x's dtype."""
 
     def __init__(self, config, d_out):
         super().__init__()
@@ -191,10 +195,10 @@ class MLP(nn.Module):
 
     def forward(self, x, t, label=None):
         emb = self.embed(t, label)                                        # (B, W)
-        h = self.inp(x)                                                   # (B, W)
+        h = self.inp(x.to(emb.dtype))                                     # (B, W)
         for layer in self.layers:
             h = h + layer(F.silu(h + emb))                                # (B, W)
-        return self.out(F.silu(h))                                        # (B, d_out)
+        return self.out(F.silu(h)).to(x.dtype)                            # (B, d_out)
 
 
 # ---------------------------------------------------------------- network for images
@@ -214,7 +218,9 @@ class AttnBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention."""
+    """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention.
+    Group norm, because batch norm mixes the images of a batch, here noised to all degrees, and because its
+    running statistics would not fit the averaged weights (EMA)."""
 
     def __init__(self, c_in, c_out, c_emb, norm_groups, dropout, attn):
         super().__init__()
@@ -234,31 +240,8 @@ class ResBlock(nn.Module):
         return self.attn(self.shortcut(x) + h)                            # (B, c_out, H, W)
 
 
-class Downsample(nn.Module):
-    """Halves height and width by a strided convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        # Zeros on the right and bottom only: TensorFlow's "SAME" padding, as in the original.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                          # (B, C, H/2, W/2)
-
-
-class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, 2H, 2W)
-
-
 class UNet(nn.Module):
-    """U-Net of Ho et al. 2020: x (B, C, H, W), t (B,), label (B,) or None -> (B, c_out, H, W)."""
+    """U-Net of Ho et al. 2020: x (B, C, H, W), t (B,) or (1,), label (B,) or None -> (B, c_out, H, W)."""
 
     def __init__(self, config, c_out):
         super().__init__()
@@ -266,6 +249,11 @@ class UNet(nn.Module):
         ch, widths = config.channels, [round(config.channels * m) for m in config.channel_mult]
         res = lambda a, b, attn: ResBlock(a, b, 4 * ch, config.norm_groups, config.dropout, attn)
         attn_at = lambda level: size // 2**level in config.attn_resolutions
+        # Zeros on the right and bottom only: TensorFlow's "SAME" padding, as in the original.
+        halve = lambda c: nn.Sequential(OrderedDict(
+            pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
+        double = lambda c: nn.Sequential(OrderedDict(
+            nearest=nn.Upsample(scale_factor=2, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1)))
         self.embed = StepEmbedding(ch, 4 * ch, config.n_classes)
         self.conv_in = nn.Conv2d(c_data, ch, 3, padding=1)
 
@@ -275,7 +263,7 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList([res(a, width, attn_at(level)) for a in [c] + [width] * (n - 1)]))
             c, skips = width, skips + [width] * n
             if level + 1 < len(widths):
-                self.downsample.append(Downsample(c))
+                self.downsample.append(halve(c))
                 skips.append(c)
 
         self.mid = nn.ModuleList([res(c, c, True), res(c, c, False)])
@@ -283,11 +271,11 @@ class UNet(nn.Module):
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):            # self.up[0] is the coarsest level
             self.up.append(nn.ModuleList())
-            for _ in range(n + 1):                # one more than down: for conv_in's or Downsample's output
+            for _ in range(n + 1):                # one more than down: for conv_in's or downsample's output
                 self.up[-1].append(res(c + skips.pop(), width, attn_at(level)))
                 c = width
             if level > 0:
-                self.upsample.append(Upsample(c))
+                self.upsample.append(double(c))
 
         self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
@@ -308,14 +296,14 @@ class UNet(nn.Module):
 
     def forward(self, x, t, label=None):
         emb = self.embed(t, label)                                        # (B, 4 ch)
-        h = self.conv_in(x)                                               # (B, ch, H, W)
+        h = self.conv_in(x.to(emb.dtype))                                 # (B, ch, H, W)
         skips = [h]
         for level, blocks in enumerate(self.down):
             for block in blocks:
                 h = block(h, emb)                                         # (B, width, H/2^level, W/2^level)
                 skips.append(h)
             if level < len(self.downsample):
-                h = self.downsample[level](h)
+                h = self.downsample[level](h)                             # (B, width, H/2^(level+1), ...)
                 skips.append(h)
         for block in self.mid:
             h = block(h, emb)
@@ -324,12 +312,14 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
             if level < len(self.upsample):
                 h = self.upsample[level](h)
-        return self.conv_out(F.silu(self.norm_out(h)))                    # (B, c_out, H, W)
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)        # (B, c_out, H, W)
 
 
 # ---------------------------------------------------------------- paths: alpha, sigma, alpha', sigma' of t
 def ot_path(t, config):
-    """Optimal transport from N(0, I) to one data point; for a batch of them, add the coupling "ot"."""
+    """Straight lines, each of which a solver follows exactly in one step. The field bends only where lines to
+    different data points cross, so that fewer steps do than on curves. "ot": a line is the optimal transport
+    from N(0, I) to one data point. That for many points at once is another thing, the coupling "ot"."""
     shrink = 1 - config.sigma_min
     return t, 1 - shrink * t, torch.ones_like(t), torch.full_like(t, -shrink)                 # [7]
 
@@ -345,8 +335,9 @@ def vp_path(t, config, beta_min=0.1, beta_max=20.0):
 
 
 def ve_path(t, config):
-    """Never without x1: x_t at t = 0 is x1 + sigma_max x0, and sampling takes that for sigma_max x0. It asks
-    for a network that sees x_t/sigma (Karras et al.); this one sees x_t, and learns it less well."""
+    """x_t = x1 + sigma x0, with so much noise at t = 0 that sampling may start from noise alone. There x_t
+    is far larger than the data. Karras et al. divide it by its size before the network sees it; here the
+    network sees x_t itself, and learns this path less well than the others."""
     rate = math.log(config.sigma_max / config.sigma_min)
     sigma = config.sigma_min * torch.exp(rate * (1 - t))
     return torch.ones_like(t), sigma, torch.zeros_like(t), -rate * sigma                      # [9]
@@ -375,7 +366,7 @@ PATHS = {"ot": ot_path, "vp": vp_path, "ve": ve_path, "cosine": cosine_path, "li
 T_END = {"vp": 1 - 1e-5, "linear_vp": 1 - 1e-5}
 
 
-# ---------------------------------------------------------------- what follows from a path
+# ---------------------------------------------------------------- identities: for the tests and the demo
 def gaussian_velocity(x, mu, sigma, d_mu, d_sigma):
     """A point d standard deviations from the centre stays at d while centre and deviation change."""
     return d_sigma / sigma * (x - mu) + d_mu                                                  # [6]
@@ -384,9 +375,9 @@ def gaussian_velocity(x, mu, sigma, d_mu, d_sigma):
 def marginal(x, t, path, centres, std=0.0):
     """The field that a perfect network would learn, the score and the log-density: (B, D), (B, D), (B,).
 
-    x (B, D), t (B,), path: t -> alpha, sigma, alpha', sigma'. The data: equal parts N(centre, std^2 I), with
-    centres (K, D); std = 0 makes them a finite set. Each part is Gaussian at every t, so [5] and [6] hold for
-    it with the wider sigma^2 + (alpha std)^2.
+    x (B, D), t (B,), path: t -> alpha, sigma, alpha', sigma'. All of it is known because the data are: equal
+    parts N(centre, std^2 I), with centres (K, D); std = 0 makes them a finite set. Each part is Gaussian at
+    every t, so that [5] and [6] hold for it with the wider sigma^2 + (alpha std)^2.
     """
     D, K = x.shape[1], len(centres)
     alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))                      # (B, 1, 1)
@@ -402,9 +393,9 @@ def marginal(x, t, path, centres, std=0.0):
 def convert(value, given, wanted, x_t, coefficients):
     """One form of the prediction from another: "x1", "eps" (the noise x0), "velocity", "score", DDPM's "v".
 
-    Each of them and x_t fix the pair (x1, eps), and the pair fixes the others. coefficients: alpha, sigma,
-    alpha', sigma', broadcastable to x_t; where time runs the other way, flip the signs of the last two.
-    "score" takes noise and data for independent, which coupling "ot" gives up.
+    Each of them and x_t fix the pair (x1, eps), and the pair fixes the others; on "ot", x1 = x_t + (1 - t) v.
+    coefficients: alpha, sigma, alpha', sigma', broadcastable to x_t; where time runs the other way, flip the
+    signs of the last two. "score" takes noise and data for independent, which coupling "ot" gives up.
     """
     alpha, sigma, d_alpha, d_sigma = coefficients
     det = d_alpha * sigma - d_sigma * alpha
@@ -424,9 +415,11 @@ def convert(value, given, wanted, x_t, coefficients):
 def assignment(cost):
     """cost (n, n) array -> the permutation with the least sum of cost[i, permutation[i]], exactly. O(n^3).
 
-    Shortest augmenting paths (Jonker & Volgenant 1987). Rows are placed one by one. One that wants a taken
-    column pushes the row there to another, and so on to a free one, along the cheapest chain of such moves,
-    found by Dijkstra's algorithm. scipy's linear_sum_assignment is the same in C++, ten times as fast.
+    Shortest augmenting paths (Jonker & Volgenant 1987). Rows get their columns one after the other. The best
+    column of a new row may be taken: then the row that has it moves to another column, whose row moves on in
+    turn, until one finds a free column. Of all such chains of moves, Dijkstra's algorithm finds the one that
+    raises the sum least; `price` is what it has learned about the columns from earlier rows. scipy's
+    linear_sum_assignment does the same in C++, ten times as fast.
     """
     if not np.isfinite(cost).all():
         raise ValueError("optimal coupling: the data or the noise of this batch are not finite")
@@ -436,28 +429,29 @@ def assignment(cost):
         if column_of[i] < 0:
             row_of[j], column_of[i] = i, j
     for row in np.flatnonzero(column_of < 0):
-        reach, before = cost[row] - price, np.full(n, row)    # cost of a chain to column j; who then takes j
+        reach, before = cost[row] - price, np.full(n, row)    # cost of the chain to column j; its last row
         done = np.zeros(n, bool)
         while True:
             j = np.where(done, np.inf, reach).argmin()
             if row_of[j] < 0:
                 break                                         # a free column ends the chain
             done[j] = True
-            pushed = cost[row_of[j]] - price                  # the row that sits there, to all other columns
+            pushed = cost[row_of[j]] - price                  # the row that has it moves to any other column
             pushed += reach[j] - pushed[j]
             better = (pushed < reach) & ~done
             reach[better], before[better] = pushed[better], row_of[j]
         price[done] += reach[done] - reach[j]
-        while j >= 0:                                         # every row of the chain moves one column on
+        while j >= 0:                                         # back along the chain: rows take their columns
             i = row_of[j] = before[j]
             column_of[i], j = j, column_of[i]
     return column_of
 
 
 def optimal_coupling(x0, x1, label):
-    """x0 reordered: its row i now belongs to x1[i], which keeps its place and so its label (None without)."""
+    """x0 in another order: its row i now goes with x1[i], and label[i] if given. The one loss that makes the
+    host wait for the device: the assignment is worked out on the CPU."""
     cost = torch.cdist(x1.flatten(1).double(), x0.flatten(1).double()) ** 2                   # (B, B)
-    if label is not None:                                     # noise i is in class label[i], and stays
+    if label is not None:   # x0[i] stays in class label[i]: a pair of two classes costs more than all others
         cost = cost + (label[:, None] != label) * (cost.max() + 1) * len(cost)
     return x0[torch.from_numpy(assignment(cost.cpu().numpy())).to(x0.device)]                 # [10]
 
@@ -467,16 +461,15 @@ COUPLINGS = {"independent": lambda x0, x1, label: x0, "ot": optimal_coupling}
 
 # ---------------------------------------------------------------- solvers
 # An explicit Runge-Kutta method is a table: the rows of a, one per stage, then b; c_i is the sum of row i.
+# rk4_38, the 3/8 rule, is what torchdiffeq means by "rk4"; dopri5 is Dormand & Prince's of 1980.
 TABLEAUS = {
     "euler": [[], [1]],                                                                       # order 1
     "midpoint": [[], [1 / 2], [0, 1]],                                                        # order 2
     "heun": [[], [1], [1 / 2, 1 / 2]],                                                        # order 2
     "heun3": [[], [1 / 3], [0, 2 / 3], [1 / 4, 0, 3 / 4]],                                    # order 3
     "rk4": [[], [1 / 2], [0, 1 / 2], [0, 0, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]],                # order 4
-    # also of order 4, the 3/8 rule: this is what torchdiffeq means by "rk4"
-    "rk4_38": [[], [1 / 3], [-1 / 3, 1], [1, -1, 1], [1 / 8, 3 / 8, 3 / 8, 1 / 8]],
-    # Dormand & Prince 1980, order 5, the step is adapted
-    "dopri5": [[], [1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],
+    "rk4_38": [[], [1 / 3], [-1 / 3, 1], [1, -1, 1], [1 / 8, 3 / 8, 3 / 8, 1 / 8]],           # order 4
+    "dopri5": [[], [1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],               # order 5, adaptive
                [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
                [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
                [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]],
@@ -502,18 +495,20 @@ def odeint(f, x, times, solver="midpoint", tolerance=1e-5, trace=None):
     """Solve dx/dt = f(x, t) through times, floats that rise or fall -> x at the last, count of evaluations.
     One step from each time to the next, but "dopri5" heeds only the first and the last. trace: a list that
     receives x at every stop, start and end included."""
-    tableau, trace = TABLEAUS[solver], [] if trace is None else trace
-    trace.append(x)
+    tableau = TABLEAUS[solver]
+    keep = (lambda x: None) if trace is None else trace.append
+    keep(x)
     if solver == "dopri5":
-        return dopri5(f, x, times[0], times[-1], tolerance, trace)
+        return dopri5(f, x, times[0], times[-1], tolerance, keep)
     for t, t_next in zip(times, times[1:]):
         x, _ = runge_kutta_step(f, x, t, t_next - t, tableau)
-        trace.append(x)
+        keep(x)
     return x, (len(times) - 1) * (len(tableau) - 1)
 
 
-def dopri5(f, x, t, end, tolerance, trace):
-    """As odeint. A step counts if its estimated error, root mean square over all of x, is within bounds."""
+def dopri5(f, x, t, end, tolerance, keep):
+    """As odeint. A step counts if its estimated error, root mean square over all of x, is within bounds. The
+    next step depends on that number, so the host waits for it once a step, as for no other solver."""
     h, slope, n_evaluations = (end - t) / 20, f(x, t), 1
     while t != end:
         is_last = abs(h) >= abs(end - t)
@@ -526,7 +521,7 @@ def dopri5(f, x, t, end, tolerance, trace):
         ratio = (error / bound).square().mean().sqrt().item()
         if ratio <= 1:
             x, t, slope = x_new, t_new, slope_new
-            trace.append(x)
+            keep(x)
         elif abs(h) < 1e-10:
             raise ValueError(f"dopri5: no step is short enough at t = {t:.6f}: the velocity is not finite "
                              f"there, or tolerance {tolerance} is finer than {x.dtype}")
@@ -538,15 +533,15 @@ def dopri5(f, x, t, end, tolerance, trace):
 def divergence(f, x, t, probe=None):
     """f(x, t) and its divergence (B,): exact, by a backward pass per dimension; or Hutchinson's estimate, by
     one in all, with the z given as probe, shaped like x."""
-    probes = [probe]
-    if probe is None:       # z'(dv/dx)z sums to the trace over the unit vectors z: Hutchinson D times
-        D = x[0].numel()
-        probes = torch.eye(D, dtype=x.dtype, device=x.device).view(D, 1, *x.shape[1:]).expand(D, *x.shape)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         v = f(x, t)
-        pulled = [torch.autograd.grad(v, x, z, retain_graph=True)[0] for z in probes]         # z'(dv/dx)
-    return v.detach(), sum((z * zJ).flatten(1).sum(1) for z, zJ in zip(probes, pulled))       # [2]
+        gradient = lambda y: torch.autograd.grad(y.sum(), x, retain_graph=True)[0].flatten(1)
+        if probe is None:       # dv_i/dx_i, one i after the other: together they would fill the memory
+            div = sum(gradient(v.flatten(1)[:, i])[:, i] for i in range(x[0].numel()))        # [2]
+        else:
+            div = (gradient(probe * v) * probe.flatten(1)).sum(1)         # z'(dv/dx) z         [2]
+    return v.detach(), div
 
 
 def transport(f, x, log_p, times, solver="midpoint", tolerance=1e-5, probe=None):
@@ -584,18 +579,19 @@ class FlowMatching(nn.Module):
         return PATHS[self.config.path](t, self.config)
 
     def velocity(self, x_t, t, label=None, guidance=1.0):
-        """v_t (B, ...) for x_t at t (B,). label None = "any class"; guidance but 1 doubles the batch."""
-        if label is None or guidance == 1:
-            return self.net(x_t, 100 * t, label)
-        any_class = torch.full_like(label, self.config.n_classes)
-        both = self.net(torch.cat([x_t, x_t]), 100 * torch.cat([t, t]), torch.cat([label, any_class]))
-        v_label, v_any = both.chunk(2)
-        return v_any + guidance * (v_label - v_any)                                           # [13]
+        """v_t (B, ...) for x_t at t (B,) or (1,). label None = "any class". Why 100 t: difference 2."""
+        v_t = self.net(x_t, 100 * t, label)
+        if label is not None and guidance != 1:
+            any_class = self.net(x_t, 100 * t)
+            v_t = any_class + guidance * (v_t - any_class)                                    # [13]
+        return v_t
 
     def loss(self, batch, noise=None, t=None):
         """batch: x (B, *data_shape), label (B,) if n_classes; t (B,) in [0, 1], where 0 is noise and 1 data
         -> loss (0-d), per_sample (B,) and t (B,)."""
         x1, label = batch["x"], self.label(batch, required=True)
+        if self.training and self.config.flip:
+            x1 = torch.where(torch.rand(len(x1), 1, 1, 1, device=x1.device) < 0.5, x1.flip(3), x1)
         x0 = torch.randn_like(x1) if noise is None else noise
         x0 = COUPLINGS[self.config.coupling](x0, x1, label)                                   # [10]
         t = self.t_end * torch.rand(len(x1), device=x1.device) if t is None else t
@@ -614,19 +610,19 @@ class FlowMatching(nn.Module):
         """From noise to data: -> x (B, *data_shape). batch says how many, by "n", "label" (B,) or "x"; no
         label means "any class". steps: how many (see timetable). noise: the start, x0; else drawn from
         generator. trace: a list that receives every x_t."""
-        B = batch["n"] if "n" in batch else len(batch["label"] if "label" in batch else batch["x"])
         config, device = self.config, next(self.parameters()).device
+        B = batch["n"] if "n" in batch else len(batch.get("label", batch.get("x")))
         x0 = randn((B, *config.data_shape), generator, device) if noise is None else noise
         x = self.path(x0.new_zeros(1))[1] * x0                                # sigma at t = 0: not 1 on "ve"
-        x, self.n_evaluations = odeint(self.field(batch), x, self.timetable(steps), config.solver,
-                                       config.tolerance, trace)                               # [1]
+        x, self.n_evaluations = odeint(self.field(batch, config.guidance), x, self.timetable(steps),
+                                       config.solver, config.tolerance, trace)                # [1]
         return x
 
     @torch.no_grad()
     def log_prob(self, batch, steps=None, probe=None):
-        """log p(x), or p(x | label), in nats (B,): back along the flow to noise, whose density is known.
-        probe: None = exact, D times as dear; or z of random signs, shaped like x (then average over several).
-        Bits per dimension of 8-bit images plus uniform noise: 7 - log_prob/(D log 2), a level being 2^-7."""
+        """log p(x), or p(x | label), in nats (B,): back along the flow to noise, whose density is known. Not
+        guided: guidance makes better samples, but the flow it bends is no longer that of p(x | label).
+        probe: None = exact, D times as dear; or z of random signs, like x (then average over several)."""
         x1, config = batch["x"], self.config
         times = self.timetable(steps)[::-1]
         x0, change, self.n_evaluations = transport(self.field(batch), x1, x1.new_zeros(len(x1)), times,
@@ -635,39 +631,44 @@ class FlowMatching(nn.Module):
         log_p0 = -0.5 * (x0 / sigma) ** 2 - torch.log(sigma * math.sqrt(2 * math.pi))         # (B, ...)
         return log_p0.flatten(1).sum(1) - change                              # change: log p_0 - log p_1
 
-    def field(self, batch):
-        """What the solver integrates, f(x, t) with t a float: the velocity for the batch's labels, guided."""
-        label, guidance = self.label(batch), self.config.guidance
-        return lambda x, t: self.velocity(x, x.new_full((len(x),), t), label, guidance)
+    def bits_per_dim(self, batch, steps=None, probe=None):
+        """Bits per number of 8-bit images, x = pixel/127.5 - 1: (B,); on average an upper bound, the paper's.
+        Uniform noise as wide as the level of a pixel, 1/127.5, makes them continuous for log_prob."""
+        x = batch["x"] + (torch.rand_like(batch["x"]) - 0.5) / 127.5
+        nats = self.log_prob({**batch, "x": x}, steps, probe) / x[0].numel()
+        return math.log2(127.5) - nats / math.log(2)
+
+    def field(self, batch, guidance=1.0):
+        """What the solver integrates, f(x, t) with t a float: the velocity for the batch's labels."""
+        label = self.label(batch)
+        return lambda x, t: self.velocity(x, x.new_full((1,), t), label, guidance)
 
     def timetable(self, steps=None):
         """The times between the solver's steps, from noise to data. steps: how many."""
         steps = self.config.sampler_steps if steps is None else steps
-        check_steps(steps)
+        if steps < 1:
+            raise ValueError(f"sampler steps {steps} must be at least 1")
         return [self.t_end * k / steps for k in range(steps + 1)]
 
     def label(self, batch, required=False):
         """The checked labels of a batch; None = "any class"."""
-        n_classes = self.config.n_classes
-        if not n_classes:
-            return None
-        if "label" not in batch:
-            if required:
-                raise ValueError(f"the model has n_classes = {n_classes}, but the batch has no 'label'")
-            return None
-        label = batch["label"]
+        n_classes, label = self.config.n_classes, batch.get("label")
+        if n_classes and label is None and (required or not self.config.label_dropout):
+            raise ValueError(f"the batch has no 'label', but the model has n_classes = {n_classes}; only "
+                             f"label_dropout, here {self.config.label_dropout}, trains 'any class'")
         # On a GPU the comparison would stop every step to wait for it; there the embedding's assertion fires.
-        if label.device.type == "cpu" and ((label < 0) | (label >= n_classes)).any():
+        on_cpu = n_classes and label is not None and label.device.type == "cpu"
+        if on_cpu and ((label < 0) | (label >= n_classes)).any():
             raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = {n_classes} "
                              f"means 0..{n_classes - 1}")
-        return label
+        return label if n_classes else None
 
     def param_groups(self, weight_decay):
         """For AdamW: matrices and kernels decay; biases, norms and embeddings do not."""
         embeddings = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}
-        decay = [p for p in self.parameters() if p.dim() > 1 and p not in embeddings]
-        rest = [p for p in self.parameters() if p.dim() <= 1 or p in embeddings]
-        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        decays = lambda p: p.dim() > 1 and p not in embeddings
+        return [{"params": [p for p in self.parameters() if decays(p)], "weight_decay": weight_decay},
+                {"params": [p for p in self.parameters() if not decays(p)], "weight_decay": 0.0}]
 
     @classmethod
     def from_official(cls, state_dict, config=None):
@@ -679,23 +680,22 @@ class FlowMatching(nn.Module):
 Model = FlowMatching
 
 PRESETS = {
-    # points in the plane
-    "tiny": {},
-    # 32 x 32 images on two CPU cores
-    "tiny_image": dict(data_shape=(3, 32, 32)),
-    # the size of torchcfm's network, which is Ho et al.'s: 35.7 M parameters; theirs reaches FID 3.5
-    "cifar10": dict(data_shape=(3, 32, 32), channels=128, channel_mult=(1, 2, 2, 2), n_res_blocks=2,
-                    attn_resolutions=(16,), norm_groups=32, dropout=0.1, solver="dopri5"),
+    "tiny": {},                                                           # points in the plane
+    "tiny_image": dict(data_shape=(3, 32, 32)),                           # two CPU cores are enough
+    # The size of torchcfm's network, which is Ho et al.'s: 35.7 M parameters; theirs reaches FID 3.5.
+    "cifar10": dict(data_shape=(3, 32, 32), flip=True, channels=128, channel_mult=(1, 2, 2, 2),
+                    n_res_blocks=2, attn_resolutions=(16,), norm_groups=32, dropout=0.1, solver="dopri5"),
 }
 
-# What train.py takes for these presets unless it is told otherwise.
+# What train.py takes for these presets unless it is told otherwise. ema_max: samples are made by a moving
+# average of the weights (EMA), which is less noisy than the weights of any one step. Its memory is short at
+# first, because early weights are soon out of date, and grows to about 1/(1 - ema_max) steps.
+ADAM = dict(betas=(0.9, 0.999), weight_decay=0.0)
 RECIPES = {
-    "tiny": {"steps": 4000, "batch_size": 512, "lr": 2e-3, "betas": (0.9, 0.999), "weight_decay": 0.0,
-             "ema_max": 0.999},
-    "tiny_image": {"steps": 1500, "batch_size": 64, "lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0,
-                   "ema_max": 0.995, "eval_every": 500},
-    "cifar10": {"steps": 400_000, "batch_size": 128, "lr": 2e-4, "lr_schedule": "constant", "warmup": 5000,
-                "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.0},
+    "tiny": ADAM | dict(steps=4000, batch_size=512, lr=2e-3, ema_max=0.999),
+    "tiny_image": ADAM | dict(steps=1500, batch_size=64, lr=1e-3, ema_max=0.995, eval_every=500),
+    "cifar10": ADAM | dict(steps=400_000, batch_size=128, lr=2e-4, lr_schedule="constant", warmup=5000,
+                           clip=1.0),
 }
 
 

@@ -1,4 +1,5 @@
 """flow_matching.py against closed forms, official numbers and, where installed, the libraries live."""
+import copy
 import functools
 import importlib
 import inspect
@@ -6,12 +7,14 @@ import itertools
 import math
 import re
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from golden_cases import golden
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm
 import flow_matching as fm
@@ -73,7 +76,7 @@ class Net(torch.nn.Module):
         self.layers = torch.nn.Sequential(*layers).double()
 
     def forward(self, x, t, label=None):
-        return 2 * self.layers(torch.cat([x, t[:, None] / 100], dim=1))
+        return 2 * self.layers(torch.cat([x, t[:, None].expand(len(x), 1) / 100], dim=1))
 
 
 def double_model(D=2, seed=0):
@@ -318,7 +321,7 @@ def test_conversions_are_true(name):
 def test_v_is_ddpms_v():
     x0, eps = normal(6, 2), normal(6, 2, seed=1)
     k = torch.tensor([0, 10, 30, 60, 80, 99])
-    step = ddpm.pick(torch.stack(ddpm.chain(torch.cumprod(1 - ddpm.SCHEDULES["cosine"](100), 0))), k, x0)
+    step = ddpm.at(ddpm.coefficients(ddpm.alpha_bars("cosine", 100)), k, x0)
     x_t, (target, _) = ddpm.q_sample(x0, eps, step), ddpm.PREDICTIONS["v"]
     c = (step.signal, step.sigma, torch.ones_like(step.sigma), torch.zeros_like(step.sigma))   # no velocity
     assert torch.allclose(fm.convert(target(x0, eps, step), "v", "x1", x_t, c), x0)
@@ -370,6 +373,13 @@ def test_loss_regresses_on_the_velocity_of_the_trip():
     assert torch.allclose(out["loss"], out["per_sample"].mean()) and not out["per_sample"].requires_grad
     drawn = [(torch.manual_seed(s), model.loss({"x": x})["loss"].item())[1] for s in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("name, last", [("linear_vp", 1 - 1e-5), ("vp", 1 - 1e-5), ("ot", 1.0)])
+def test_times_stop_before_an_infinite_velocity(name, last, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.ones(*shape))
+    out = fm.FlowMatching(fm.Config(path=name)).loss({"x": torch.randn(4, 2)})
+    assert out["t"].tolist() == pytest.approx([last] * 4, abs=1e-7) and out["loss"].isfinite()
 
 
 def test_loss_sees_noise_at_0_and_data_at_1():
@@ -457,6 +467,14 @@ def test_optimal_coupling_enters_the_loss():
     # the network is 0: the loss is the mean square of x1 - x0
     a, b = (m.loss({"x": x}, noise=noise, t=t)["loss"] for m in (plain, optimal))
     assert b < 0.5 * a
+
+
+def test_optimal_coupling_of_the_loss_stays_in_its_class():
+    x, noise, label = mixture(60).float(), normal(60, 2, seed=9).float(), torch.arange(60) % 3
+    model = fm.FlowMatching(fm.Config(coupling="ot", n_classes=3))
+    loss = lambda label: (fm.optimal_coupling(noise, x, label) - x).square().mean()
+    got = model.loss({"x": x, "label": label}, noise)["loss"]                   # the network is 0
+    assert torch.allclose(got, loss(label)) and got > 1.01 * loss(None)
 
 
 # ---------------------------------------------------------------- solvers [11]
@@ -623,7 +641,8 @@ def test_guidance_reaches_the_sampler():
 
 def test_label_dropout_trains_the_extra_row():
     def rows_with_gradient(dropout, training):
-        model = random_model(n_classes=3, label_dropout=dropout).train(training)
+        model = random_model(n_classes=3).train(training)
+        model.config.label_dropout = dropout
         model.loss({"x": normal(50, 2).float(), "label": torch.arange(50) % 3})["loss"].backward()
         return model.net.embed.label.weight.grad.abs().sum(1).ne(0).tolist()
     assert rows_with_gradient(1.0, True) == [False, False, False, True]
@@ -706,10 +725,228 @@ def test_param_groups_cover_everything_once():
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
 
 
+# ---------------------------------------------------------------- devices, dtypes, memory
+class Copies(TorchDispatchMode):
+    """Notes what is copied from the CPU to the meta device, for which a GPU's host would have to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        from_cpu = any(isinstance(x, torch.Tensor) and x.dim() and x.device.type == "cpu" for x in args)
+        if from_cpu and isinstance(out, torch.Tensor) and out.is_meta:
+            self.seen.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("preset", fm.PRESETS)
+def test_neither_loss_nor_sample_waits_for_the_device(preset):
+    """On the meta device a value that is read back raises, and so does a tensor left on the CPU."""
+    config = fm.Config(**{**fm.PRESETS[preset], "n_classes": 4, "guidance": 2.0, "solver": "midpoint"})
+    with torch.device("meta"):
+        model, label = fm.Model(config), torch.zeros(2, dtype=torch.long)
+        batch = {"x": torch.zeros(2, *config.data_shape), "label": label}
+    optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-3)
+    for warm in (False, True):
+        with Copies() as copies:
+            model.loss(batch)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            assert model.sample(batch, steps=3).is_meta
+    assert warm and not copies.seen
+
+
+def small_unet(**config):
+    """Images with dropout, attention, labels; all weights drawn, so that no zero hides a part."""
+    torch.manual_seed(0)
+    config = dict(data_shape=(3, 8, 8), channels=8, norm_groups=4, attn_resolutions=(4,)) | config
+    model = fm.Model(fm.Config(**config))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 8, 8)], ids=["points", "images"])
+def test_bfloat16_weights_and_autocast(shape):
+    model = small_unet(data_shape=shape, n_classes=3, width=32, guidance=2.0, sampler_steps=4).eval()
+    batch = {"x": torch.rand(4, *shape) * 2 - 1, "label": torch.arange(4) % 3}
+    noise, t = torch.randn(4, *shape), torch.tensor([0.0, 0.3, 0.8, 1.0])
+    start = lambda: torch.Generator().manual_seed(0)
+    run = lambda m: (m.loss(batch, noise, t)["loss"], m.sample(batch, generator=start()))
+    loss, x = run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = run(model)
+    weights = copy.deepcopy(model).to(torch.bfloat16)
+    for loss_b, x_b in (under_autocast, run(weights)):
+        assert loss_b.dtype == x_b.dtype == torch.float32
+        assert loss_b.item() == pytest.approx(loss.item(), rel=0.02)
+        assert (x_b - x).abs().max() < 0.1 * x.abs().max()
+    run(weights)[0].backward()
+    assert all(p.grad.isfinite().all() for p in weights.parameters())
+
+
+def test_sampling_embeds_time_once_for_all_samples_and_keeps_no_state_unasked():
+    model, states, alive = fm.FlowMatching(fm.Config(sampler_steps=10, solver="euler")), [], []
+
+    def net(x, t, label=None):
+        assert t.shape == (1,)
+        states.append(weakref.ref(x))
+        alive.append(sum(state() is not None for state in states))
+        return 0.1 * x
+
+    model.net.forward = net
+    kept = []
+    x = model.sample({"n": 5}, trace=kept, generator=torch.Generator().manual_seed(0))
+    assert len(kept) == 11 and kept[0].std() > 0.3 and torch.equal(kept[-1], x)
+    del kept
+    states.clear(), alive.clear()
+    again = model.sample({"n": 5}, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again, x) and len(alive) == 10 and max(alive) <= 2
+
+
+# ---------------------------------------------------------------- draws, items, training mode
+def test_the_loss_draws_noise_then_one_time_per_sample():
+    model = small_unet(data_shape=(2,), n_classes=3, width=32).eval()
+    batch = {"x": torch.randn(400, 2), "label": torch.arange(400) % 3}
+    torch.manual_seed(5)
+    out = model.loss(batch)
+    torch.manual_seed(5)
+    noise, t = torch.randn(400, 2), torch.rand(400)
+    assert torch.equal(out["per_sample"], model.loss(batch, noise, t)["per_sample"])
+    assert 0 <= out["t"].min() < 0.03 and 0.97 < out["t"].max() <= 1 and abs(out["t"].mean() - 0.5) < 0.08
+
+
+def test_a_batch_is_its_items_one_by_one():
+    model = small_unet(n_classes=3, guidance=2.0, sampler_steps=4).eval()
+    batch, noise = {"x": torch.randn(3, 3, 8, 8), "label": torch.tensor([2, 0, 1])}, torch.randn(3, 3, 8, 8)
+    t = torch.tensor([0.0, 0.4, 1.0])
+    out, x = model.loss(batch, noise, t)["per_sample"], model.sample(batch, noise=noise)
+    assert (x[0] - x[1]).abs().max() > 0.1
+    for i in range(3):
+        one, own = {k: v[i:i + 1] for k, v in batch.items()}, slice(i, i + 1)
+        assert torch.allclose(model.loss(one, noise[own], t[own])["per_sample"], out[own], atol=1e-5)
+        assert torch.allclose(model.sample(one, noise=noise[own]), x[own], atol=1e-4)
+
+
+def test_dropout_acts_in_training_alone():
+    model, t = small_unet(dropout=0.5), torch.tensor([0.0, 0.3, 0.8, 1.0])
+    x, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    loss = lambda: model.loss({"x": x}, noise, t)["per_sample"]
+    assert not torch.allclose(loss(), loss(), rtol=1e-3)
+    model.eval()
+    assert torch.equal(loss(), loss())
+
+
+def test_a_flip_mirrors_half_of_the_images_in_training_alone():
+    seen, x = [], torch.arange(2 * 3 * 4.0).reshape(1, 2, 3, 4).repeat(300, 1, 1, 1)
+    model = fm.Model(fm.Config(data_shape=(2, 4, 4), channel_mult=(1,), flip=True))
+    model.net.forward = lambda x, t, label=None: (seen.append(x) or torch.zeros_like(x))
+    model.loss({"x": x}, noise=0 * x, t=torch.ones(300))
+    scale = seen[0].abs().max() / x.max()
+    mirrored = torch.isclose(seen[0], scale * x.flip(3)).flatten(1).all(1)
+    straight = torch.isclose(seen[0], scale * x).flatten(1).all(1)
+    assert (mirrored ^ straight).all() and 0.4 < mirrored.float().mean() < 0.6
+    model.eval()
+    model.loss({"x": x}, noise=0 * x, t=torch.ones(300))
+    assert torch.allclose(seen[1], scale * x)
+    flips = {preset: fm.Config(**fields).flip for preset, fields in fm.PRESETS.items()}
+    assert flips == {"tiny": False, "tiny_image": False, "cifar10": True}
+
+
+def test_weight_decay_acts_on_matrices_and_kernels_alone():
+    model = small_unet(n_classes=3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay, rest = ({names[id(p)] for p in group["params"]} for group in model.param_groups(0.1))
+    assert all(name.endswith("weight") and "norm" not in name for name in decay)
+    assert all(name.endswith("bias") or "norm" in name or name == "net.embed.label.weight" for name in rest)
+    assert decay | rest == set(names.values()) and not decay & rest
+
+
+def test_time_embedding_by_hand():
+    """Sines first, frequencies 1, 10000^(-1/2), 10000^(-1) for three of them."""
+    want = [math.sin(3), math.sin(0.03), math.sin(0.0003), math.cos(3), math.cos(0.03), math.cos(0.0003)]
+    assert fm.time_embedding(torch.tensor([3.0]), 6)[0].tolist() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [
+    dict(data_shape=(0,)), dict(data_shape=()), dict(data_shape=(3, -8, 8)), dict(n_classes=-1),
+    dict(depth=0), dict(label_dropout=7.0), dict(label_dropout=1.0), dict(label_dropout=math.nan),
+    dict(dropout=1.0), dict(dropout=-0.1), dict(width=2), dict(width=3), dict(width=33), dict(width=0),
+    dict(channels=2), dict(channels=7, norm_groups=1), dict(channel_mult=()), dict(channel_mult=(0, 1)),
+    dict(norm_groups=0), dict(channel_mult=(1, -2)), dict(channel_mult=(1, math.nan)),
+    dict(channel_mult=(0.3,)), dict(n_res_blocks=0), dict(channels=36, channel_mult=(2,)),
+    dict(attn_resolutions=(0,)), dict(guidance=-1.0, n_classes=2), dict(guidance=math.nan, n_classes=2),
+    dict(guidance=2.0), dict(guidance=2.0, n_classes=3, label_dropout=0.0), dict(flip=True),
+    dict(sampler_steps=0), dict(sampler_steps=-3), dict(tolerance=math.nan), dict(sigma_min=math.nan),
+    dict(path="ve", sigma_min=0.1, sigma_max=0.1)], ids=str)
+def test_nonsense_in_a_field_is_one_line(config):
+    with pytest.raises(ValueError) as error:
+        fm.Config(**config)
+    assert "\n" not in str(error.value)
+    assert next(iter(config)) in str(error.value).replace("sampler steps", "sampler_steps")
+
+
+def test_any_class_is_refused_where_it_was_never_trained():
+    model = fm.Model(fm.Config(n_classes=3, label_dropout=0.0))
+    with pytest.raises(ValueError, match="only label_dropout, here 0.0, trains 'any class'"):
+        model.sample({"n": 2})
+    assert model.sample({"label": torch.tensor([0, 2])}, steps=2).shape == (2, 2)
+
+
+def test_the_generator_decides_every_draw():
+    model, used, same = random_model(), torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    before, trace = torch.get_rng_state(), []
+    model.sample({"n": 4}, generator=used, trace=trace)
+    assert torch.equal(trace[0], torch.randn(4, 2, generator=same))
+    assert torch.equal(used.get_state(), same.get_state())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_likelihood_ignores_guidance():
+    x, label = normal(6, 2).float(), torch.arange(6) % 3
+    batch = {"x": x, "label": label}
+    plain, guided = (random_model(n_classes=3, guidance=g).log_prob(batch) for g in (1.0, 3.0))
+    assert torch.equal(plain, guided)
+    assert not torch.allclose(plain, random_model(n_classes=3).log_prob({"x": x}), rtol=1e-3)
+
+
+def test_bits_per_dim_of_images_by_hand():
+    """The untrained flow stands still: its density is that of noise, at levels 2/255 wide. A density that is
+    equal over all 256 levels costs 8 bits."""
+    config = fm.Config(data_shape=(1, 8, 8), channels=8, channel_mult=(1,), attn_resolutions=())
+    model, x = fm.FlowMatching(config).eval(), torch.zeros(3, 1, 8, 8)
+    got = model.bits_per_dim({"x": x}, steps=2, probe=torch.ones_like(x))
+    assert torch.allclose(got, torch.full((3,), 6.99435 + 0.5 * math.log2(2 * math.pi)), atol=1e-3)
+    # 256 levels of width 2/255
+    model.log_prob = lambda batch, steps, probe: torch.full((3,), 64 * math.log(255 / 512))
+    assert torch.allclose(model.bits_per_dim({"x": x}), torch.full((3,), 8.0), atol=1e-5)
+    seen = []
+    model.log_prob = lambda batch, steps, probe: seen.append(batch["x"]) or torch.zeros(3)
+    model.bits_per_dim({"x": x})
+    assert seen[0].abs().max() <= 1 / 255 and seen[0].max() - seen[0].min() > 1.8 / 255
+
+
+def test_exact_divergence_holds_one_gradient_at_a_time(monkeypatch):
+    alive, grad = [], torch.autograd.grad
+
+    def watched(*arguments, **options):
+        out = grad(*arguments, **options)
+        alive.append(weakref.ref(out[0]))
+        assert sum(g() is not None for g in alive) <= 2
+        return out
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    x = normal(3, 20)
+    _, div = fm.divergence(lambda x, t: x**2 / 2, x, 0.0)
+    assert torch.allclose(div, x.sum(1)) and len(alive) == 20
+
+
 # ---------------------------------------------------------------- what a user can get wrong
 @pytest.mark.parametrize("config, words", [
-    (dict(path="otp"), "nearest: 'ot'"), (dict(solver="rk5"), "nearest: 'rk4'"),
-    (dict(coupling="independant"), "nearest: 'independent'"), (dict(sigma_min=1.0), "sigma_min"),
+    (dict(path="otp"), "'otp' is not known: choose one of ot, vp, ve"), (dict(solver="rk5"), "euler, mid"),
+    (dict(coupling="independant"), "choose one of independent, ot"), (dict(sigma_min=1.0), "sigma_min"),
     (dict(sigma_min=-0.1), "sigma_min"), (dict(path="ve"), "sigma_min"),
     (dict(sampler_steps=0), "sampler_steps"), (dict(tolerance=0.0), "tolerance"),
     (dict(data_shape=(3, 32)), "data_shape"),
@@ -806,6 +1043,17 @@ def test_live_flow_matching():
 
 
 # ---------------------------------------------------------------- the file as a whole
+def test_shared_networks_are_ddpms():
+    """Whose tests hold them against official numbers: the same text, the same output."""
+    for name in ("time_embedding", "StepEmbedding", "MLP", "AttnBlock", "ResBlock", "UNet", "check_networks"):
+        assert inspect.getsource(getattr(fm, name)) == inspect.getsource(getattr(ddpm, name)), name
+    ours, theirs = small_unet(n_classes=3).eval().net, ddpm.UNet(ddpm.Config(
+        data_shape=(3, 8, 8), channels=8, norm_groups=4, attn_resolutions=(4,), n_classes=3), 3).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x, t, label = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 70.0]), torch.tensor([0, 2])
+    assert torch.equal(ours(x, t, label), theirs(x, t, label))
+
+
 def test_shared_methods_are_the_text_of_ddpm():
     for name in ("label", "param_groups"):
         ours, theirs = getattr(fm.FlowMatching, name), getattr(ddpm.DDPM, name)
