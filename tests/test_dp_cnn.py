@@ -37,7 +37,8 @@ def test_golden_unet(case):
     sample = case.inp["sample"].clone().requires_grad_()
     B = len(sample)
     cond = case.inp.get("global_cond", torch.zeros(B, 0)).clone().requires_grad_()
-    pred = unet(sample, unet.film(case.inp["timestep"].expand(B), cond))
+    of_step, of_obs = unet.film_of_step(case.inp["timestep"].expand(B)), unet.film_of_obs(cond)
+    pred = unet(sample, of_step, of_obs)
     case.check("out/pred", pred)
     loss = (pred * case.inp["cotangent"]).mean()
     case.check("out/loss", loss)
@@ -47,7 +48,7 @@ def test_golden_unet(case):
         if name in case.grad_in:
             case.check(f"grad_in/{name}", tensor.grad)
     with torch.no_grad():  # the matrix-product path of a single short sequence
-        one = unet(case.inp["sample"][:1], [f[:1] for f in unet.film(case.inp["timestep"].expand(B), cond)])
+        one = unet(case.inp["sample"][:1], [f[:1] for f in of_step], [f[:1] for f in of_obs])
     assert torch.allclose(one, pred[:1], atol=2e-5 * pred.abs().max().item())
 
 
@@ -168,7 +169,7 @@ def test_golden_lerobot(case):
         if name in case.grad_in:
             case.check(f"grad_in/{name}", tensor.grad)
     x_t, t = case.out["noisy_action"], case.inp["timesteps"]
-    case.check("out/unet_pred", model.unet(x_t, model.unet.film(t, cond)))
+    case.check("out/unet_pred", model.unet(x_t, model.unet.film_of_step(t), model.unet.film_of_obs(cond)))
     executed = slice(config.n_obs_steps - 1, config.n_obs_steps - 1 + config.n_action_steps)
     for sampler, steps in (("ddpm", 100), ("ddim", 10)):
         model.config.sampler, trace = sampler, []
@@ -244,7 +245,7 @@ def small_batch(config, B=4, n=None, seed=0):
 
 def test_schedule_is_the_squared_cosine():
     K = 100
-    alpha_bar = dp_cnn.cosine_alpha_bar(K).double()
+    alpha_bar = dp_cnn.cosine_alpha_bar(K, "cpu").double()
     f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     for t in (0, 1, 17, 50, 98):
         assert alpha_bar[t].item() == pytest.approx(f((t + 1) / K) / f(0), rel=1e-4)
@@ -258,12 +259,12 @@ def test_loss_noises_as_q_says():
     config = Config(**SMALL)
     model = DiffusionPolicyCNN(config)
     seen = []
-    model.unet.forward = lambda x, film: seen.append(x) or torch.zeros_like(x)
+    model.unet.forward = lambda x, *film: seen.append(x) or torch.zeros_like(x)
     batch = small_batch(config, B=20_000)
     batch["actions"][:] = 0.5
     torch.manual_seed(0)
     loss = model.loss(batch, t=torch.full((20_000,), 30))["loss"]
-    alpha_bar = model.alpha_bar[30].item()
+    alpha_bar = dp_cnn.cosine_alpha_bar(100, "cpu")[30].item()
     assert seen[0].mean().item() == pytest.approx(0.5 * math.sqrt(alpha_bar), abs=5e-3)
     assert seen[0].var().item() == pytest.approx(1 - alpha_bar, rel=1e-2)
     assert loss.item() == pytest.approx(1.0, rel=1e-2)  # the mean square of the noise itself
@@ -278,11 +279,14 @@ class OptimalDenoiser(torch.nn.Module):
         self.alpha_bar, self.mean, self.cov = alpha_bar.double(), mean, cov
         self.prediction_type = prediction_type
 
-    def film(self, t, obs):
-        return [t.expand(len(t), obs.shape[1])]
+    def film_of_step(self, t):
+        return [t]
 
-    def forward(self, x, film):
-        shape, a = x.shape, self.alpha_bar[film[0][0]]
+    def film_of_obs(self, obs):
+        return []
+
+    def forward(self, x, of_step, of_obs):
+        shape, a = x.shape, self.alpha_bar[of_step[0]]
         delta = x.double().flatten(1) - a.sqrt() * self.mean
         cov_t = a * self.cov + (1 - a) * torch.eye(len(self.mean), dtype=torch.float64)
         score = -torch.linalg.solve(cov_t, delta.T).T
@@ -303,7 +307,7 @@ def test_sampler_with_the_optimal_denoiser_lands_on_the_data(sampler, steps, tol
     mean = torch.tensor([0.1, 0.2, 0.3, -0.2], dtype=torch.float64)
     root = torch.tensor([[0.2, 0, 0, 0], [0.15, 0.1, 0, 0], [0.1, 0.1, 0.1, 0], [0, -0.1, 0, 0.2]],
                         dtype=torch.float64)
-    model.unet = OptimalDenoiser(model.alpha_bar, mean, root @ root.T, prediction_type)
+    model.unet = OptimalDenoiser(dp_cnn.cosine_alpha_bar(steps, "cpu"), mean, root @ root.T, prediction_type)
     batch = {"state": torch.zeros(10_000, 2, 3)}
     chunk = model.sample(batch, steps, generator=torch.Generator().manual_seed(0))
     x = chunk.flatten(1).double()
@@ -316,10 +320,10 @@ def test_ddpm_step_is_the_posterior_and_the_papers_alpha_gamma_form():
     q(x_{t-1} | x0), q(x_t | x_{t-1}), and to alpha (x_t - gamma eps) [5]."""
     config = Config(**SMALL, sampler="ddpm", prediction_type="x0")
     model = DiffusionPolicyCNN(config)
-    a = model.alpha_bar.double()
     K = config.n_diffusion_steps
+    a = dp_cnn.cosine_alpha_bar(K, "cpu").double()
     x0, start = torch.rand(1, 8, 2) - 0.5, torch.randn(1, 8, 2)
-    model.unet.forward = lambda x, film: x0
+    model.unet.forward = lambda x, *film: x0
     trace, no_noise = [], [torch.zeros(1, 8, 2)] * (K - 1)
     model.sample({"state": torch.zeros(1, 2, 3)}, K, noise=start, trace=trace, step_noise=no_noise)
     for t in (90, 40, 1):
@@ -337,9 +341,9 @@ def test_ddim_with_a_perfect_guess_returns_the_data_in_any_number_of_steps():
     config = Config(**SMALL, sampler="ddim")
     model = DiffusionPolicyCNN(config)
     x0, eps = torch.rand(1, 8, 2) - 0.5, torch.randn(1, 8, 2)
-    model.unet.forward = lambda x, film: eps
+    model.unet.forward = lambda x, *film: eps
     for steps in (1, 7, 10, 100):
-        top = model.alpha_bar[(steps - 1) * (100 // steps)]
+        top = dp_cnn.cosine_alpha_bar(100, "cpu")[(steps - 1) * (100 // steps)]
         start = top.sqrt() * x0 + (1 - top).sqrt() * eps
         chunk = model.sample({"state": torch.zeros(1, 2, 3)}, steps, noise=start)
         assert torch.allclose(chunk, x0, atol=2e-3 if top < 1e-3 else 1e-5)
@@ -359,7 +363,7 @@ def test_padded_actions_change_neither_loss_nor_gradient(conditioning):
         model = DiffusionPolicyCNN(config)
         # A convolution sees its neighbours, so a padded step may enter as input; what is predicted for it may
         # not enter the loss. The network is replaced by one without neighbours to see the loss alone.
-        model.unet.forward = lambda x, film: x * model.unet.final_out.bias.mean() + film[0].mean()
+        model.unet.forward = lambda x, *film: x * model.unet.final_out.bias.mean()
         filled = batch | {"actions": torch.where(batch["action_mask"][..., None], batch["actions"], filler)}
         torch.manual_seed(1)
         result = model.loss(filled)
@@ -372,7 +376,7 @@ def test_padded_actions_change_neither_loss_nor_gradient(conditioning):
 def test_loss_is_the_mean_over_real_steps():
     config = Config(**SMALL)
     model = DiffusionPolicyCNN(config)
-    model.unet.forward = lambda x, film: torch.zeros_like(x)
+    model.unet.forward = lambda x, *film: torch.zeros_like(x)
     batch = small_batch(config)
     batch["action_mask"][0, 2:] = False
     noise = torch.randn(4, 8, 2)
@@ -389,7 +393,7 @@ def test_inpainted_observations_stand_clean_in_every_input_of_the_network(sample
     model = DiffusionPolicyCNN(config).eval()
     batch = small_batch(config, n=2)
     inputs, forward = [], model.unet.forward
-    model.unet.forward = lambda x, film: inputs.append(x) or forward(x, film)
+    model.unet.forward = lambda x, *film: inputs.append(x) or forward(x, *film)
     chunk = model.sample(batch, steps=10, generator=torch.Generator().manual_seed(0))
     assert chunk.shape == (4, 8, 2) and len(inputs) == 10
     for x in inputs:
@@ -462,9 +466,10 @@ def test_each_camera_has_an_encoder_of_its_own():
 def test_documented_shapes():
     config = Config(**SMALL)
     model = DiffusionPolicyCNN(config)
-    film = model.unet.film(torch.zeros(5, 1), torch.zeros(1, 3, 6))  # 5 steps, batch 3, To * S = 6
-    assert [f.shape for f in film] == [(5, 3, 2 * b.conv1.out_channels) for b in model.unet.blocks()]
-    assert model.unet(torch.zeros(3, 8, 2), [f[0] for f in film]).shape == (3, 8, 2)
+    of_step, of_obs = model.unet.film_of_step(torch.zeros(5)), model.unet.film_of_obs(torch.zeros(3, 6))
+    for n, film in ((5, of_step), (3, of_obs)):  # 5 steps; batch 3, To * S = 6
+        assert [f.shape for f in film] == [(n, 2 * b.conv1.out_channels) for b in model.unet.blocks()]
+    assert model.unet(torch.zeros(3, 8, 2), [f[:1] for f in of_step], of_obs).shape == (3, 8, 2)
     trace = []
     chunk = model.sample(small_batch(config), steps=7, trace=trace)
     assert chunk.shape == (4, 8, 2) and len(trace) == 7 and torch.equal(trace[-1], chunk)

@@ -179,10 +179,12 @@ def test_from_official_names_everything_that_does_not_fit():
     official["model.extra"] = torch.empty(3, device="meta")
     official["model.decoder.layers.3.norm2.bias"] = torch.empty(7, device="meta")
     with pytest.raises(ValueError) as error:
-        DiffusionPolicyTransformer.from_official(official, Config(**PRESETS["lowdim"], causal=False))
-    for named in ("missing transformer.head.bias", "left over transformer.extra", "causal should be True",
+        DiffusionPolicyTransformer.from_official(official, Config(**PRESETS["lowdim"]))
+    for named in ("missing transformer.head.bias", "left over transformer.extra",
                   "transformer.blocks.3.norm_cross.bias is (7,) and should be (256,)"):
         assert named in str(error.value)
+    with pytest.raises(ValueError, match="causal should be True"):
+        DiffusionPolicyTransformer.from_official(official, Config(**PRESETS["lowdim"], causal=False))
 
 
 TINY_IMAGE = {"obs": "image", "n_cameras": 2, "image_size": (84, 84), "crop_size": (76, 76), "state_dim": 9,
@@ -302,7 +304,7 @@ class OptimalDenoiser(torch.nn.Module):
         self.prediction_type = prediction_type
 
     def memories(self, levels, obs):
-        return levels
+        return iter(levels)
 
     def forward(self, x, level):
         a = self.alpha_bar[level]
@@ -323,7 +325,7 @@ def test_sampler_with_the_optimal_denoiser_lands_on_the_data(sampler, prediction
     mean = torch.tensor([0.1, 0.2, 0.3, -0.2], dtype=torch.float64)
     root = torch.tensor([[0.2, 0, 0, 0], [0.15, 0.1, 0, 0], [0.1, 0.1, 0.1, 0], [0, -0.1, 0, 0.2]],
                         dtype=torch.float64)
-    model.transformer = OptimalDenoiser(model.alpha_bar, mean, root @ root.T, prediction_type)
+    model.transformer = OptimalDenoiser(dp_transformer.cosine_alpha_bar(1000, "cpu"), mean, root @ root.T, prediction_type)
     batch = {"state": torch.zeros(10_000, 3, 3)}
     x = model.sample(batch, 1000, generator=torch.Generator().manual_seed(0)).flatten(1).double()
     assert torch.allclose(x.mean(0), mean, atol=0.01)
@@ -335,7 +337,7 @@ def test_ddim_with_a_perfect_guess_returns_the_data_in_any_number_of_steps():
     x0, eps = torch.rand(1, 8, 2) - 0.5, torch.randn(1, 8, 2)
     model.transformer.forward = lambda x, memory: eps
     for steps in (1, 7, 10, 100):
-        top = model.alpha_bar[(steps - 1) * (100 // steps)]
+        top = dp_transformer.cosine_alpha_bar(100, "cpu")[(steps - 1) * (100 // steps)]
         start = top.sqrt() * x0 + (1 - top).sqrt() * eps
         chunk = model.sample({"state": torch.zeros(1, 3, 3)}, steps, noise=start)
         assert torch.allclose(chunk, x0, atol=2e-3 if top < 1e-3 else 1e-5)
