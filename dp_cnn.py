@@ -37,7 +37,7 @@ loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
  1. Steps past the end of an episode are left out of the loss. The original repeats the last action there and
-    trains on it, with the plain mean over everything (train_on_padding); LeRobot does either.
+    trains on it, so that the policy learns to stay (train_on_padding); LeRobot does either.
  2. A random crop can start at every offset; the original never draws the last one.
  3. FiLM's linear layer over [step, observation] is computed as two products that are added. The numbers are
     the same, and a sampler reads each weight once per chunk instead of once per step.
@@ -71,9 +71,7 @@ class Config:
     n_obs_steps: int = 2  # To, observed steps
     n_action_steps: int = 8  # Ta, executed steps
     pred_action_steps_only: bool = False  # True: predict only the Ta steps that are executed
-    # True: steps past an episode's end, where the data repeat the last action, are trained on as well, as the
-    # original does: the policy then learns to stay where it ended
-    train_on_padding: bool = False
+    train_on_padding: bool = False  # True: past an episode's end the policy learns to stay ("Differs", 1)
     # -- how the observation enters
     obs: str = "lowdim"  # "lowdim": every float observation; "image": cameras and proprioception
     conditioning: str = "global"  # "global": FiLM [7]; "inpaint": as known entries of the trajectory [9]
@@ -94,8 +92,7 @@ class Config:
     sampler: str = "ddim"  # "ddim" or "ddpm"
     sampler_steps: int = 10  # noise levels visited when sampling; at most K
     spacing: str = "leading"  # which levels these are: "leading" or "trailing", see timetable
-    # [4] 0 = no clipping; actions are normalised to [-1, 1], and a normaliser that does not do that needs
-    # another value
+    # bound of x0_hat [4], 0 = none; actions are normalised to [-1, 1], another normaliser needs another value
     clip_x0: float = 1.0
 
     def __post_init__(self):
@@ -109,33 +106,28 @@ class Config:
                        "down_dims", "kernel_size", "n_groups", "resnet_widths", "n_keypoints", "crop_size",
                        "n_diffusion_steps")
         if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
-            raise ValueError(f"image_size {self.image_size} and crop_size {self.crop_size} are two numbers each, "
-                             f"height and width; crop_size may be ()")
-        if self.crop_size and any(c > s for c, s in zip(self.crop_size, self.image_size)):
+            raise ValueError(f"image_size {self.image_size}, crop_size {self.crop_size}: give height, width")
+        if any(crop > size for crop, size in zip(self.crop_size, self.image_size)):
             raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
         if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, the "
-                             f"channels of a group of its group norms")
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
         if self.n_obs_steps > self.horizon:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must lie between 1 and horizon {self.horizon}")
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be at most horizon {self.horizon}")
         if self.n_action_steps > self.horizon - self.n_obs_steps + 1:
-            raise ValueError(f"n_action_steps {self.n_action_steps} must lie between 1 and horizon - "
-                             f"n_obs_steps + 1 = {self.horizon - self.n_obs_steps + 1}")
+            raise ValueError(f"n_action_steps {self.n_action_steps} must be at most horizon - n_obs_steps + 1"
+                             f" = {self.horizon - self.n_obs_steps + 1}")
         if self.conditioning == "inpaint" and self.pred_action_steps_only:
-            raise ValueError("pred_action_steps_only needs conditioning 'global': inpainting predicts the "
-                             "observed steps too")
+            raise ValueError("pred_action_steps_only needs conditioning 'global'")
         if not self.down_dims or self.down_dims[0] % 8 or any(d % self.n_groups for d in self.down_dims):
             raise ValueError(f"down_dims {self.down_dims} must be multiples of n_groups = {self.n_groups}, "
                              f"the first also of 8, the groups of the last group norm")
-        halvings = 2 ** (len(self.down_dims) - 1)
-        if self.pred_horizon % halvings:
+        if self.pred_horizon % 2 ** (len(self.down_dims) - 1):
             raise ValueError(f"horizon {self.pred_horizon} cannot be halved {len(self.down_dims) - 1} times "
-                             f"by the U-Net: make it a multiple of {halvings}, or shorten down_dims")
+                             f"by the U-Net: change it, or shorten down_dims")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {self.kernel_size} must be odd to keep the sequence's length")
         if self.step_embed_dim < 4 or self.step_embed_dim % 2:
-            raise ValueError(f"step_embed_dim {self.step_embed_dim} must be even and at least 4: half of it "
-                             f"are sines, half cosines")
+            raise ValueError(f"step_embed_dim {self.step_embed_dim} must be even and at least 4")
         timetable(self.n_diffusion_steps, self.sampler_steps, self.spacing)
 
     @property
@@ -444,7 +436,7 @@ class DiffusionPolicyCNN(nn.Module):
 
     def encode(self, batch):
         """Observations, one vector a step: images through their encoders, then the state. (B, n, obs_dim)"""
-        state, images = batch["state"], batch.get("images")                     # (B, n, S), (B, n, V, 3, H, W)
+        state, images = batch["state"], batch.get("images")  # (B, n, S), (B, n, V, 3, H, W)
         if not self.config.n_cameras:
             return state
         V = 0 if images is None else images.shape[2]
@@ -471,10 +463,10 @@ class DiffusionPolicyCNN(nn.Module):
         """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
 
         batch: actions (B, Tp, A), action_mask (B, Tp), state (B, n, S), images (B, n, V, 3, H, W) if there
-        are cameras, uint8 or floats in [-1, 1], with n = n_obs_loaded. noise (B, Tp, D), t (B,): drawn when
-        not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh alike. (Where
-        train.py averages per_sample in its validation, all items do; over accumulated gradients or several
-        processes, all batches.) -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
+        are cameras, uint8 or floats in [-1, 1], with n = n_obs_loaded. noise (B, Tp, D), t (B,):
+        drawn when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh
+        alike. (Where train.py averages per_sample in its validation, all items do; over accumulated gradients
+        or several processes, all batches.) -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
         """
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
@@ -524,16 +516,14 @@ class DiffusionPolicyCNN(nn.Module):
         of_step, of_obs = self.unet.film_of_step(t), self.unet.film_of_obs(cond)
         for i, level in enumerate(levels):
             last = i + 1 == len(levels)
-            # What follows the last level are clean data, alpha_bar = 1; no noise is added on the way there.
+            # Clean data follow the last level, alpha_bar = 1; no noise is added on the way there.
             alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
             out = self.unet(x_t, [share[i:i + 1] for share in of_step], of_obs)      # (B, Tp, D)
             if config.prediction_type == "eps":
                 eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:
                 eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
-            if config.clip_x0:
-                # No action lies outside; at noisy levels the division would carry errors of eps far out. eps
-                # itself stays as it is.
+            if config.clip_x0:  # no action lies outside; dividing by a small sqrt(alpha_bar) amplifies errors
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
             if config.sampler == "ddim":
                 x_t = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * eps  # [6]
@@ -557,13 +547,11 @@ class DiffusionPolicyCNN(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config, state_dim=None):
-        """A policy with the weights of a Diffusion Policy or LeRobot checkpoint, whichever `state_dict`
-        holds.
+        """A policy with the weights of a Diffusion Policy or LeRobot checkpoint, whichever it is.
 
         config must describe it (PRESETS["lowdim"], PRESETS["image"]). state_dim: LeRobot with cameras and an
-        environment state only: how many of config.state_dim come before the images there. Strict: one
-        ValueError names every key that is missing, left over or has another shape. Normaliser entries are
-        left to `official_normalizer`; buffers that hold constants are not read.
+        environment state only: how many of config.state_dim come before the images there. Normaliser entries
+        are left to `official_normalizer`; buffers that hold constants are not read.
         """
         weights = convert_official(state_dict, config, state_dim)
         with torch.device("meta"):
@@ -615,8 +603,7 @@ NOT_WEIGHTS = re.compile(r"(_dummy_variable|pos_x|pos_y|pos_grid|temperature)$|^
 
 
 def convert_official(state_dict, config, state_dim=None):
-    """Rename the keys of an official state_dict (or of a part of it) and bring FiLM's columns into our
-    order."""
+    """Rename the keys of an official state_dict (or of a part of it); FiLM's columns in our order."""
     weights, cameras = {}, []
     for key, value in state_dict.items():
         if NOT_WEIGHTS.search(key):
@@ -663,8 +650,7 @@ def official_normalizer(state_dict):
 Model = DiffusionPolicyCNN
 
 PRESETS = {
-    # learns the built-in task in minutes on two CPU cores
-    "tiny": {},
+    "tiny": {},  # learns the built-in task in minutes on two CPU cores
     "tiny_image": {"obs": "image", "resnet_widths": (16, 32, 64, 128),
                    "n_keypoints": 16, "crop_size": (56, 56)},
     # Push-T from keypoints: 65,783,298 parameters

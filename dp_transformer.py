@@ -51,7 +51,7 @@ SpatialSoftmax, ImageEncoder | DiffusionPolicyTransformer: loss, sample, from_of
 
 Differs from the original:
  1. Steps past the end of an episode are left out of the loss. The original repeats the last action there and
-    trains on it, with the plain mean over everything (train_on_padding).
+    trains on it, so that the policy learns to stay (train_on_padding).
  2. A random crop can start at every offset; the original never draws the last one.
  3. Cross-attention is computed as [11]. The numbers are the same. M is small (3 for To = 2), which makes this
     less work than plain attention with kept keys and values, by 5 to 12 % of a whole step.
@@ -85,9 +85,7 @@ class Config:
     n_obs_steps: int = 2  # To, observed steps
     n_action_steps: int = 8  # Ta, executed steps
     pred_action_steps_only: bool = False  # True: predict only the Ta steps that are executed
-    # True: steps past an episode's end, where the data repeat the last action, are trained on as well, as the
-    # original does: the policy then learns to stay where it ended
-    train_on_padding: bool = False
+    train_on_padding: bool = False  # True: past an episode's end the policy learns to stay ("Differs", 1)
     # -- how the observation enters
     obs: str = "lowdim"  # "lowdim": every float observation; "image": cameras and proprioception
     # "tokens": the actions cross-attend to it [7]; "inpaint": as known entries of the trajectory [9]
@@ -114,8 +112,7 @@ class Config:
     sampler: str = "ddim"  # "ddim" or "ddpm"
     sampler_steps: int = 10  # noise levels visited when sampling; at most K
     spacing: str = "leading"  # which levels these are: "leading" or "trailing", see timetable
-    # [4] 0 = no clipping; actions are normalised to [-1, 1], and a normaliser that does not do that needs
-    # another value
+    # bound of x0_hat [4], 0 = none; actions are normalised to [-1, 1], another normaliser needs another value
     clip_x0: float = 1.0
 
     def __post_init__(self):
@@ -130,30 +127,25 @@ class Config:
                        "width", "depth", "n_heads", "resnet_widths", "n_keypoints", "crop_size",
                        "n_diffusion_steps")
         if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
-            raise ValueError(f"image_size {self.image_size} and crop_size {self.crop_size} are two numbers each, "
-                             f"height and width; crop_size may be ()")
-        if self.crop_size and any(c > s for c, s in zip(self.crop_size, self.image_size)):
+            raise ValueError(f"image_size {self.image_size}, crop_size {self.crop_size}: give height, width")
+        if any(crop > size for crop, size in zip(self.crop_size, self.image_size)):
             raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
         if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, the "
-                             f"channels of a group of its group norms")
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
         if self.n_obs_steps > self.horizon:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must lie between 1 and horizon {self.horizon}")
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be at most horizon {self.horizon}")
         if self.n_action_steps > self.horizon - self.n_obs_steps + 1:
-            raise ValueError(f"n_action_steps {self.n_action_steps} must lie between 1 and horizon - "
-                             f"n_obs_steps + 1 = {self.horizon - self.n_obs_steps + 1}")
+            raise ValueError(f"n_action_steps {self.n_action_steps} must be at most horizon - n_obs_steps + 1"
+                             f" = {self.horizon - self.n_obs_steps + 1}")
         if self.conditioning == "inpaint" and self.pred_action_steps_only:
-            raise ValueError("pred_action_steps_only needs conditioning 'tokens': inpainting predicts the "
-                             "observed steps too")
+            raise ValueError("pred_action_steps_only needs conditioning 'tokens'")
         if self.width % self.n_heads or self.width % 2 or self.width < 4:
-            raise ValueError(f"width {self.width} must be even and a multiple of n_heads = {self.n_heads}, "
-                             f"because every head has width / n_heads units; at least 4")
+            raise ValueError(f"width {self.width} must be even, at least 4 and a multiple of n_heads = "
+                             f"{self.n_heads}")
         if self.arch == "bert" and (self.conditioning != "inpaint" or self.cond_depth):
-            raise ValueError("arch 'bert' has no condition tokens: set conditioning to 'inpaint' and "
-                             "cond_depth to 0")
+            raise ValueError("arch 'bert' needs conditioning to be 'inpaint' and cond_depth to be 0")
         if not (0 <= self.dropout < 1 and 0 <= self.embed_dropout < 1):
-            raise ValueError(f"dropout {self.dropout} and embed_dropout {self.embed_dropout} must lie "
-                             f"between 0 and 1")
+            raise ValueError(f"dropout {self.dropout}, embed_dropout {self.embed_dropout} must be in [0, 1)")
         timetable(self.n_diffusion_steps, self.sampler_steps, self.spacing)
 
     @property
@@ -232,15 +224,9 @@ class SelfAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))                      # (B, T, D)
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention of T tokens to M condition tokens, computed as [11]: x is compared with the keys
-    that `memory` returns and their values are summed, without a projection of either."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_heads, self.dropout = config.n_heads, config.dropout
-        self.in_proj = Linear(config.width, 3 * config.width)  # rows: queries, keys, values
-        self.out_proj = Linear(config.width, config.width)
+class CrossAttention(SelfAttention):
+    """Multi-head attention of T tokens to M condition tokens, with the same weights, computed as [11]: x is
+    compared with the keys that `memory` returns, and their values are summed, without a projection."""
 
     def memory(self, m, mask):
         """Condition tokens m (B, M, D), mask (M, T) -> keys, values (B, heads, M, D), and what is added to
@@ -562,7 +548,7 @@ class DiffusionPolicyTransformer(nn.Module):
 
     def encode(self, batch):
         """Observations, one vector a step: images through their encoders, then the state. (B, n, obs_dim)"""
-        state, images = batch["state"], batch.get("images")                     # (B, n, S), (B, n, V, 3, H, W)
+        state, images = batch["state"], batch.get("images")  # (B, n, S), (B, n, V, 3, H, W)
         if not self.config.n_cameras:
             return state
         V = 0 if images is None else images.shape[2]
@@ -574,9 +560,9 @@ class DiffusionPolicyTransformer(nn.Module):
         return torch.cat(features + [state], dim=-1)
 
     def condition(self, batch):
-        """-> (cond (B, To, obs_dim) for tokens, given (B, Tp, input_dim) or None, known (Tp, input_dim)). When
-        inpainting [9], `given` is a trajectory that holds the observations; `known` is True at those of the
-        To observed steps."""
+        """-> (cond (B, To, obs_dim) for tokens, given (B, Tp, input_dim) or None, known (Tp, input_dim)).
+        When inpainting [9], `given` is a trajectory that holds the observations; `known` is True at those of
+        the To observed steps."""
         obs = self.encode(batch)                                                # (B, n, obs_dim)
         B, n, _ = obs.shape
         To, Tp, A = self.config.n_obs_steps, self.config.pred_horizon, self.config.action_dim
@@ -590,10 +576,10 @@ class DiffusionPolicyTransformer(nn.Module):
         """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
 
         batch: actions (B, Tp, A), action_mask (B, Tp), state (B, n, S), images (B, n, V, 3, H, W) if there
-        are cameras, uint8 or floats in [-1, 1], with n = n_obs_loaded. noise (B, Tp, input_dim), t (B,): drawn when
-        not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh alike. (Where
-        train.py averages per_sample in its validation, all items do; over accumulated gradients or several
-        processes, all batches.) -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
+        are cameras, uint8 or floats in [-1, 1], with n = n_obs_loaded. noise (B, Tp, input_dim), t (B,):
+        drawn when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh
+        alike. (Where train.py averages per_sample in its validation, all items do; over accumulated gradients
+        or several processes, all batches.) -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
         """
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
@@ -623,8 +609,8 @@ class DiffusionPolicyTransformer(nn.Module):
         from index -first_action on.
 
         batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
-        default config.sampler_steps. noise (B, Tp, input_dim): where to start; step_noise: the noises that DDPM
-        adds, one tensor per step but the last; both are drawn from `generator` when not given. trace:
+        default config.sampler_steps. noise (B, Tp, input_dim): where to start; step_noise: the noises that
+        DDPM adds, one tensor per step but the last; both are drawn from `generator` when not given. trace:
         receives (B, Tp, A) after every step.
         """
         config, To, A = self.config, self.config.n_obs_steps, self.config.action_dim
@@ -643,16 +629,14 @@ class DiffusionPolicyTransformer(nn.Module):
         memories = self.transformer.memories(t, cond)
         for i, level in enumerate(levels):
             last = i + 1 == len(levels)
-            # What follows the last level are clean data, alpha_bar = 1; no noise is added on the way there.
+            # Clean data follow the last level, alpha_bar = 1; no noise is added on the way there.
             alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
             out = self.transformer(x_t, next(memories))                         # (B, Tp, input_dim)
             if config.prediction_type == "eps":
                 eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:
                 eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
-            if config.clip_x0:
-                # No action lies outside; at noisy levels the division would carry errors of eps far out. eps
-                # itself stays as it is.
+            if config.clip_x0:  # no action lies outside; dividing by a small sqrt(alpha_bar) amplifies errors
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
             if config.sampler == "ddim":
                 x_t = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * eps  # [6]
@@ -684,8 +668,7 @@ class DiffusionPolicyTransformer(nn.Module):
     def from_official(cls, state_dict, config):
         """A policy with the weights of a Diffusion Policy checkpoint (low-dimensional or hybrid image).
 
-        config must describe it (PRESETS["lowdim"], "kitchen", "image"). Strict: one ValueError names every
-        key that is missing, left over or has another shape. Normaliser entries are left to
+        config must describe it (PRESETS["lowdim"], "kitchen", "image"). Normaliser entries are left to
         `official_normalizer`; buffers that hold constants are not read.
         """
         if ("model.mask" in state_dict) != config.causal:
@@ -734,8 +717,7 @@ NOT_WEIGHTS = re.compile(r"(_dummy_variable|mask|pos_x|pos_y|temperature)$|^norm
 
 
 def convert_official(state_dict, config):
-    """Rename the keys of an official state_dict (or of a part of it). What is to be renamed differs from file
-    to file."""
+    """Rename the keys of an official state_dict (or of a part of it). dp_cnn's differs: other names."""
     weights, cameras = {}, []
     for key, value in state_dict.items():
         if NOT_WEIGHTS.search(key):
