@@ -163,8 +163,8 @@ class Conv1d(nn.Conv1d):
     """nn.Conv1d, (B, C, T) -> (B, C', T'), on a CPU as a matrix product where that takes less time.
 
     One short sequence: a deep level is 1024 x 1024 x 5 weights applied to 4 steps, all the time goes into
-    reading weights, and a matrix product reads them about 1.5 times as fast. bfloat16: the gradients of its
-    convolutions have no fast code, those of its matrix products have.
+    reading weights, and a matrix product reads them about 1.5 times as fast. bfloat16: gradients of matrix
+    products are several times as fast as those of convolutions.
     """
 
     def forward(self, x):
@@ -262,17 +262,17 @@ class UNet1d(nn.Module):
         return [F.linear(obs, block.film.weight[:, emb:], block.film.bias) for block in self.blocks()]
 
     def forward(self, x, of_step, of_obs):
-        film, skips = iter(zip(of_step, of_obs)), []
+        shares, skips = iter(zip(of_step, of_obs)), []
         x = x.to(self.final_out.weight.dtype).transpose(1, 2)                   # (B, D, T)
         for block1, block2, shorten in self.down:
-            x = block2(block1(x, *next(film)), *next(film))                     # (B, C, T)
+            x = block2(block1(x, *next(shares)), *next(shares))                 # (B, C, T)
             skips.append(x)
             x = shorten(x)                                                      # (B, C, T/2)
         for block in self.mid:
-            x = block(x, *next(film))
+            x = block(x, *next(shares))
         for block1, block2, lengthen in self.up:
             x = torch.cat([x, skips.pop()], dim=1)                              # (B, 2C, T)
-            x = lengthen(block2(block1(x, *next(film)), *next(film)))           # (B, C/2, 2T)
+            x = lengthen(block2(block1(x, *next(shares)), *next(shares)))       # (B, C/2, 2T)
         x = F.mish(self.final_norm(self.final_conv(x)))                         # (B, C, T)
         return self.final_out(x).transpose(1, 2).float()                        # (B, T, D)
 
@@ -302,8 +302,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up.
 
-    Group norm instead of batch norm, because the policy that acts has averaged weights (EMA): batch norm's
-    running statistics belong to the weights of the last steps, and averages do not fit them.
+    Group norm instead of batch norm: the weights that act are an average over the training (EMA in train.py:
+    of few steps at first, of ever more later), which batch norm's running statistics do not fit.
     """
 
     def __init__(self, widths):
@@ -518,7 +518,7 @@ class DiffusionPolicyCNN(nn.Module):
             last = i + 1 == len(levels)
             # Clean data follow the last level, alpha_bar = 1; no noise is added on the way there.
             alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
-            out = self.unet(x_t, [share[i:i + 1] for share in of_step], of_obs)      # (B, Tp, D)
+            out = self.unet(x_t, [share[i:i + 1] for share in of_step], of_obs)  # (B, Tp, D)
             if config.prediction_type == "eps":
                 eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:
@@ -608,9 +608,7 @@ def convert_official(state_dict, config, state_dim=None):
     for key, value in state_dict.items():
         if NOT_WEIGHTS.search(key):
             continue
-        if key.startswith("unet."):  # LeRobot without its prefix
-            key = "diffusion." + key
-        lerobot = key.startswith("diffusion.")
+        lerobot = key.startswith(("diffusion.", "unet."))  # with its prefix, or without
         for pattern, ours in RENAMES:
             key = re.sub(pattern, ours, key)
         name = re.match(r"encoders\.([^.]+)\.", key)
@@ -630,8 +628,8 @@ def lerobot_columns(config, state_dim=None):
     which orders a step as [state, cameras, environment state]."""
     first = config.state_dim if state_dim is None else state_dim
     images = config.n_cameras * 2 * config.n_keypoints
-    one_step = list(range(first, first + images)) + list(range(first))
-    one_step += list(range(first + images, images + config.state_dim))
+    last = first + images
+    one_step = [*range(first, last), *range(first), *range(last, images + config.state_dim)]
     columns = list(range(config.step_embed_dim))
     for step in range(config.n_obs_steps):
         columns += [config.step_embed_dim + step * len(one_step) + i for i in one_step]
@@ -651,8 +649,8 @@ Model = DiffusionPolicyCNN
 
 PRESETS = {
     "tiny": {},  # learns the built-in task in minutes on two CPU cores
-    "tiny_image": {"obs": "image", "resnet_widths": (16, 32, 64, 128),
-                   "n_keypoints": 16, "crop_size": (56, 56)},
+    "tiny_image": {"obs": "image", "resnet_widths": (16, 32, 64, 128), "n_keypoints": 16,
+                   "crop_size": (56, 56)},
     # Push-T from keypoints: 65,783,298 parameters
     "lowdim": {"down_dims": (256, 512, 1024), "step_embed_dim": 256, "sampler": "ddpm", "sampler_steps": 100,
                "action_dim": 2, "state_dim": 20},

@@ -413,8 +413,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up.
 
-    Group norm instead of batch norm, because the policy that acts has averaged weights (EMA): batch norm's
-    running statistics belong to the weights of the last steps, and averages do not fit them.
+    Group norm instead of batch norm: the weights that act are an average over the training (EMA in train.py:
+    of few steps at first, of ever more later), which batch norm's running statistics do not fit.
     """
 
     def __init__(self, widths):

@@ -464,13 +464,27 @@ def test_each_camera_has_an_encoder_of_its_own():
         model.loss(batch | {"images": batch["images"][:, :, :1]})
 
 
+def test_a_shared_encoder_sees_all_cameras_alike():
+    config = Config(**SMALL | NARROW_IMAGE, share_encoder=True)
+    model = DiffusionPolicyCNN(config).eval()
+    batch = image_batch(config)
+    first, second = model.encode(batch)[..., :16].chunk(2, dim=-1)
+    swapped = model.encode(batch | {"images": batch["images"].flip(2)})[..., :16]
+    assert len(model.encoders) == 1 and not torch.allclose(first, second)
+    assert torch.allclose(swapped, torch.cat([second, first], dim=-1), atol=1e-6)
+
+
 def test_documented_shapes():
     config = Config(**SMALL)
     model = DiffusionPolicyCNN(config)
     of_step, of_obs = model.unet.film_of_step(torch.zeros(5)), model.unet.film_of_obs(torch.zeros(3, 6))
     for n, film in ((5, of_step), (3, of_obs)):  # 5 steps; batch 3, To * S = 6
         assert [f.shape for f in film] == [(n, 2 * b.conv1.out_channels) for b in model.unet.blocks()]
-    assert model.unet(torch.zeros(3, 8, 2), [f[:1] for f in of_step], of_obs).shape == (3, 8, 2)
+    half = DiffusionPolicyCNN(config).to(torch.bfloat16).unet
+    for unet in (model.unet, half):  # float32 whatever the weights are
+        of_step, of_obs = unet.film_of_step(torch.zeros(1)), unet.film_of_obs(torch.zeros(3, 6))
+        pred = unet(torch.zeros(3, 8, 2), of_step, of_obs)
+        assert pred.shape == (3, 8, 2) and pred.dtype == torch.float32
     trace = []
     chunk = model.sample(small_batch(config), steps=7, trace=trace)
     assert chunk.shape == (4, 8, 2) and len(trace) == 7 and torch.equal(trace[-1], chunk)

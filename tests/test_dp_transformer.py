@@ -573,6 +573,11 @@ def test_documented_shapes():
     assert shapes == [[(5, 2, 4, 16), (5, 2, 4, 16), (5, 2, 4, 8)]] * 2    # H = 2 heads, M = 4, T = 8
     assert network.step_token(torch.zeros(7)).shape == (7, 1, 16)
     assert network.obs_tokens(cond).shape == (5, 3, 16)
+    for form in FORMS.values():  # float32 whatever the weights are
+        half = small_model(**form).to(torch.bfloat16).transformer
+        x = torch.zeros(5, 8, half.input_emb.in_features)
+        pred = half(x, half.memory(torch.zeros(5), cond))
+        assert pred.shape == x.shape and pred.dtype == torch.float32
     trace = []
     chunk = model.sample(small_batch(model.config), steps=7, trace=trace)
     assert chunk.shape == (4, 8, 2) and len(trace) == 7 and torch.equal(trace[-1], chunk)
