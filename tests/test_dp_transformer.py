@@ -774,6 +774,19 @@ def test_pictures_of_bytes_are_the_floats_from_minus_one_to_one():
         model.encode({"state": batch["state"]})
 
 
+def test_crops_random_in_training_centre_in_evaluation():
+    config = Config(**SMALL, n_cameras=1, obs="image", image_size=(20, 24), crop_size=(16, 16),
+                    resnet_widths=(16, 16, 16, 16), n_keypoints=4)
+    encoder = dp_transformer.ImageEncoder(config)
+    y, x = torch.meshgrid(torch.arange(20), torch.arange(24), indexing="ij")
+    image = torch.stack([y, x, y * 0]).expand(500, -1, -1, -1)
+    crops = encoder.train().crop(image)
+    corner = crops[:, :2, 0, 0]
+    assert torch.equal(crops[:, 0], (corner[:, 0, None] + torch.arange(16))[:, :, None].expand(-1, -1, 16))
+    assert set(corner[:, 0].tolist()) == set(range(5)) and set(corner[:, 1].tolist()) == set(range(9))
+    assert encoder.eval().crop(image)[0, :2, 0, 0].tolist() == [2, 4]
+
+
 def test_pictures_are_cropped_at_random_in_training_alone():
     model = small_model(**NARROW_IMAGE)
     batch, noise, t = image_batch(model.config), torch.randn(4, 8, 2), torch.tensor([3, 20, 60, 99])
