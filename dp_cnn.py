@@ -6,9 +6,11 @@
 
 The policy is a distribution p(A | O) over a whole chunk of actions A, given the last observations O. A
 network learns to tell the noise in a noised chunk; sampling starts from pure noise and removes it step by
-step. O conditions every step but is not itself predicted (p(A | O), not p(A, O)): it is encoded once a chunk.
+step. The joint p(A, O) would have to predict observations too, camera images among them; as a condition, O is
+encoded once per chunk and never predicted. Inpainting [9] is the exception: it models both and is told O.
 
-Axes: B batch, T steps of the chunk, A action dimensions, To observed steps, V cameras, C channels.
+Axes: B batch, T steps of the chunk, A action dimensions, D numbers of one step that are denoised (A, or
+A + obs_dim when inpainting), G length of the condition, To observed steps, V cameras, C channels.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
 Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     step        now-1  now  now+1 ... now+7 ... now+14
@@ -18,7 +20,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
 
     [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t <= 0.999 schedule
     [2]  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)                     noising
-    [3]  L = mean (eps - eps_theta(O, x_t, t))^2,   t uniform in 0..K-1                              loss
+    [3]  loss = mean (eps - eps_theta(O, x_t, t))^2,   t uniform in 0..K-1
     [4]  x0_hat = (x_t - sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_bar_t), clipped to [-1, 1]
     [5]  x_{t-1} = c1 x0_hat + c2 x_t + sigma_t z,   c1 = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t),
          c2 = sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t),
@@ -26,7 +28,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
          Unclipped this is the paper's A^{k-1} = alpha (A^k - gamma eps_theta(O, A^k, k)) + N(0, sigma^2 I)
          with alpha = 1 / sqrt(1 - beta_t) and gamma = beta_t / sqrt(1 - alpha_bar_t).
     [6]  x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) eps_theta,   s < t                   DDIM step
-    [7]  FiLM(h | c) = gamma(c) * h + beta(c), per channel; c = [step embedding, observations]
+    [7]  FiLM(h | c) = scale(c) * h + shift(c), per channel; c = [step embedding, observations]
     [8]  spatial softmax: p = softmax over the pixels of a channel; keypoint = (sum p x, sum p y)
     [9]  inpainting instead of FiLM: x = [action, observation]; known entries are put back at every step
 
@@ -35,12 +37,11 @@ loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
  1. Steps past the end of an episode are left out of the loss. The original repeats the last action there and
-    trains on it, with the plain mean over everything; LeRobot does either.
+    trains on it, so that the policy learns to stay (train_on_padding); LeRobot does either.
  2. A random crop can start at every offset; the original never draws the last one.
- 3. FiLM's linear layer over [step, observation] is computed as two products that are added: all steps of a
-    sampler at once, and the observation once. The numbers are the same; each weight is read once per chunk,
-    not per step.
- 4. One short sequence is convolved as a matrix product on a CPU (same numbers, less time).
+ 3. FiLM's linear layer over [step, observation] is computed as two products that are added. The numbers are
+    the same, and a sampler reads each weight once per chunk instead of once per step.
+ 4. On a CPU some convolutions are computed as matrix products (Conv1d below).
  5. The hybrid image policy's features are ordered [cameras, state] for every data set; LeRobot's [state,
     cameras, environment state] is permuted while loading. Local conditioning (never used by a released model)
     is left out.
@@ -48,6 +49,7 @@ Differs from the original:
 Run alone: `python dp_cnn.py` trains a small policy on paths around an obstacle, in under a minute on
 two CPU cores.
 """
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -60,135 +62,126 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     # -- the data; train.py fills these in
-    # length of one action vector
-    action_dim: int = 3
-    # length of the low-dimensional observation of one step
-    state_dim: int = 16
-    # number of cameras, each with an encoder of its own; 0 = low-dimensional observations only
-    n_cameras: int = 0
-    # height, width of every camera image, pixels
-    image_size: tuple = (64, 64)
+    action_dim: int = 3  # A, length of one action vector
+    state_dim: int = 16  # S, length of the low-dimensional observation of one step
+    n_cameras: int = 0  # V, each with an encoder of its own; 0 = low-dimensional observations only
+    image_size: tuple = (64, 64)  # height, width of every camera image, pixels
     # -- the timeline (picture above), in control steps
-    # Tp, predicted steps
-    horizon: int = 16
-    # To, observed steps
-    n_obs_steps: int = 2
-    # Ta, executed steps
-    n_action_steps: int = 8
-    # True: predict only the Ta steps that are executed
-    pred_action_steps_only: bool = False
+    horizon: int = 16  # Tp, predicted steps
+    n_obs_steps: int = 2  # To, observed steps
+    n_action_steps: int = 8  # Ta, executed steps
+    pred_action_steps_only: bool = False  # True: predict only the Ta steps that are executed
+    train_on_padding: bool = False  # True: past an episode's end the policy learns to stay ("Differs", 1)
     # -- how the observation enters
-    # "lowdim": every float observation; "image": cameras and proprioception
-    obs: str = "lowdim"
-    # "global": FiLM [7]; "inpaint": as known entries of the trajectory [9]
-    conditioning: str = "global"
+    obs: str = "lowdim"  # "lowdim": every float observation; "image": cameras and proprioception
+    conditioning: str = "global"  # "global": FiLM [7]; "inpaint": as known entries of the trajectory [9]
     # -- the temporal U-Net
-    # channels of its levels; each level after the first halves the time axis
-    down_dims: tuple = (32, 64, 128)
-    # taps of its convolutions (odd)
-    kernel_size: int = 5
-    # groups of its group norms
-    n_groups: int = 8
-    # width of the diffusion step's embedding
-    step_embed_dim: int = 64
-    # True: FiLM scales and shifts; False: it only shifts
-    film_scale: bool = True
+    down_dims: tuple = (32, 64, 128)  # channels of its levels; each after the first halves the time axis
+    kernel_size: int = 5  # taps of its convolutions (odd)
+    n_groups: int = 8  # groups of its group norms
+    step_embed_dim: int = 64  # width of the diffusion step's embedding (even)
+    film_scale: bool = True  # True: FiLM scales and shifts; False: it only shifts
     # -- the image encoder
-    # channels of the four ResNet stages (ResNet-18: 64, 128, 256, 512)
-    resnet_widths: tuple = (64, 128, 256, 512)
-    # keypoints of the spatial softmax
-    n_keypoints: int = 32
-    # height, width of the crop: random in training, centre in evaluation; () = the whole image
-    crop_size: tuple = ()
-    # True: all cameras share one encoder (LeRobot's default; the paper has one per camera)
-    share_encoder: bool = False
+    resnet_widths: tuple = (64, 128, 256, 512)  # channels of the ResNet's stages; the default is ResNet-18's
+    n_keypoints: int = 32  # keypoints of the spatial softmax
+    crop_size: tuple = ()  # height, width: random in training, centre in evaluation; () = the whole image
+    share_encoder: bool = False  # True: all cameras share one (LeRobot's default; the paper has one for each)
     # -- the diffusion
-    # K, noise levels in training
-    n_diffusion_steps: int = 100
-    # what the network predicts: "eps" or "x0" (the official `epsilon` and `sample`)
-    prediction_type: str = "eps"
-    # "ddim" or "ddpm"
-    sampler: str = "ddim"
-    # noise levels visited when sampling; at most K
-    sampler_steps: int = 10
+    n_diffusion_steps: int = 100  # K, noise levels in training
+    prediction_type: str = "eps"  # the network's output: "eps" or "x0" (official: `epsilon`, `sample`)
+    sampler: str = "ddim"  # "ddim" or "ddpm"
+    sampler_steps: int = 10  # noise levels visited when sampling; at most K
+    spacing: str = "leading"  # which levels these are: "leading" or "trailing", see timetable
+    # bound of x0_hat [4], 0 = none; actions are normalised to [-1, 1], another normaliser needs another value
+    clip_x0: float = 1.0
 
     def __post_init__(self):
+        check_choice("obs", self.obs, ("lowdim", "image"))
         check_choice("conditioning", self.conditioning, ("global", "inpaint"))
         check_choice("prediction_type", self.prediction_type, ("eps", "x0"))
         check_choice("sampler", self.sampler, ("ddim", "ddpm"))
-        check_choice("obs", self.obs, ("lowdim", "image"))
-        if not self.down_dims:
-            raise ValueError("down_dims is empty: give the channels of one level at least")
-        halvings = 2 ** (len(self.down_dims) - 1)
-        if self.pred_horizon % halvings:
+        check_choice("spacing", self.spacing, ("leading", "trailing"))
+        check_at_least(self, 0, "state_dim", "n_cameras", "clip_x0")
+        check_at_least(self, 1, "action_dim", "image_size", "horizon", "n_obs_steps", "n_action_steps",
+                       "down_dims", "kernel_size", "n_groups", "resnet_widths", "n_keypoints", "crop_size",
+                       "n_diffusion_steps")
+        if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
+            raise ValueError(f"image_size {self.image_size}, crop_size {self.crop_size}: give height, width")
+        if any(crop > size for crop, size in zip(self.crop_size, self.image_size)):
+            raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
+        if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
+        if self.n_obs_steps > self.horizon:
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be at most horizon {self.horizon}")
+        if self.n_action_steps > self.horizon - self.n_obs_steps + 1:
+            raise ValueError(f"n_action_steps {self.n_action_steps} must be at most horizon - n_obs_steps + 1"
+                             f" = {self.horizon - self.n_obs_steps + 1}")
+        if self.conditioning == "inpaint" and self.pred_action_steps_only:
+            raise ValueError("pred_action_steps_only needs conditioning 'global'")
+        if not self.down_dims or self.down_dims[0] % 8 or any(d % self.n_groups for d in self.down_dims):
+            raise ValueError(f"down_dims {self.down_dims} must be multiples of n_groups = {self.n_groups}, "
+                             f"the first also of 8, the groups of the last group norm")
+        if self.pred_horizon % 2 ** (len(self.down_dims) - 1):
             raise ValueError(f"horizon {self.pred_horizon} cannot be halved {len(self.down_dims) - 1} times "
-                             f"by the U-Net: make it a multiple of {halvings}, or shorten down_dims")
-        if self.n_obs_steps < 1 or self.n_obs_steps > self.horizon:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must lie between 1 and horizon {self.horizon}")
-        if not 1 <= self.n_action_steps <= self.horizon - self.n_obs_steps + 1:
-            raise ValueError(f"n_action_steps {self.n_action_steps} must lie between 1 and horizon - "
-                             f"n_obs_steps + 1 = {self.horizon - self.n_obs_steps + 1}")
+                             f"by the U-Net: change it, or shorten down_dims")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {self.kernel_size} must be odd to keep the sequence's length")
-        bad = [d for d in self.down_dims if d % self.n_groups]
-        if bad:
-            raise ValueError(f"down_dims {bad} cannot be split into n_groups = {self.n_groups} groups")
-        if self.crop_size and any(c > s for c, s in zip(self.crop_size, self.image_size)):
-            raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
-        if self.conditioning == "inpaint" and self.pred_action_steps_only:
-            raise ValueError("pred_action_steps_only needs conditioning 'global': inpainting predicts the "
-                             "observed steps too")
-        check_steps(self.sampler_steps, self.n_diffusion_steps)
+        if self.step_embed_dim < 4 or self.step_embed_dim % 2:
+            raise ValueError(f"step_embed_dim {self.step_embed_dim} must be even and at least 4")
+        timetable(self.n_diffusion_steps, self.sampler_steps, self.spacing)
 
     @property
-    def pred_horizon(self):
-        """Number of actions in a batch and in a sampled chunk."""
+    def pred_horizon(self):  # actions in a batch and in a sampled chunk
         return self.n_action_steps if self.pred_action_steps_only else self.horizon
 
     @property
-    def first_action(self):
-        """Step of the chunk's first action, counted from now: the chunk starts with the first observed
-        step."""
+    def first_action(self):  # step of the chunk's first action, counted from now: the first observed step
         return 0 if self.pred_action_steps_only else 1 - self.n_obs_steps
 
     @property
-    def n_obs_loaded(self):
-        """Observed steps in a training batch: inpainting trains on the observations of the whole chunk."""
+    def n_obs_loaded(self):  # observed steps in a training batch; inpainting denoises the whole chunk's
         return self.horizon if self.conditioning == "inpaint" else self.n_obs_steps
 
 
 def check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(choices)}")
+        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(map(str, choices))}")
 
 
-def check_steps(steps, n_diffusion_steps):
-    if not 1 <= steps <= n_diffusion_steps:
-        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {n_diffusion_steps}")
+def check_at_least(config, least, *fields):
+    """Each of these fields, or every number of it if it is a tuple, is at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        if not all(x >= least for x in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field} {value} must be at least {least}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The noise prediction network: a U-Net along the time axis of the chunk
+# ---------------------------------------------------------------- the network: a U-Net along the time axis
 
 
 class Conv1d(nn.Conv1d):
-    """nn.Conv1d, (B, C, T) -> (B, C', T'). At batch 1 a deep level is 1024 x 1024 x 5 weights applied to 4
-    steps: all the time goes into reading weights, and a matrix product reads them about 1.5 times
-    (bfloat16: 6 times) as fast."""
+    """nn.Conv1d, (B, C, T) -> (B, C', T'), on a CPU as a matrix product where that takes less time.
+
+    One short sequence: a deep level is 1024 x 1024 x 5 weights applied to 4 steps, all the time goes into
+    reading weights, and a matrix product reads them about 1.5 times as fast. bfloat16: gradients of matrix
+    products are several times as fast as those of convolutions.
+    """
 
     def forward(self, x):
         B, C, T = x.shape
-        if x.device.type != "cpu" or torch.is_grad_enabled() or B * T > 64:
+        short = B * T <= 64 and not torch.is_grad_enabled()
+        if x.device.type != "cpu" or not (short or x.dtype == torch.bfloat16):
             return super().forward(x)
-        x = F.pad(x, (self.padding[0], self.padding[0]))
-        x = x.unfold(2, self.kernel_size[0], self.stride[0])                    # (B, C, T', k)
-        x = x.transpose(1, 2).flatten(2)                                        # (B, T', C k)
+        x = F.pad(x, (self.padding[0], self.padding[0])).transpose(1, 2)        # (B, T + 2 padding, C)
+        k, stride = self.kernel_size[0], self.stride[0]
+        taps = [x[:, i:x.shape[1] - k + 1 + i:stride] for i in range(k)]        # k x (B, T', C)
+        x = torch.stack(taps, dim=-1).flatten(2)                                # (B, T', C k)
         return F.linear(x, self.weight.flatten(1), self.bias).transpose(1, 2)   # (B, C', T')
 
 
-def step_embedding(t, dim):
-    """Sinusoids of the diffusion step, (...,) -> (..., dim), sines first. The exponent runs to 1 (half - 1
-    in the denominator) as in Ho et al.; iDDPM and DiT differ in both."""
+def time_embedding(t, dim):
+    """Sinusoids of the diffusion step, (...,) -> (..., dim), sines first. It differs from iDDPM's and DiT's:
+    the exponent runs to 1 (half - 1 in the denominator), as in Ho et al., and theirs begin with cosines."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
     angle = t.float()[..., None] * frequency
@@ -196,7 +189,11 @@ def step_embedding(t, dim):
 
 
 class ResidualBlock1d(nn.Module):
-    """Two convolutions with group norm and Mish; FiLM acts between them. (B, C, T) -> (B, C', T)."""
+    """Two convolutions with group norm and Mish; FiLM acts between them. (B, C, T) -> (B, C', T).
+
+    FiLM is linear in [step, observation], so its parameters are the sum of a share of each, of_step and
+    of_obs, (B or 1, 2C'). UNet1d computes them.
+    """
 
     def __init__(self, dim_in, dim_out, cond_dim, config):
         super().__init__()
@@ -205,29 +202,22 @@ class ResidualBlock1d(nn.Module):
         self.norm1 = nn.GroupNorm(config.n_groups, dim_out)
         self.conv2 = Conv1d(dim_out, dim_out, config.kernel_size, padding=pad)
         self.norm2 = nn.GroupNorm(config.n_groups, dim_out)
+        self.film_scale = config.film_scale
         self.film = nn.Linear(cond_dim, 2 * dim_out if config.film_scale else dim_out)
         self.residual = Conv1d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
-    def film_parameters(self, step, obs):
-        """[gamma, beta] (..., 2C') of [7] from Mish(step) (..., D) and Mish(obs) (..., G), whose leading axes
-        broadcast. The layer acts on [step, obs]; a linear layer of a concatenation is a sum of two."""
-        w_step, w_obs = self.film.weight.split([step.shape[-1], obs.shape[-1]], dim=1)
-        return F.linear(step, w_step) + F.linear(obs, w_obs, self.film.bias)
-
-    def forward(self, x, film):
-        B, C, T = x.shape
+    def forward(self, x, of_step, of_obs):
         h = F.mish(self.norm1(self.conv1(x)))                                   # (B, C', T)
-        if film.shape[1] == 2 * h.shape[1]:
-            gamma, beta = film[..., None].chunk(2, dim=1)                       # 2 x (B, C', 1)
-            h = gamma * h + beta                                                # [7] and not (1 + gamma)
-        else:
-            h = h + film[..., None]                                                    # film_scale = False
-        h = F.mish(self.norm2(self.conv2(h)))
+        shift = (of_step + of_obs)[..., None]                                   # (B, 2C', 1)
+        if self.film_scale:
+            scale, shift = shift.chunk(2, dim=1)                                # 2 x (B, C', 1)
+            h = scale * h                                                       # [7] and not (1 + scale)
+        h = F.mish(self.norm2(self.conv2(h + shift)))                           # [7]
         return h + self.residual(x)
 
 
 class UNet1d(nn.Module):
-    """eps_theta: noised chunk (B, T, D), FiLM parameters -> (B, T, D). Official: ConditionalUnet1D.
+    """eps_theta: noised chunk (B, T, D), FiLM parameters -> (B, T, D) float32. Official: ConditionalUnet1D.
 
     Two traits of the official network are kept, since released weights depend on them: the skip of the first,
     full-length level is never used, and every level of the way up upsamples.
@@ -260,31 +250,34 @@ class UNet1d(nn.Module):
         down, up = ([block for level in way for block in level[:2]] for way in (self.down, self.up))
         return down + list(self.mid) + up
 
-    def film(self, t, obs):
-        """FiLM parameters of every block: t (...,) and obs (..., G) broadcast -> list of (..., 2C)."""
-        step = self.step_mlp(step_embedding(t, self.step_embed_dim).to(obs.dtype))  # (..., emb)
-        step, obs = F.mish(step), F.mish(obs)
-        return [block.film_parameters(step, obs) for block in self.blocks()]
+    def film_of_step(self, t):
+        """The step's share of the FiLM parameters of every block: t (N,) -> list of (N, 2C)."""
+        emb, dtype = self.step_embed_dim, self.final_out.weight.dtype
+        step = F.mish(self.step_mlp(time_embedding(t, emb).to(dtype)))          # (N, emb)
+        return [F.linear(step, block.film.weight[:, :emb]) for block in self.blocks()]
 
-    def forward(self, x, film):
-        B, T, D = x.shape
-        film = iter(film)
-        x, skips = x.transpose(1, 2), []                                        # (B, D, T)
+    def film_of_obs(self, obs):
+        """The observation's share: obs (B, G) -> list of (B, 2C)."""
+        emb, obs = self.step_embed_dim, F.mish(obs.to(self.final_out.weight.dtype))
+        return [F.linear(obs, block.film.weight[:, emb:], block.film.bias) for block in self.blocks()]
+
+    def forward(self, x, of_step, of_obs):
+        shares, skips = iter(zip(of_step, of_obs)), []
+        x = x.to(self.final_out.weight.dtype).transpose(1, 2)                   # (B, D, T)
         for block1, block2, shorten in self.down:
-            x = block2(block1(x, next(film)), next(film))                       # (B, C, T)
+            x = block2(block1(x, *next(shares)), *next(shares))                 # (B, C, T)
             skips.append(x)
             x = shorten(x)                                                      # (B, C, T/2)
         for block in self.mid:
-            x = block(x, next(film))
+            x = block(x, *next(shares))
         for block1, block2, lengthen in self.up:
             x = torch.cat([x, skips.pop()], dim=1)                              # (B, 2C, T)
-            x = lengthen(block2(block1(x, next(film)), next(film)))             # (B, C/2, 2T)
+            x = lengthen(block2(block1(x, *next(shares)), *next(shares)))       # (B, C/2, 2T)
         x = F.mish(self.final_norm(self.final_conv(x)))                         # (B, C, T)
-        return self.final_out(x).transpose(1, 2)                                # (B, T, D)
+        return self.final_out(x).transpose(1, 2).float()                        # (B, T, D)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The image encoder: ResNet-18 from scratch, with group norm because EMA and batch norm do not go together
+# ---------------------------------------------------------------- the image encoder: ResNet-18 from scratch
 
 
 class BasicBlock(nn.Module):
@@ -307,7 +300,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up."""
+    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up.
+
+    Group norm instead of batch norm: the weights that act are an average over the training (EMA in train.py:
+    of few steps at first, of ever more later), which batch norm's running statistics do not fit.
+    """
 
     def __init__(self, widths):
         super().__init__()
@@ -317,6 +314,9 @@ class ResNet(nn.Module):
         for i, (dim_in, dim_out) in enumerate(zip((widths[0],) + tuple(widths), widths)):
             self.stages.append(nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2),
                                              BasicBlock(dim_out, dim_out, 1)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as torchvision does; torch's default is smaller
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
         x = F.relu(self.norm1(self.conv1(x)))
@@ -345,7 +345,7 @@ class SpatialSoftmax(nn.Module):
 class ImageEncoder(nn.Module):
     """One camera: crop, ResNet, spatial softmax, linear. (N, 3, H, W) -> (N, 2 n_keypoints).
 
-    uint8 images are scaled to [-1, 1]; float images are taken as scaled already.
+    uint8 images are scaled to [-1, 1]; float images must be scaled already.
     """
 
     def __init__(self, config):
@@ -371,24 +371,46 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x):
         x = self.crop(x)                                                        # (N, 3, h, w)
-        if not x.is_floating_point():
-            x = x.to(self.out.weight.dtype) / 127.5 - 1
+        scaled, x = x.is_floating_point(), x.to(self.out.weight.dtype)
+        x = x if scaled else x / 127.5 - 1
         x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
         x = self.keypoints(self.resnet(x))                                      # (N, n_keypoints, 2)
         return F.relu(self.out(x.flatten(1)))  # the ReLU is robomimic's, applied to every encoded key
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the policy: loss and sampler
 
 
-def cosine_alpha_bar(K):
-    """alpha_bar_t of t = 0..K-1, (K,) float32, through the clipped beta_t, as `squaredcos_cap_v2` of
-    diffusers: the product is taken in float32 because released models were trained and are sampled that
-    way. beta_start and beta_end, which every official YAML gives, have no effect on this schedule."""
-    u = torch.arange(K + 1, dtype=torch.float64) / K
+@functools.lru_cache
+def cosine_alpha_bar(K, device):
+    """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
+    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
+
+    As `squaredcos_cap_v2` of diffusers, whose product is taken in float32: released models were trained and
+    are sampled that way. beta_start and beta_end, which every official YAML gives, have no effect on it."""
+    u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
-    return torch.cumprod(1 - beta, dim=0)                                       # [1]
+    return torch.cumprod(1 - beta, dim=0).to(device)                            # [1]
+
+
+def timetable(K, steps, spacing):
+    """The levels that a sampler visits, noisiest first: that many of K, or `steps` itself if it is a list.
+
+    "leading" is what the released policies use (diffusers' default): every (K // steps)-th level, counted
+    from 0. The trap: 10 of 100 start at level 90, but 51 of 100 start at 50, though the chunk they are given
+    is pure noise. "trailing" counts down from K - 1 and always starts at the top.
+    """
+    if not isinstance(steps, int):
+        levels = list(steps)
+        if not levels or levels != sorted(set(levels), reverse=True) or not 0 <= levels[-1] <= levels[0] < K:
+            raise ValueError(f"sampler steps {levels} must fall from at most {K - 1} to at least 0")
+        return levels
+    if not 1 <= steps <= K:
+        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {K}")
+    if spacing == "trailing":
+        return [round(K - k * K / steps) - 1 for k in range(steps)]
+    return [k * (K // steps) for k in reversed(range(steps))]
 
 
 def randn(shape, generator, device):
@@ -398,6 +420,9 @@ def randn(shape, generator, device):
 
 
 class DiffusionPolicyCNN(nn.Module):
+    """The policy p(A | O): encoders of the observation O, the U-Net that denoises chunks A given O, the loss
+    that trains both, and the sampler."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -408,31 +433,29 @@ class DiffusionPolicyCNN(nn.Module):
             self.unet = UNet1d(config.action_dim + self.obs_dim, 0, config)
         n_encoders = min(config.n_cameras, 1) if config.share_encoder else config.n_cameras
         self.encoders = nn.ModuleList([ImageEncoder(config) for _ in range(n_encoders)])
-        # No buffer: model.to(bfloat16) would round 1 - alpha_bar_0 to zero.
-        self.alpha_bar = cosine_alpha_bar(config.n_diffusion_steps)
 
     def encode(self, batch):
-        """Observations as one vector per step: images through their encoders, then the state. (B, n,
-        obs_dim)"""
-        state = batch["state"]                                                  # (B, n, S)
+        """Observations, one vector a step: images through their encoders, then the state. (B, n, obs_dim)"""
+        state, images = batch["state"], batch.get("images")  # (B, n, S), (B, n, V, 3, H, W)
         if not self.config.n_cameras:
             return state
-        images = batch["images"]                                                # (B, n, V, 3, H, W)
-        B, n, V = images.shape[:3]
+        V = 0 if images is None else images.shape[2]
         if V != self.config.n_cameras:
             raise ValueError(f"images of {V} cameras given, n_cameras = {self.config.n_cameras} expected")
+        B, n = images.shape[:2]
         encoders = self.encoders if not self.config.share_encoder else [self.encoders[0]] * V
         features = [enc(images[:, :, v].flatten(0, 1)).unflatten(0, (B, n)) for v, enc in enumerate(encoders)]
         return torch.cat(features + [state], dim=-1)
 
     def condition(self, batch):
-        """-> (condition of FiLM (B, G), known entries of the trajectory or None, which of them are known)."""
+        """-> (cond (B, G) for FiLM, given (B, Tp, D) or None, known (Tp, D)). When inpainting [9], `given` is
+        a trajectory that holds the observations; `known` is True at those of the To observed steps."""
         obs = self.encode(batch)                                                # (B, n, obs_dim)
-        B, n, D = obs.shape
+        B, n, _ = obs.shape
         To, Tp, A = self.config.n_obs_steps, self.config.pred_horizon, self.config.action_dim
         if self.config.conditioning == "global":
             return obs[:, :To].flatten(1), None, torch.zeros(Tp, A, dtype=torch.bool, device=obs.device)
-        known = torch.zeros(Tp, A + D, dtype=torch.bool, device=obs.device)
+        known = torch.zeros(Tp, A + self.obs_dim, dtype=torch.bool, device=obs.device)
         known[:To, A:] = True
         return obs.new_zeros(B, 0), F.pad(obs, (A, 0, 0, Tp - n)), known
 
@@ -440,80 +463,80 @@ class DiffusionPolicyCNN(nn.Module):
         """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
 
         batch: actions (B, Tp, A), action_mask (B, Tp), state (B, n, S), images (B, n, V, 3, H, W) if there
-        are cameras, with n = n_obs_loaded. noise (B, Tp, D), t (B,): drawn when not given. Time: t = 0 is
-        almost data, t = K-1 noise. -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
+        are cameras, uint8 or floats in [-1, 1], with n = n_obs_loaded. noise (B, Tp, D), t (B,):
+        drawn when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh
+        alike. (Where train.py averages per_sample in its validation, all items do; over accumulated gradients
+        or several processes, all batches.) -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
         """
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
-        cond, obs, known = self.condition(batch)
-        if obs is not None:
+        mask = torch.ones_like(mask) if self.config.train_on_padding else mask
+        cond, given, known = self.condition(batch)
+        if given is not None:
             # The observations of the whole chunk are data to be denoised. Their encoder learns through the
             # known entries alone: as a target it could make the loss small by encoding nothing.
-            x0 = torch.cat([x0, obs[..., x0.shape[-1]:].detach()], dim=-1)      # (B, Tp, A + obs_dim)
+            x0 = torch.cat([x0, given[..., x0.shape[-1]:].detach()], dim=-1)    # (B, Tp, A + obs_dim)
         B, K = x0.shape[0], self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (B,), device=x0.device) if t is None else t
-        alpha_bar = self.alpha_bar.to(x0.device)[t][:, None, None]              # (B, 1, 1)
+        alpha_bar = cosine_alpha_bar(K, x0.device)[t][:, None, None]            # (B, 1, 1)
         x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise            # [2]
-        if obs is not None:
-            x_t = torch.where(known, obs, x_t)                                  # [9] given clean, not noised
-        pred = self.unet(x_t, self.unet.film(t, cond))
+        if given is not None:
+            x_t = torch.where(known, given, x_t)                                # [9] clean, not noised
+        pred = self.unet(x_t, self.unet.film_of_step(t), self.unet.film_of_obs(cond))
         target = noise if self.config.prediction_type == "eps" else x0
         # Known entries count as zeros in the mean, as in the original.
         error = ((pred - target) ** 2 * ~known).mean(-1) * mask                 # (B, Tp)
         loss = error.sum() / mask.sum()                                         # [3]
         per_sample = error.detach().sum(1) / mask.sum(1).clamp(min=1)
-        return {"loss": loss, "per_sample": per_sample, "t": t / (K - 1)}
+        return {"loss": loss, "per_sample": per_sample, "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units, of which the policy executes Ta steps
         from index -first_action on.
 
-        batch: state (B, >= To, S), images likewise. steps: noise levels visited, default
-        config.sampler_steps. noise (B, Tp, D): where to start; step_noise: the noises that DDPM adds, one
-        tensor per step but the last; both are drawn from `generator` when not given. trace: receives (B, Tp,
-        A) after every step.
+        batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
+        default config.sampler_steps. noise (B, Tp, D): where to start; step_noise: the noises that DDPM
+        adds, one tensor per step but the last; both are drawn from `generator` when not given. trace:
+        receives (B, Tp, A) after every step.
         """
-        K, A = self.config.n_diffusion_steps, self.config.action_dim
-        steps = self.config.sampler_steps if steps is None else steps
-        check_steps(steps, K)
-        dtype = self.unet.final_out.weight.dtype  # bfloat16 weights: the network in bfloat16, x_t in float32
-        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
-        To = self.config.n_obs_steps
+        config, To, A = self.config, self.config.n_obs_steps, self.config.action_dim
+        steps = config.sampler_steps if steps is None else steps
+        levels = timetable(config.n_diffusion_steps, steps, config.spacing)
+        # Plain numbers: no step waits for the device.
+        alpha_bars = cosine_alpha_bar(config.n_diffusion_steps, "cpu").tolist()
         batch = {k: v[:, :To] if k in ("state", "images") else v for k, v in batch.items()}
-        cond, obs, known = self.condition(batch)
-        B, device = cond.shape[0], cond.device
-        shape = (B, *known.shape)
+        cond, given, known = self.condition(batch)
+        shape, device = (len(cond), *known.shape), cond.device                  # (B, Tp, D)
         x_t = randn(shape, generator, device) if noise is None else noise.float()
-        if obs is not None:
-            x_t = torch.where(known, obs.float(), x_t)                          # [9]
-
-        levels = torch.arange(steps - 1, -1, -1, device=device) * (K // steps)  # 10 of K=100: 90, 80 .. 0
-        alpha_bars = self.alpha_bar.to(device)
-        film = self.unet.film(levels[:, None], cond[None])  # all steps at once: a block's (steps, B, 2C)
-        for i in range(steps):
-            out = self.unet(x_t.to(dtype), [f[i] for f in film]).float()        # (B, Tp, D)
-            alpha_bar = alpha_bars[levels[i]]
-            # The level after 0 is clean data, alpha_bar = 1; no noise is added on the way there.
-            alpha_bar_prev = alpha_bars[levels[i + 1]] if i + 1 < steps else torch.ones_like(alpha_bar)
-            if self.config.prediction_type == "eps":
-                eps, x0 = out, (x_t - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()  # [4]
+        if given is not None:
+            x_t = torch.where(known, given, x_t)                                # [9]
+        # A tensor made of a list would be copied from the host: t is filled in number by number.
+        t = torch.stack([torch.full((), level, device=device) for level in levels])
+        of_step, of_obs = self.unet.film_of_step(t), self.unet.film_of_obs(cond)
+        for i, level in enumerate(levels):
+            last = i + 1 == len(levels)
+            # Clean data follow the last level, alpha_bar = 1; no noise is added on the way there.
+            alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
+            out = self.unet(x_t, [share[i:i + 1] for share in of_step], of_obs)  # (B, Tp, D)
+            if config.prediction_type == "eps":
+                eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:
-                eps, x0 = (x_t - alpha_bar.sqrt() * out) / (1 - alpha_bar).sqrt(), out
-            x0 = x0.clamp(-1, 1)                                                # [4] eps stays unclipped
-            if self.config.sampler == "ddim":
-                x_t = alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev).sqrt() * eps  # [6]
+                eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
+            if config.clip_x0:  # no action lies outside; dividing by a small sqrt(alpha_bar) amplifies errors
+                x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
+            if config.sampler == "ddim":
+                x_t = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * eps  # [6]
             else:
                 beta = 1 - alpha_bar / alpha_bar_prev
-                c1 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
-                c2 = (1 - beta).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+                c1 = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar)
+                c2 = math.sqrt(1 - beta) * (1 - alpha_bar_prev) / (1 - alpha_bar)
                 x_t = c1 * x0 + c2 * x_t                                        # [5]
-                if i + 1 < steps:
+                if not last:
                     z = randn(shape, generator, device) if step_noise is None else step_noise[i]
-                    sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=1e-20).sqrt()
-                    x_t = x_t + sigma * z                                       # [5]
-            if obs is not None:
-                x_t = torch.where(known, obs.float(), x_t)                      # [9]
+                    x_t = x_t + math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * beta) * z  # [5]
+            if given is not None:
+                x_t = torch.where(known, given, x_t)                            # [9]
             if trace is not None:
                 trace.append(x_t[..., :A])
         return x_t[..., :A]
@@ -524,27 +547,33 @@ class DiffusionPolicyCNN(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config, state_dim=None):
-        """A policy with the weights of a Diffusion Policy or LeRobot checkpoint, whichever `state_dict`
-        holds.
+        """A policy with the weights of a Diffusion Policy or LeRobot checkpoint, whichever it is.
 
         config must describe it (PRESETS["lowdim"], PRESETS["image"]). state_dim: LeRobot with cameras and an
-        environment state only: how many of config.state_dim come before the images there. Strict: one
-        ValueError names every key that is missing, left over or has another shape. Normaliser entries are
-        left to `official_normalizer`; buffers that hold constants are not read.
+        environment state only: how many of config.state_dim come before the images there. Normaliser entries
+        are left to `official_normalizer`; buffers that hold constants are not read.
         """
         weights = convert_official(state_dict, config, state_dim)
         with torch.device("meta"):
             model = cls(config)
-        want = model.state_dict()
-        problems = [f"missing {k}" for k in want if k not in weights]
-        problems += [f"left over {k}" for k in weights if k not in want]
-        problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
-                     for k in want if k in weights and weights[k].shape != want[k].shape]
-        if problems:
-            raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems)}")
-        model.load_state_dict(weights, assign=True)
-        model.alpha_bar = cosine_alpha_bar(config.n_diffusion_steps)
+        load_strictly(model, weights)
         return model.requires_grad_()
+
+
+# ---------------------------------------------------------------- loading official weights
+
+
+def load_strictly(model, weights):
+    """Put `weights` into a model that stands on the meta device. One ValueError names what does not fit."""
+    want = model.state_dict()
+    problems = [f"missing {k}" for k in want if k not in weights]
+    problems += [f"left over {k}" for k in weights if k not in want]
+    problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
+                 for k in want if k in weights and weights[k].shape != want[k].shape]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems[:6])}{more}")
+    model.load_state_dict(weights, assign=True)
 
 
 # Official names -> ours, applied in this order. The first group is the two code bases' prefixes, the second
@@ -574,15 +603,12 @@ NOT_WEIGHTS = re.compile(r"(_dummy_variable|pos_x|pos_y|pos_grid|temperature)$|^
 
 
 def convert_official(state_dict, config, state_dim=None):
-    """Rename the keys of an official state_dict (or of a part of it) and bring FiLM's columns into our
-    order."""
+    """Rename the keys of an official state_dict (or of a part of it); FiLM's columns in our order."""
     weights, cameras = {}, []
     for key, value in state_dict.items():
         if NOT_WEIGHTS.search(key):
             continue
-        if key.startswith("unet."):  # LeRobot without its prefix
-            key = "diffusion." + key
-        lerobot = key.startswith("diffusion.")
+        lerobot = key.startswith(("diffusion.", "unet."))  # with its prefix, or without
         for pattern, ours in RENAMES:
             key = re.sub(pattern, ours, key)
         name = re.match(r"encoders\.([^.]+)\.", key)
@@ -602,8 +628,8 @@ def lerobot_columns(config, state_dim=None):
     which orders a step as [state, cameras, environment state]."""
     first = config.state_dim if state_dim is None else state_dim
     images = config.n_cameras * 2 * config.n_keypoints
-    one_step = list(range(first, first + images)) + list(range(first))
-    one_step += list(range(first + images, images + config.state_dim))
+    last = first + images
+    one_step = [*range(first, last), *range(first), *range(last, images + config.state_dim)]
     columns = list(range(config.step_embed_dim))
     for step in range(config.n_obs_steps):
         columns += [config.step_embed_dim + step * len(one_step) + i for i in one_step]
@@ -617,13 +643,14 @@ def official_normalizer(state_dict):
     return {n: (state_dict[f"{prefix}{n}.scale"], state_dict[f"{prefix}{n}.offset"]) for n in sorted(names)}
 
 
+# ---------------------------------------------------------------- presets
+
 Model = DiffusionPolicyCNN
 
 PRESETS = {
-    # learns the built-in task in minutes on two CPU cores
-    "tiny": {},
-    "tiny_image": {"obs": "image", "resnet_widths": (16, 32, 64, 128),
-                   "n_keypoints": 16, "crop_size": (56, 56)},
+    "tiny": {},  # learns the built-in task in minutes on two CPU cores
+    "tiny_image": {"obs": "image", "resnet_widths": (16, 32, 64, 128), "n_keypoints": 16,
+                   "crop_size": (56, 56)},
     # Push-T from keypoints: 65,783,298 parameters
     "lowdim": {"down_dims": (256, 512, 1024), "step_embed_dim": 256, "sampler": "ddpm", "sampler_steps": 100,
                "action_dim": 2, "state_dim": 20},
@@ -642,7 +669,7 @@ RECIPES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the file alone
 
 
 def obstacle_paths(n, generator):
@@ -650,9 +677,9 @@ def obstacle_paths(n, generator):
     with equal odds: state (n, 2, 2), the start twice, and actions (n, 16, 2)."""
     start = torch.stack([torch.full((n,), -1.0), torch.rand(n, generator=generator) * 0.6 - 0.3], dim=-1)
     side = torch.randint(2, (n, 1), generator=generator) * 2 - 1
-    s = torch.linspace(0, 1, 16)
-    y = (1 - s) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * s)
-    actions = torch.stack([(2 * s - 1).expand(n, -1), y], dim=-1)
+    way = torch.linspace(0, 1, 16)  # share of the way that is done
+    y = (1 - way) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * way)
+    actions = torch.stack([(2 * way - 1).expand(n, -1), y], dim=-1)
     return start[:, None].expand(-1, 2, -1), actions
 
 

@@ -6,10 +6,12 @@
 
 dp_cnn.py with another network: `diff dp_cnn.py dp_transformer.py` is the lesson. Loss, sampler and image
 encoder are the same. Every action of the chunk is a token, which looks at the actions before it and at the
-observations up to its own time. O conditions every step but is not itself predicted (p(A | O), not p(A, O)).
+observations up to its own time. The policy is p(A | O): the observations O condition every
+step but are not predicted, as the joint p(A, O) would have it, camera images among them. Inpainting [9] is
+the exception: it models both and is told O.
 
 Axes: B batch, T tokens (one per step of the chunk), M condition tokens (the diffusion step and To
-observations), D width, H heads, L layers, A action dimensions, V cameras, C channels.
+observations), D width, L layers, A action dimensions, V cameras, C channels.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
 Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     step        now-1  now  now+1 ... now+7 ... now+14
@@ -19,7 +21,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
 
     [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t <= 0.999 schedule
     [2]  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)                     noising
-    [3]  L = mean (eps - eps_theta(O, x_t, t))^2,   t uniform in 0..K-1                              loss
+    [3]  loss = mean (eps - eps_theta(O, x_t, t))^2,   t uniform in 0..K-1
     [4]  x0_hat = (x_t - sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_bar_t), clipped to [-1, 1]
     [5]  x_{t-1} = c1 x0_hat + c2 x_t + sigma_t z,   c1 = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t),
          c2 = sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t),
@@ -32,13 +34,13 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
          x += SelfAttention(LN(x));   x += CrossAttention(LN(x), m);   x += MLP(LN(x))
     [8]  spatial softmax: p = softmax over the pixels of a channel; keypoint = (sum p x, sum p y)
     [9]  inpainting instead of tokens for O: x = [action, observation]; known entries are put back each step
-    [10] causal masks: action i sees the actions j <= i, the step t, and the observations j <= i
+    [10] causal masks: an action sees the step t, and the actions and observations that are not later than it
            self-attention, T = 4      cross-attention, T = 4, To = 2
                  a0 a1 a2 a3                  t  o0 o1
              a0   x  .  .  .              a0  x  x  .    a0 belongs to the time of o0 and does not see the
              a1   x  x  .  .              a1  x  x  x    newest observation; it lies in the past, and is
-             a2   x  x  x  .              a2  x  x  x    not executed
-             a3   x  x  x  x              a3  x  x  x
+             a2   x  x  x  .              a2  x  x  x    not executed. With pred_action_steps_only a0 is the
+             a3   x  x  x  x              a3  x  x  x    present action: every action sees all of O
     [11] cross-attention with its query and output matrices moved over to the condition, in every head:
          (W_q x + b_q) . k_m = x . (W_q^T k_m) + b_q . k_m   and   W_o (sum_m p_m v_m) = sum_m p_m (W_o v_m)
     [12] with inpainting the step may be a token among the actions, x = [e(t), x_0, .., x_{T-1}], and
@@ -49,17 +51,19 @@ SpatialSoftmax, ImageEncoder | DiffusionPolicyTransformer: loss, sample, from_of
 
 Differs from the original:
  1. Steps past the end of an episode are left out of the loss. The original repeats the last action there and
-    trains on it, with the plain mean over everything.
+    trains on it, so that the policy learns to stay (train_on_padding).
  2. A random crop can start at every offset; the original never draws the last one.
  3. Cross-attention is computed as [11]. The numbers are the same. M is small (3 for To = 2), which makes this
-    less work in training, and in a sampler most of it is done once per chunk, for all steps.
+    less work than plain attention with kept keys and values, by 5 to 12 % of a whole step.
  4. With inpainting the image encoder learns, through the known entries; the original cuts its gradient off.
- 5. With pred_action_steps_only the network has Ta tokens; the original keeps positions and masks for Tp.
+ 5. With pred_action_steps_only the network has Ta tokens, and the masks count from now; the original keeps
+    positions and masks for Tp.
  6. The hybrid image policy's features are ordered [cameras, state] for every data set.
 
 Run alone: `python dp_transformer.py` trains a small policy on paths around an obstacle, in about a minute on
 two CPU cores.
 """
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -72,125 +76,110 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     # -- the data; train.py fills these in
-    # length of one action vector
-    action_dim: int = 3
-    # length of the low-dimensional observation of one step
-    state_dim: int = 16
-    # number of cameras, each with an encoder of its own; 0 = low-dimensional observations only
-    n_cameras: int = 0
-    # height, width of every camera image, pixels
-    image_size: tuple = (64, 64)
+    action_dim: int = 3  # A, length of one action vector
+    state_dim: int = 16  # S, length of the low-dimensional observation of one step
+    n_cameras: int = 0  # V, each with an encoder of its own; 0 = low-dimensional observations only
+    image_size: tuple = (64, 64)  # height, width of every camera image, pixels
     # -- the timeline (picture above), in control steps
-    # Tp, predicted steps
-    horizon: int = 16
-    # To, observed steps
-    n_obs_steps: int = 2
-    # Ta, executed steps
-    n_action_steps: int = 8
-    # True: predict only the Ta steps that are executed
-    pred_action_steps_only: bool = False
+    horizon: int = 16  # Tp, predicted steps
+    n_obs_steps: int = 2  # To, observed steps
+    n_action_steps: int = 8  # Ta, executed steps
+    pred_action_steps_only: bool = False  # True: predict only the Ta steps that are executed
+    train_on_padding: bool = False  # True: past an episode's end the policy learns to stay ("Differs", 1)
     # -- how the observation enters
-    # "lowdim": every float observation; "image": cameras and proprioception
-    obs: str = "lowdim"
+    obs: str = "lowdim"  # "lowdim": every float observation; "image": cameras and proprioception
     # "tokens": the actions cross-attend to it [7]; "inpaint": as known entries of the trajectory [9]
     conditioning: str = "tokens"
     # -- the transformer; in brackets the official names
     # "decoder": the diffusion step is a condition token; "bert": one among the actions [12] (time_as_cond)
     arch: str = "decoder"
-    # D, width of a token (n_emb)
-    width: int = 96
-    # layers (n_layer)
-    depth: int = 3
-    # H, heads of every attention (n_head)
-    n_heads: int = 4
-    # layers of the condition's transformer encoder; 0 = an MLP per token (n_cond_layers)
-    cond_depth: int = 0
-    # True: the masks [10]; False: everyone sees everything (causal_attn)
-    causal: bool = True
-    # dropout of tokens + positions (p_drop_emb)
-    embed_dropout: float = 0.0
+    width: int = 96  # D, width of a token (n_emb)
+    depth: int = 3  # L, layers (n_layer)
+    n_heads: int = 4  # heads of every attention (n_head)
+    cond_depth: int = 0  # layers of the condition's encoder; 0 = an MLP for each token (n_cond_layers)
+    causal: bool = True  # True: the masks [10]; False: everyone sees everything (causal_attn)
+    embed_dropout: float = 0.0  # dropout of tokens + positions (p_drop_emb)
     # dropout of attention weights, inside the MLP and of every branch before it is added (p_drop_attn)
     dropout: float = 0.0
     # -- the image encoder
-    # channels of the four ResNet stages (ResNet-18: 64, 128, 256, 512)
-    resnet_widths: tuple = (64, 128, 256, 512)
-    # keypoints of the spatial softmax
-    n_keypoints: int = 32
-    # height, width of the crop: random in training, centre in evaluation; () = the whole image
-    crop_size: tuple = ()
-    # its weight decay; that of the transformer is train.py's --weight_decay
-    obs_encoder_weight_decay: float = 1e-6
+    resnet_widths: tuple = (64, 128, 256, 512)  # channels of the ResNet's stages; the default is ResNet-18's
+    n_keypoints: int = 32  # keypoints of the spatial softmax
+    crop_size: tuple = ()  # height, width: random in training, centre in evaluation; () = the whole image
+    obs_encoder_weight_decay: float = 1e-6  # its weight decay; the transformer's is train.py's --weight_decay
     # -- the diffusion
-    # K, noise levels in training
-    n_diffusion_steps: int = 100
-    # what the network predicts: "eps" or "x0" (the official `epsilon` and `sample`)
-    prediction_type: str = "eps"
-    # "ddim" or "ddpm"
-    sampler: str = "ddim"
-    # noise levels visited when sampling; at most K
-    sampler_steps: int = 10
+    n_diffusion_steps: int = 100  # K, noise levels in training
+    prediction_type: str = "eps"  # the network's output: "eps" or "x0" (official: `epsilon`, `sample`)
+    sampler: str = "ddim"  # "ddim" or "ddpm"
+    sampler_steps: int = 10  # noise levels visited when sampling; at most K
+    spacing: str = "leading"  # which levels these are: "leading" or "trailing", see timetable
+    # bound of x0_hat [4], 0 = none; actions are normalised to [-1, 1], another normaliser needs another value
+    clip_x0: float = 1.0
 
     def __post_init__(self):
+        check_choice("obs", self.obs, ("lowdim", "image"))
         check_choice("conditioning", self.conditioning, ("tokens", "inpaint"))
         check_choice("arch", self.arch, ("decoder", "bert"))
         check_choice("prediction_type", self.prediction_type, ("eps", "x0"))
         check_choice("sampler", self.sampler, ("ddim", "ddpm"))
-        check_choice("obs", self.obs, ("lowdim", "image"))
-        if self.n_heads < 1 or self.width % self.n_heads or self.width % 2 or self.width < 4:
-            raise ValueError(f"width {self.width} must be even and a multiple of n_heads = {self.n_heads}, "
-                             f"because every head has width / n_heads units; at least 4")
-        if self.n_obs_steps < 1 or self.n_obs_steps > self.horizon:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must lie between 1 and horizon {self.horizon}")
-        if not 1 <= self.n_action_steps <= self.horizon - self.n_obs_steps + 1:
-            raise ValueError(f"n_action_steps {self.n_action_steps} must lie between 1 and horizon - "
-                             f"n_obs_steps + 1 = {self.horizon - self.n_obs_steps + 1}")
-        if self.crop_size and any(c > s for c, s in zip(self.crop_size, self.image_size)):
+        check_choice("spacing", self.spacing, ("leading", "trailing"))
+        check_at_least(self, 0, "state_dim", "n_cameras", "cond_depth", "obs_encoder_weight_decay", "clip_x0")
+        check_at_least(self, 1, "action_dim", "image_size", "horizon", "n_obs_steps", "n_action_steps",
+                       "width", "depth", "n_heads", "resnet_widths", "n_keypoints", "crop_size",
+                       "n_diffusion_steps")
+        if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
+            raise ValueError(f"image_size {self.image_size}, crop_size {self.crop_size}: give height, width")
+        if any(crop > size for crop, size in zip(self.crop_size, self.image_size)):
             raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
+        if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
+        if self.n_obs_steps > self.horizon:
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be at most horizon {self.horizon}")
+        if self.n_action_steps > self.horizon - self.n_obs_steps + 1:
+            raise ValueError(f"n_action_steps {self.n_action_steps} must be at most horizon - n_obs_steps + 1"
+                             f" = {self.horizon - self.n_obs_steps + 1}")
         if self.conditioning == "inpaint" and self.pred_action_steps_only:
-            raise ValueError("pred_action_steps_only needs conditioning 'tokens': inpainting predicts "
-                             "observed steps too")
+            raise ValueError("pred_action_steps_only needs conditioning 'tokens'")
+        if self.width % self.n_heads or self.width % 2 or self.width < 4:
+            raise ValueError(f"width {self.width} must be even, at least 4 and a multiple of n_heads = "
+                             f"{self.n_heads}")
         if self.arch == "bert" and (self.conditioning != "inpaint" or self.cond_depth):
-            raise ValueError("arch 'bert' has no condition tokens: set conditioning to 'inpaint' and "
-                             "cond_depth to 0")
+            raise ValueError("arch 'bert' needs conditioning to be 'inpaint' and cond_depth to be 0")
         if not (0 <= self.dropout < 1 and 0 <= self.embed_dropout < 1):
-            raise ValueError(f"dropout {self.dropout} and embed_dropout {self.embed_dropout} must lie "
-                             f"between 0 and 1")
-        check_steps(self.sampler_steps, self.n_diffusion_steps)
+            raise ValueError(f"dropout {self.dropout}, embed_dropout {self.embed_dropout} must be in [0, 1)")
+        timetable(self.n_diffusion_steps, self.sampler_steps, self.spacing)
 
     @property
-    def pred_horizon(self):
-        """Number of actions in a batch and in a sampled chunk."""
+    def pred_horizon(self):  # actions in a batch and in a sampled chunk
         return self.n_action_steps if self.pred_action_steps_only else self.horizon
 
     @property
-    def first_action(self):
-        """Step of the chunk's first action, counted from now: the chunk starts with the first observed
-        step."""
+    def first_action(self):  # step of the chunk's first action, counted from now: the first observed step
         return 0 if self.pred_action_steps_only else 1 - self.n_obs_steps
 
     @property
-    def n_obs_loaded(self):
-        """Observed steps in a training batch: inpainting trains on the observations of the whole chunk."""
+    def n_obs_loaded(self):  # observed steps in a training batch; inpainting denoises the whole chunk's
         return self.horizon if self.conditioning == "inpaint" else self.n_obs_steps
 
 
 def check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(choices)}")
+        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(map(str, choices))}")
 
 
-def check_steps(steps, n_diffusion_steps):
-    if not 1 <= steps <= n_diffusion_steps:
-        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {n_diffusion_steps}")
+def check_at_least(config, least, *fields):
+    """Each of these fields, or every number of it if it is a tuple, is at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        if not all(x >= least for x in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field} {value} must be at least {least}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The noise prediction network: a transformer over the steps of the chunk
+# ---------------------------------------------------------------- the network: a transformer over the chunk
 
 
-def step_embedding(t, dim):
-    """Sinusoids of the diffusion step, (...,) -> (..., dim), sines first. The exponent runs to 1 (half - 1
-    in the denominator) as in Ho et al.; iDDPM and DiT differ in both."""
+def time_embedding(t, dim):
+    """Sinusoids of the diffusion step, (...,) -> (..., dim), sines first. It differs from iDDPM's and DiT's:
+    the exponent runs to 1 (half - 1 in the denominator), as in Ho et al., and theirs begin with cosines."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
     angle = t.float()[..., None] * frequency
@@ -229,41 +218,34 @@ class SelfAttention(nn.Module):
     def forward(self, x, mask):
         B, T, D = x.shape
         qkv = self.in_proj(x).view(B, T, 3, self.n_heads, D // self.n_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3 x (B, H, T, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3 x (B, heads, T, d)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out_proj(x.transpose(1, 2).flatten(2))                      # (B, T, D)
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention of T tokens to M condition tokens, computed as [11]: `memory` turns the condition
-    into keys and values that are compared with x, and added to it, as they are."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_heads, self.dropout = config.n_heads, config.dropout
-        self.in_proj = Linear(config.width, 3 * config.width)  # rows: queries, keys, values
-        self.out_proj = Linear(config.width, config.width)
+class CrossAttention(SelfAttention):
+    """Multi-head attention of T tokens to M condition tokens, with the same weights, computed as [11]: x is
+    compared with the keys that `memory` returns, and their values are summed, without a projection."""
 
     def memory(self, m, mask):
-        """Condition tokens m (B, M, D), mask (M, T) -> keys, values (B, H, M, D), what is added to the
-        scores (B, H, M, T)."""
+        """Condition tokens m (B, M, D), mask (M, T) -> keys, values (B, heads, M, D), and what is added to
+        the scores, (B, heads, M, T)."""
         B, M, D = m.shape
-        H, d = self.n_heads, D // self.n_heads
+        heads, d = self.n_heads, D // self.n_heads
         w_q, w_kv = self.in_proj.weight.split([D, 2 * D])
         b_q, b_kv = self.in_proj.bias.split([D, 2 * D])
-        k, v = F.linear(m, w_kv, b_kv).view(B, M, 2, H, d).unbind(2)            # 2 x (B, M, H, d)
+        k, v = F.linear(m, w_kv, b_kv).view(B, M, 2, heads, d).unbind(2)        # 2 x (B, M, heads, d)
         k = k / math.sqrt(d)
-        keys = torch.einsum("bmhd,hdw->bhmw", k, w_q.view(H, d, D))             # [11] W_q^T k_m
-        values = torch.einsum("bmhd,whd->bhmw", v, self.out_proj.weight.view(D, H, d))  # [11] W_o v_m
-        bias = torch.einsum("bmhd,hd->bhm", k, b_q.view(H, d))[..., None]       # [11] b_q . k_m
+        keys = torch.einsum("bmhd,hdw->bhmw", k, w_q.view(heads, d, D))         # [11] W_q^T k_m
+        values = torch.einsum("bmhd,whd->bhmw", v, self.out_proj.weight.view(D, heads, d))  # [11] W_o v_m
+        bias = torch.einsum("bmhd,hd->bhm", k, b_q.view(heads, d))[..., None]   # [11] b_q . k_m
         return keys, values, bias + mask                                        # [10]
 
     def forward(self, x, keys, values, bias):
-        B, T, D = x.shape
-        bias = bias.flatten(1, 2).transpose(1, 2)                               # (B, T, H M)
-        scores = torch.baddbmm(bias, x, keys.flatten(1, 2).transpose(1, 2))     # (B, T, H M)
-        p = scores.unflatten(-1, (self.n_heads, -1)).softmax(dim=-1)            # (B, T, H, M)
+        bias = bias.flatten(1, 2).transpose(1, 2)                               # (B, T, heads M)
+        scores = torch.baddbmm(bias, x, keys.flatten(1, 2).transpose(1, 2))     # (B, T, heads M)
+        p = scores.unflatten(-1, (self.n_heads, -1)).softmax(dim=-1)            # (B, T, heads, M)
         p = F.dropout(p, self.dropout, self.training).flatten(2)
         return torch.baddbmm(self.out_proj.bias, p, values.flatten(1, 2))       # (B, T, D)
 
@@ -282,7 +264,6 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, memory=None):
-        B, T, D = x.shape
         x = x + self.drop(self.self_attn(self.norm_self(x), mask))              # [7]
         if memory is not None:
             x = x + self.drop(self.cross_attn(self.norm_cross(x), *memory))     # [7]
@@ -313,11 +294,12 @@ class DecoderTransformer(nn.Module):
         self.tokens_mix = config.cond_depth > 0
         self.blocks = nn.ModuleList([Block(config, cross=True) for _ in range(config.depth)])
         self.norm, self.head = nn.LayerNorm(D), Linear(D, output_dim)
-        i, m = torch.arange(T), torch.arange(M)
-        see_all = not config.causal
-        self.register_buffer("mask", None if see_all else additive(i <= i[:, None]), persistent=False)  # [10]
-        # Token m of the condition is observation m - 1, except for the step, which is token 0.
-        visible = (m[:, None] - 1 <= i) | see_all                               # [10] (M, T)
+        action, token = torch.arange(T), torch.arange(M)
+        mask = additive(action <= action[:, None]) if config.causal else None   # [10] (T, T)
+        self.register_buffer("mask", mask, persistent=False)
+        # Token 0 is the step. Token j is the observation of time j - To, counted from now as first_action is.
+        not_later = token[:, None] - config.n_obs_steps <= action + config.first_action  # (M, T)
+        visible = not_later | (token[:, None] == 0) | (not config.causal)       # [10]
         self.register_buffer("memory_mask", additive(visible), persistent=False)
         init_weights(self)
         if not obs_dim:
@@ -325,23 +307,24 @@ class DecoderTransformer(nn.Module):
 
     def step_token(self, t):
         """t (N,) -> (N, 1, D)"""
-        e = step_embedding(t, self.pos_emb.shape[-1]).to(self.pos_emb.dtype)
+        e = time_embedding(t, self.pos_emb.shape[-1]).to(self.pos_emb.dtype)
         return self.drop(e[:, None] + self.cond_pos_emb[:, :1])
 
     def obs_tokens(self, obs):
-        """obs (B, To, O) -> (B, To, D); without observations (B, 0, D)"""
+        """obs (B, To, obs_dim) -> (B, To, D); without observations (B, 0, D)"""
         if self.obs_emb is None:
             return self.cond_pos_emb[:, 1:].expand(len(obs), -1, -1)
-        return self.drop(self.obs_emb(obs) + self.cond_pos_emb[:, 1:])
+        return self.drop(self.obs_emb(obs.to(self.pos_emb.dtype)) + self.cond_pos_emb[:, 1:])
 
-    def attended(self, tokens, mask):
-        """Condition tokens (B, M, D) -> for every layer what cross-attention takes of them."""
+    def keys_values(self, tokens, mask):
+        """Condition tokens (B, M, D) -> for every layer what its cross-attention takes of them."""
         m = self.cond_encoder(tokens)                                           # [7] (B, M, D)
         return [block.cross_attn.memory(m, mask) for block in self.blocks]
 
     def memory(self, t, obs):
-        """t (B,), obs (B, To, O) -> for every layer keys, values (B, H, M, D) and bias (B, H, M, T)."""
-        return self.attended(torch.cat([self.step_token(t), self.obs_tokens(obs)], dim=1), self.memory_mask)
+        """t (B,), obs (B, To, obs_dim) -> L x (keys, values (B, heads, M, D), bias (B, heads, M, T))."""
+        tokens = torch.cat([self.step_token(t), self.obs_tokens(obs)], dim=1)
+        return self.keys_values(tokens, self.memory_mask)
 
     def memories(self, levels, obs):
         """memory(t, obs) for every t of `levels` (steps,), one after the other."""
@@ -350,19 +333,17 @@ class DecoderTransformer(nn.Module):
             yield from (self.memory(t.expand(B), obs) for t in levels)
             return
         # The MLP takes each token by itself: the observation's share is the same at every step.
-        step = self.attended(self.step_token(levels), self.memory_mask[:1])     # L x 3 x (steps, H, 1, .)
-        obs = self.attended(self.obs_tokens(obs), self.memory_mask[1:])         # L x 3 x (B, H, To, .)
-        step, obs = [[torch.stack(layers) for layers in zip(*parts)] for parts in (step, obs)]
+        step = self.keys_values(self.step_token(levels), self.memory_mask[:1])  # L x 3 x (steps, heads, 1, .)
+        obs = self.keys_values(self.obs_tokens(obs), self.memory_mask[1:])      # L x 3 x (B, heads, To, .)
         for i in range(len(levels)):
-            both = [torch.cat([a[:, i:i + 1].expand(-1, B, -1, -1, -1), b], dim=3) for a, b in zip(step, obs)]
-            yield list(zip(*both))                                              # L x 3 x (B, H, M, .)
+            yield [[torch.cat([s[i:i + 1].expand(B, -1, -1, -1), o], dim=2) for s, o in zip(*layer)]
+                   for layer in zip(step, obs)]                                 # L x 3 x (B, heads, M, .)
 
     def forward(self, x, memory):
-        B, T, _ = x.shape
-        x = self.drop(self.input_emb(x) + self.pos_emb)                         # (B, T, D)
+        x = self.drop(self.input_emb(x.to(self.pos_emb.dtype)) + self.pos_emb)  # (B, T, D)
         for block, layer_memory in zip(self.blocks, memory):
             x = block(x, self.mask, layer_memory)
-        return self.head(self.norm(x))                                          # (B, T, output_dim)
+        return self.head(self.norm(x)).float()                                  # (B, T, output_dim)
 
 
 class BertTransformer(nn.Module):
@@ -377,26 +358,25 @@ class BertTransformer(nn.Module):
         self.drop = nn.Dropout(config.embed_dropout)
         self.blocks = nn.ModuleList([Block(config, cross=False) for _ in range(config.depth)])
         self.norm, self.head = nn.LayerNorm(D), Linear(D, output_dim)
-        i = torch.arange(T)
+        token = torch.arange(T)
         # The step's token comes first, so every action sees it, and it sees no action.
-        mask = additive(i <= i[:, None]) if config.causal else None             # [10]
+        mask = additive(token <= token[:, None]) if config.causal else None     # [10]
         self.register_buffer("mask", mask, persistent=False)
         init_weights(self)
 
     def memory(self, t, obs):
         """t (B,) -> (B, 1, D)"""
-        return step_embedding(t, self.pos_emb.shape[-1]).to(self.pos_emb.dtype)[:, None]
+        return time_embedding(t, self.pos_emb.shape[-1]).to(self.pos_emb.dtype)[:, None]
 
     def memories(self, levels, obs):
-        return self.memory(levels, obs)[:, None].expand(-1, len(obs), -1, -1)   # (steps, B, 1, D)
+        yield from self.memory(levels, obs)[:, None].expand(-1, len(obs), -1, -1)  # steps x (B, 1, D)
 
     def forward(self, x, memory):
-        B, T, _ = x.shape
-        x = torch.cat([memory, self.input_emb(x)], dim=1)                       # [12] (B, 1 + T, D)
+        x = torch.cat([memory, self.input_emb(x.to(self.pos_emb.dtype))], dim=1)  # [12] (B, 1 + T, D)
         x = self.drop(x + self.pos_emb)
         for block in self.blocks:
             x = block(x, self.mask)
-        return self.head(self.norm(x[:, 1:]))                                   # (B, T, output_dim)
+        return self.head(self.norm(x[:, 1:])).float()                           # (B, T, output_dim)
 
 
 def init_weights(network):
@@ -408,8 +388,7 @@ def init_weights(network):
             nn.init.normal_(p, std=0.02)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The image encoder: ResNet-18 from scratch, with group norm because EMA and batch norm do not go together
+# ---------------------------------------------------------------- the image encoder: ResNet-18 from scratch
 
 
 class BasicBlock(nn.Module):
@@ -432,7 +411,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up."""
+    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up.
+
+    Group norm instead of batch norm: the weights that act are an average over the training (EMA in train.py:
+    of few steps at first, of ever more later), which batch norm's running statistics do not fit.
+    """
 
     def __init__(self, widths):
         super().__init__()
@@ -442,6 +425,9 @@ class ResNet(nn.Module):
         for i, (dim_in, dim_out) in enumerate(zip((widths[0],) + tuple(widths), widths)):
             self.stages.append(nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2),
                                              BasicBlock(dim_out, dim_out, 1)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as torchvision does; torch's default is smaller
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
         x = F.relu(self.norm1(self.conv1(x)))
@@ -470,7 +456,7 @@ class SpatialSoftmax(nn.Module):
 class ImageEncoder(nn.Module):
     """One camera: crop, ResNet, spatial softmax, linear. (N, 3, H, W) -> (N, 2 n_keypoints).
 
-    uint8 images are scaled to [-1, 1]; float images are taken as scaled already.
+    uint8 images are scaled to [-1, 1]; float images must be scaled already.
     """
 
     def __init__(self, config):
@@ -496,24 +482,46 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x):
         x = self.crop(x)                                                        # (N, 3, h, w)
-        if not x.is_floating_point():
-            x = x.to(self.out.weight.dtype) / 127.5 - 1
+        scaled, x = x.is_floating_point(), x.to(self.out.weight.dtype)
+        x = x if scaled else x / 127.5 - 1
         x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
         x = self.keypoints(self.resnet(x))                                      # (N, n_keypoints, 2)
         return F.relu(self.out(x.flatten(1)))  # the ReLU is robomimic's, applied to every encoded key
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the policy: loss and sampler
 
 
-def cosine_alpha_bar(K):
-    """alpha_bar_t of t = 0..K-1, (K,) float32, through the clipped beta_t, as `squaredcos_cap_v2` of
-    diffusers: the product is taken in float32 because released models were trained and are sampled that
-    way. beta_start and beta_end, which every official YAML gives, have no effect on this schedule."""
-    u = torch.arange(K + 1, dtype=torch.float64) / K
+@functools.lru_cache
+def cosine_alpha_bar(K, device):
+    """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
+    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
+
+    As `squaredcos_cap_v2` of diffusers, whose product is taken in float32: released models were trained and
+    are sampled that way. beta_start and beta_end, which every official YAML gives, have no effect on it."""
+    u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
-    return torch.cumprod(1 - beta, dim=0)                                       # [1]
+    return torch.cumprod(1 - beta, dim=0).to(device)                            # [1]
+
+
+def timetable(K, steps, spacing):
+    """The levels that a sampler visits, noisiest first: that many of K, or `steps` itself if it is a list.
+
+    "leading" is what the released policies use (diffusers' default): every (K // steps)-th level, counted
+    from 0. The trap: 10 of 100 start at level 90, but 51 of 100 start at 50, though the chunk they are given
+    is pure noise. "trailing" counts down from K - 1 and always starts at the top.
+    """
+    if not isinstance(steps, int):
+        levels = list(steps)
+        if not levels or levels != sorted(set(levels), reverse=True) or not 0 <= levels[-1] <= levels[0] < K:
+            raise ValueError(f"sampler steps {levels} must fall from at most {K - 1} to at least 0")
+        return levels
+    if not 1 <= steps <= K:
+        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {K}")
+    if spacing == "trailing":
+        return [round(K - k * K / steps) - 1 for k in range(steps)]
+    return [k * (K // steps) for k in reversed(range(steps))]
 
 
 def randn(shape, generator, device):
@@ -523,6 +531,9 @@ def randn(shape, generator, device):
 
 
 class DiffusionPolicyTransformer(nn.Module):
+    """The policy p(A | O): encoders of the observation O, the transformer that denoises chunks A given O, the
+    loss that trains both, and the sampler."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -534,32 +545,30 @@ class DiffusionPolicyTransformer(nn.Module):
             both = config.action_dim + self.obs_dim
             self.transformer = network(both, both, 0, config)
         self.encoders = nn.ModuleList([ImageEncoder(config) for _ in range(config.n_cameras)])
-        # No buffer: model.to(bfloat16) would round 1 - alpha_bar_0 to zero.
-        self.alpha_bar = cosine_alpha_bar(config.n_diffusion_steps)
 
     def encode(self, batch):
-        """Observations as one vector per step: images through their encoders, then the state. (B, n,
-        obs_dim)"""
-        state = batch["state"]                                                  # (B, n, S)
+        """Observations, one vector a step: images through their encoders, then the state. (B, n, obs_dim)"""
+        state, images = batch["state"], batch.get("images")  # (B, n, S), (B, n, V, 3, H, W)
         if not self.config.n_cameras:
             return state
-        images = batch["images"]                                                # (B, n, V, 3, H, W)
-        B, n, V = images.shape[:3]
+        V = 0 if images is None else images.shape[2]
         if V != self.config.n_cameras:
             raise ValueError(f"images of {V} cameras given, n_cameras = {self.config.n_cameras} expected")
-        features = [enc(images[:, :, v].flatten(0, 1)).unflatten(0, (B, n))
-                    for v, enc in enumerate(self.encoders)]
+        B, n = images.shape[:2]
+        features = [encoder(images[:, :, v].flatten(0, 1)).unflatten(0, (B, n))
+                    for v, encoder in enumerate(self.encoders)]
         return torch.cat(features + [state], dim=-1)
 
     def condition(self, batch):
-        """-> (what becomes tokens (B, To, obs_dim), known entries of the trajectory or None, which of them
-        are known)."""
+        """-> (cond (B, To, obs_dim) for tokens, given (B, Tp, input_dim) or None, known (Tp, input_dim)).
+        When inpainting [9], `given` is a trajectory that holds the observations; `known` is True at those of
+        the To observed steps."""
         obs = self.encode(batch)                                                # (B, n, obs_dim)
-        B, n, D = obs.shape
+        B, n, _ = obs.shape
         To, Tp, A = self.config.n_obs_steps, self.config.pred_horizon, self.config.action_dim
         if self.config.conditioning == "tokens":
             return obs[:, :To], None, torch.zeros(Tp, A, dtype=torch.bool, device=obs.device)
-        known = torch.zeros(Tp, A + D, dtype=torch.bool, device=obs.device)
+        known = torch.zeros(Tp, A + self.obs_dim, dtype=torch.bool, device=obs.device)
         known[:To, A:] = True
         return obs.new_zeros(B, 0, 0), F.pad(obs, (A, 0, 0, Tp - n)), known
 
@@ -567,80 +576,80 @@ class DiffusionPolicyTransformer(nn.Module):
         """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
 
         batch: actions (B, Tp, A), action_mask (B, Tp), state (B, n, S), images (B, n, V, 3, H, W) if there
-        are cameras, with n = n_obs_loaded. noise (B, Tp, D), t (B,): drawn when not given. Time: t = 0 is
-        almost data, t = K-1 noise. -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
+        are cameras, uint8 or floats in [-1, 1], with n = n_obs_loaded. noise (B, Tp, input_dim), t (B,):
+        drawn when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh
+        alike. (Where train.py averages per_sample in its validation, all items do; over accumulated gradients
+        or several processes, all batches.) -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
         """
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
-        cond, obs, known = self.condition(batch)
-        if obs is not None:
+        mask = torch.ones_like(mask) if self.config.train_on_padding else mask
+        cond, given, known = self.condition(batch)
+        if given is not None:
             # The observations of the whole chunk are data to be denoised. Their encoder learns through the
             # known entries alone: as a target it could make the loss small by encoding nothing.
-            x0 = torch.cat([x0, obs[..., x0.shape[-1]:].detach()], dim=-1)      # (B, Tp, A + obs_dim)
+            x0 = torch.cat([x0, given[..., x0.shape[-1]:].detach()], dim=-1)    # (B, Tp, A + obs_dim)
         B, K = x0.shape[0], self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (B,), device=x0.device) if t is None else t
-        alpha_bar = self.alpha_bar.to(x0.device)[t][:, None, None]              # (B, 1, 1)
+        alpha_bar = cosine_alpha_bar(K, x0.device)[t][:, None, None]            # (B, 1, 1)
         x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise            # [2]
-        if obs is not None:
-            x_t = torch.where(known, obs, x_t)                                  # [9] given clean, not noised
+        if given is not None:
+            x_t = torch.where(known, given, x_t)                                # [9] clean, not noised
         pred = self.transformer(x_t, self.transformer.memory(t, cond))
         target = noise if self.config.prediction_type == "eps" else x0
         # Known entries count as zeros in the mean, as in the original.
         error = ((pred - target) ** 2 * ~known).mean(-1) * mask                 # (B, Tp)
         loss = error.sum() / mask.sum()                                         # [3]
         per_sample = error.detach().sum(1) / mask.sum(1).clamp(min=1)
-        return {"loss": loss, "per_sample": per_sample, "t": t / (K - 1)}
+        return {"loss": loss, "per_sample": per_sample, "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units, of which the policy executes Ta steps
         from index -first_action on.
 
-        batch: state (B, >= To, S), images likewise. steps: noise levels visited, default
-        config.sampler_steps. noise (B, Tp, D): where to start; step_noise: the noises that DDPM adds, one
-        tensor per step but the last; both are drawn from `generator` when not given. trace: receives (B, Tp,
-        A) after every step.
+        batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
+        default config.sampler_steps. noise (B, Tp, input_dim): where to start; step_noise: the noises that
+        DDPM adds, one tensor per step but the last; both are drawn from `generator` when not given. trace:
+        receives (B, Tp, A) after every step.
         """
-        K, A = self.config.n_diffusion_steps, self.config.action_dim
-        steps = self.config.sampler_steps if steps is None else steps
-        check_steps(steps, K)
-        # bfloat16 weights: the network in bfloat16, x_t in float32
-        dtype = self.transformer.head.weight.dtype
-        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
-        To = self.config.n_obs_steps
+        config, To, A = self.config, self.config.n_obs_steps, self.config.action_dim
+        steps = config.sampler_steps if steps is None else steps
+        levels = timetable(config.n_diffusion_steps, steps, config.spacing)
+        # Plain numbers: no step waits for the device.
+        alpha_bars = cosine_alpha_bar(config.n_diffusion_steps, "cpu").tolist()
         batch = {k: v[:, :To] if k in ("state", "images") else v for k, v in batch.items()}
-        cond, obs, known = self.condition(batch)
-        B, device = cond.shape[0], cond.device
-        shape = (B, *known.shape)
+        cond, given, known = self.condition(batch)
+        shape, device = (len(cond), *known.shape), cond.device                  # (B, Tp, input_dim)
         x_t = randn(shape, generator, device) if noise is None else noise.float()
-        if obs is not None:
-            x_t = torch.where(known, obs.float(), x_t)                          # [9]
-
-        levels = torch.arange(steps - 1, -1, -1, device=device) * (K // steps)  # 10 of K=100: 90, 80 .. 0
-        alpha_bars = self.alpha_bar.to(device)
-        for i, memory in enumerate(self.transformer.memories(levels, cond)):
-            out = self.transformer(x_t.to(dtype), memory).float()               # (B, Tp, D)
-            alpha_bar = alpha_bars[levels[i]]
-            # The level after 0 is clean data, alpha_bar = 1; no noise is added on the way there.
-            alpha_bar_prev = alpha_bars[levels[i + 1]] if i + 1 < steps else torch.ones_like(alpha_bar)
-            if self.config.prediction_type == "eps":
-                eps, x0 = out, (x_t - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()  # [4]
+        if given is not None:
+            x_t = torch.where(known, given, x_t)                                # [9]
+        # A tensor made of a list would be copied from the host: t is filled in number by number.
+        t = torch.stack([torch.full((), level, device=device) for level in levels])
+        memories = self.transformer.memories(t, cond)
+        for i, level in enumerate(levels):
+            last = i + 1 == len(levels)
+            # Clean data follow the last level, alpha_bar = 1; no noise is added on the way there.
+            alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
+            out = self.transformer(x_t, next(memories))                         # (B, Tp, input_dim)
+            if config.prediction_type == "eps":
+                eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:
-                eps, x0 = (x_t - alpha_bar.sqrt() * out) / (1 - alpha_bar).sqrt(), out
-            x0 = x0.clamp(-1, 1)                                                # [4] eps stays unclipped
-            if self.config.sampler == "ddim":
-                x_t = alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev).sqrt() * eps  # [6]
+                eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
+            if config.clip_x0:  # no action lies outside; dividing by a small sqrt(alpha_bar) amplifies errors
+                x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
+            if config.sampler == "ddim":
+                x_t = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * eps  # [6]
             else:
                 beta = 1 - alpha_bar / alpha_bar_prev
-                c1 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
-                c2 = (1 - beta).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+                c1 = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar)
+                c2 = math.sqrt(1 - beta) * (1 - alpha_bar_prev) / (1 - alpha_bar)
                 x_t = c1 * x0 + c2 * x_t                                        # [5]
-                if i + 1 < steps:
+                if not last:
                     z = randn(shape, generator, device) if step_noise is None else step_noise[i]
-                    sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=1e-20).sqrt()
-                    x_t = x_t + sigma * z                                       # [5]
-            if obs is not None:
-                x_t = torch.where(known, obs.float(), x_t)                      # [9]
+                    x_t = x_t + math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * beta) * z  # [5]
+            if given is not None:
+                x_t = torch.where(known, given, x_t)                            # [9]
             if trace is not None:
                 trace.append(x_t[..., :A])
         return x_t[..., :A]
@@ -659,23 +668,31 @@ class DiffusionPolicyTransformer(nn.Module):
     def from_official(cls, state_dict, config):
         """A policy with the weights of a Diffusion Policy checkpoint (low-dimensional or hybrid image).
 
-        config must describe it (PRESETS["lowdim"], "kitchen", "image"). Strict: one ValueError names every
-        key that is missing, left over or has another shape. Normaliser entries are left to
+        config must describe it (PRESETS["lowdim"], "kitchen", "image"). Normaliser entries are left to
         `official_normalizer`; buffers that hold constants are not read.
         """
-        weights = convert_official(state_dict, config)
-        model = cls(config)
-        want = model.state_dict()
-        problems = [f"missing {k}" for k in want if k not in weights]
-        problems += [f"left over {k}" for k in weights if k not in want]
-        problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
-                     for k in want if k in weights and weights[k].shape != want[k].shape]
         if ("model.mask" in state_dict) != config.causal:
-            problems.append(f"causal should be {not config.causal}: the masks are stored with the weights")
-        if problems:
-            raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems)}")
-        model.load_state_dict(weights, assign=True)
+            raise ValueError(f"causal should be {not config.causal}: the masks are stored with the weights")
+        weights = convert_official(state_dict, config)
+        model = cls(config)  # not on the meta device: the masks are made here
+        load_strictly(model, weights)
         return model.requires_grad_()
+
+
+# ---------------------------------------------------------------- loading official weights
+
+
+def load_strictly(model, weights):
+    """Put `weights` into a model that stands on the meta device. One ValueError names what does not fit."""
+    want = model.state_dict()
+    problems = [f"missing {k}" for k in want if k not in weights]
+    problems += [f"left over {k}" for k in weights if k not in want]
+    problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
+                 for k in want if k in weights and weights[k].shape != want[k].shape]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems[:6])}{more}")
+    model.load_state_dict(weights, assign=True)
 
 
 # Official names -> ours, applied in this order: the transformer, then torchvision's ResNet as the list of its
@@ -700,8 +717,7 @@ NOT_WEIGHTS = re.compile(r"(_dummy_variable|mask|pos_x|pos_y|temperature)$|^norm
 
 
 def convert_official(state_dict, config):
-    """Rename the keys of an official state_dict (or of a part of it). What is to be renamed differs from file
-    to file."""
+    """Rename the keys of an official state_dict (or of a part of it). dp_cnn's differs: other names."""
     weights, cameras = {}, []
     for key, value in state_dict.items():
         if NOT_WEIGHTS.search(key):
@@ -726,6 +742,8 @@ def official_normalizer(state_dict):
     names = {k[len(prefix):].split(".")[0] for k in state_dict if k.startswith(prefix)}
     return {n: (state_dict[f"{prefix}{n}.scale"], state_dict[f"{prefix}{n}.offset"]) for n in sorted(names)}
 
+
+# ---------------------------------------------------------------- presets
 
 Model = DiffusionPolicyTransformer
 
@@ -762,7 +780,7 @@ RECIPES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the file alone
 
 
 def obstacle_paths(n, generator):
@@ -770,9 +788,9 @@ def obstacle_paths(n, generator):
     with equal odds: state (n, 2, 2), the start twice, and actions (n, 16, 2)."""
     start = torch.stack([torch.full((n,), -1.0), torch.rand(n, generator=generator) * 0.6 - 0.3], dim=-1)
     side = torch.randint(2, (n, 1), generator=generator) * 2 - 1
-    s = torch.linspace(0, 1, 16)
-    y = (1 - s) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * s)
-    actions = torch.stack([(2 * s - 1).expand(n, -1), y], dim=-1)
+    way = torch.linspace(0, 1, 16)  # share of the way that is done
+    y = (1 - way) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * way)
+    actions = torch.stack([(2 * way - 1).expand(n, -1), y], dim=-1)
     return start[:, None].expand(-1, 2, -1), actions
 
 

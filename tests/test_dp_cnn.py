@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from golden_cases import golden, manifest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dp_cnn
 
@@ -37,7 +38,8 @@ def test_golden_unet(case):
     sample = case.inp["sample"].clone().requires_grad_()
     B = len(sample)
     cond = case.inp.get("global_cond", torch.zeros(B, 0)).clone().requires_grad_()
-    pred = unet(sample, unet.film(case.inp["timestep"].expand(B), cond))
+    of_step, of_obs = unet.film_of_step(case.inp["timestep"].expand(B)), unet.film_of_obs(cond)
+    pred = unet(sample, of_step, of_obs)
     case.check("out/pred", pred)
     loss = (pred * case.inp["cotangent"]).mean()
     case.check("out/loss", loss)
@@ -47,7 +49,7 @@ def test_golden_unet(case):
         if name in case.grad_in:
             case.check(f"grad_in/{name}", tensor.grad)
     with torch.no_grad():  # the matrix-product path of a single short sequence
-        one = unet(case.inp["sample"][:1], [f[:1] for f in unet.film(case.inp["timestep"].expand(B), cond)])
+        one = unet(case.inp["sample"][:1], [f[:1] for f in of_step], [f[:1] for f in of_obs])
     assert torch.allclose(one, pred[:1], atol=2e-5 * pred.abs().max().item())
 
 
@@ -168,7 +170,7 @@ def test_golden_lerobot(case):
         if name in case.grad_in:
             case.check(f"grad_in/{name}", tensor.grad)
     x_t, t = case.out["noisy_action"], case.inp["timesteps"]
-    case.check("out/unet_pred", model.unet(x_t, model.unet.film(t, cond)))
+    case.check("out/unet_pred", model.unet(x_t, model.unet.film_of_step(t), model.unet.film_of_obs(cond)))
     executed = slice(config.n_obs_steps - 1, config.n_obs_steps - 1 + config.n_action_steps)
     for sampler, steps in (("ddpm", 100), ("ddim", 10)):
         model.config.sampler, trace = sampler, []
@@ -244,7 +246,7 @@ def small_batch(config, B=4, n=None, seed=0):
 
 def test_schedule_is_the_squared_cosine():
     K = 100
-    alpha_bar = dp_cnn.cosine_alpha_bar(K).double()
+    alpha_bar = dp_cnn.cosine_alpha_bar(K, "cpu").double()
     f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     for t in (0, 1, 17, 50, 98):
         assert alpha_bar[t].item() == pytest.approx(f((t + 1) / K) / f(0), rel=1e-4)
@@ -258,12 +260,12 @@ def test_loss_noises_as_q_says():
     config = Config(**SMALL)
     model = DiffusionPolicyCNN(config)
     seen = []
-    model.unet.forward = lambda x, film: seen.append(x) or torch.zeros_like(x)
+    model.unet.forward = lambda x, *film: seen.append(x) or torch.zeros_like(x)
     batch = small_batch(config, B=20_000)
     batch["actions"][:] = 0.5
     torch.manual_seed(0)
     loss = model.loss(batch, t=torch.full((20_000,), 30))["loss"]
-    alpha_bar = model.alpha_bar[30].item()
+    alpha_bar = dp_cnn.cosine_alpha_bar(100, "cpu")[30].item()
     assert seen[0].mean().item() == pytest.approx(0.5 * math.sqrt(alpha_bar), abs=5e-3)
     assert seen[0].var().item() == pytest.approx(1 - alpha_bar, rel=1e-2)
     assert loss.item() == pytest.approx(1.0, rel=1e-2)  # the mean square of the noise itself
@@ -278,11 +280,14 @@ class OptimalDenoiser(torch.nn.Module):
         self.alpha_bar, self.mean, self.cov = alpha_bar.double(), mean, cov
         self.prediction_type = prediction_type
 
-    def film(self, t, obs):
-        return [t.expand(len(t), obs.shape[1])]
+    def film_of_step(self, t):
+        return [t]
 
-    def forward(self, x, film):
-        shape, a = x.shape, self.alpha_bar[film[0][0]]
+    def film_of_obs(self, obs):
+        return []
+
+    def forward(self, x, of_step, of_obs):
+        shape, a = x.shape, self.alpha_bar[of_step[0]]
         delta = x.double().flatten(1) - a.sqrt() * self.mean
         cov_t = a * self.cov + (1 - a) * torch.eye(len(self.mean), dtype=torch.float64)
         score = -torch.linalg.solve(cov_t, delta.T).T
@@ -303,7 +308,7 @@ def test_sampler_with_the_optimal_denoiser_lands_on_the_data(sampler, steps, tol
     mean = torch.tensor([0.1, 0.2, 0.3, -0.2], dtype=torch.float64)
     root = torch.tensor([[0.2, 0, 0, 0], [0.15, 0.1, 0, 0], [0.1, 0.1, 0.1, 0], [0, -0.1, 0, 0.2]],
                         dtype=torch.float64)
-    model.unet = OptimalDenoiser(model.alpha_bar, mean, root @ root.T, prediction_type)
+    model.unet = OptimalDenoiser(dp_cnn.cosine_alpha_bar(steps, "cpu"), mean, root @ root.T, prediction_type)
     batch = {"state": torch.zeros(10_000, 2, 3)}
     chunk = model.sample(batch, steps, generator=torch.Generator().manual_seed(0))
     x = chunk.flatten(1).double()
@@ -316,10 +321,10 @@ def test_ddpm_step_is_the_posterior_and_the_papers_alpha_gamma_form():
     q(x_{t-1} | x0), q(x_t | x_{t-1}), and to alpha (x_t - gamma eps) [5]."""
     config = Config(**SMALL, sampler="ddpm", prediction_type="x0")
     model = DiffusionPolicyCNN(config)
-    a = model.alpha_bar.double()
     K = config.n_diffusion_steps
+    a = dp_cnn.cosine_alpha_bar(K, "cpu").double()
     x0, start = torch.rand(1, 8, 2) - 0.5, torch.randn(1, 8, 2)
-    model.unet.forward = lambda x, film: x0
+    model.unet.forward = lambda x, *film: x0
     trace, no_noise = [], [torch.zeros(1, 8, 2)] * (K - 1)
     model.sample({"state": torch.zeros(1, 2, 3)}, K, noise=start, trace=trace, step_noise=no_noise)
     for t in (90, 40, 1):
@@ -337,9 +342,9 @@ def test_ddim_with_a_perfect_guess_returns_the_data_in_any_number_of_steps():
     config = Config(**SMALL, sampler="ddim")
     model = DiffusionPolicyCNN(config)
     x0, eps = torch.rand(1, 8, 2) - 0.5, torch.randn(1, 8, 2)
-    model.unet.forward = lambda x, film: eps
+    model.unet.forward = lambda x, *film: eps
     for steps in (1, 7, 10, 100):
-        top = model.alpha_bar[(steps - 1) * (100 // steps)]
+        top = dp_cnn.cosine_alpha_bar(100, "cpu")[(steps - 1) * (100 // steps)]
         start = top.sqrt() * x0 + (1 - top).sqrt() * eps
         chunk = model.sample({"state": torch.zeros(1, 2, 3)}, steps, noise=start)
         assert torch.allclose(chunk, x0, atol=2e-3 if top < 1e-3 else 1e-5)
@@ -359,7 +364,7 @@ def test_padded_actions_change_neither_loss_nor_gradient(conditioning):
         model = DiffusionPolicyCNN(config)
         # A convolution sees its neighbours, so a padded step may enter as input; what is predicted for it may
         # not enter the loss. The network is replaced by one without neighbours to see the loss alone.
-        model.unet.forward = lambda x, film: x * model.unet.final_out.bias.mean() + film[0].mean()
+        model.unet.forward = lambda x, *film: x * model.unet.final_out.bias.mean()
         filled = batch | {"actions": torch.where(batch["action_mask"][..., None], batch["actions"], filler)}
         torch.manual_seed(1)
         result = model.loss(filled)
@@ -372,7 +377,7 @@ def test_padded_actions_change_neither_loss_nor_gradient(conditioning):
 def test_loss_is_the_mean_over_real_steps():
     config = Config(**SMALL)
     model = DiffusionPolicyCNN(config)
-    model.unet.forward = lambda x, film: torch.zeros_like(x)
+    model.unet.forward = lambda x, *film: torch.zeros_like(x)
     batch = small_batch(config)
     batch["action_mask"][0, 2:] = False
     noise = torch.randn(4, 8, 2)
@@ -389,7 +394,7 @@ def test_inpainted_observations_stand_clean_in_every_input_of_the_network(sample
     model = DiffusionPolicyCNN(config).eval()
     batch = small_batch(config, n=2)
     inputs, forward = [], model.unet.forward
-    model.unet.forward = lambda x, film: inputs.append(x) or forward(x, film)
+    model.unet.forward = lambda x, *film: inputs.append(x) or forward(x, *film)
     chunk = model.sample(batch, steps=10, generator=torch.Generator().manual_seed(0))
     assert chunk.shape == (4, 8, 2) and len(inputs) == 10
     for x in inputs:
@@ -459,22 +464,325 @@ def test_each_camera_has_an_encoder_of_its_own():
         model.loss(batch | {"images": batch["images"][:, :, :1]})
 
 
+def test_a_shared_encoder_sees_all_cameras_alike():
+    config = Config(**SMALL | NARROW_IMAGE, share_encoder=True)
+    model = DiffusionPolicyCNN(config).eval()
+    batch = image_batch(config)
+    first, second = model.encode(batch)[..., :16].chunk(2, dim=-1)
+    swapped = model.encode(batch | {"images": batch["images"].flip(2)})[..., :16]
+    assert len(model.encoders) == 1 and not torch.allclose(first, second)
+    assert torch.allclose(swapped, torch.cat([second, first], dim=-1), atol=1e-6)
+
+
 def test_documented_shapes():
     config = Config(**SMALL)
     model = DiffusionPolicyCNN(config)
-    film = model.unet.film(torch.zeros(5, 1), torch.zeros(1, 3, 6))  # 5 steps, batch 3, To * S = 6
-    assert [f.shape for f in film] == [(5, 3, 2 * b.conv1.out_channels) for b in model.unet.blocks()]
-    assert model.unet(torch.zeros(3, 8, 2), [f[0] for f in film]).shape == (3, 8, 2)
+    of_step, of_obs = model.unet.film_of_step(torch.zeros(5)), model.unet.film_of_obs(torch.zeros(3, 6))
+    for n, film in ((5, of_step), (3, of_obs)):  # 5 steps; batch 3, To * S = 6
+        assert [f.shape for f in film] == [(n, 2 * b.conv1.out_channels) for b in model.unet.blocks()]
+    half = DiffusionPolicyCNN(config).to(torch.bfloat16).unet
+    for unet in (model.unet, half):  # float32 whatever the weights are
+        of_step, of_obs = unet.film_of_step(torch.zeros(1)), unet.film_of_obs(torch.zeros(3, 6))
+        pred = unet(torch.zeros(3, 8, 2), of_step, of_obs)
+        assert pred.shape == (3, 8, 2) and pred.dtype == torch.float32
     trace = []
     chunk = model.sample(small_batch(config), steps=7, trace=trace)
     assert chunk.shape == (4, 8, 2) and len(trace) == 7 and torch.equal(trace[-1], chunk)
 
 
+# -- what a sampler visits and draws, and what it does not wait for
+
+
+def test_which_levels_a_sampler_visits():
+    assert dp_cnn.timetable(100, 10, "leading") == [90, 80, 70, 60, 50, 40, 30, 20, 10, 0]
+    assert dp_cnn.timetable(100, 51, "leading")[:2] == [50, 49]  # the trap
+    assert dp_cnn.timetable(100, 51, "trailing")[:3] == [99, 97, 95]
+    assert dp_cnn.timetable(100, 4, "trailing") == [99, 74, 49, 24]
+    for spacing in ("leading", "trailing"):
+        assert dp_cnn.timetable(7, 7, spacing) == [6, 5, 4, 3, 2, 1, 0]
+    for wrong in ([], [3, 3], [3, 5], [100, 2], [5, -1], 0, 101):
+        with pytest.raises(ValueError, match="sampler steps"):
+            dp_cnn.timetable(100, wrong, "leading")
+    for steps, spacing, want in ((51, "leading", range(50, -1, -1)), (4, "trailing", [99, 74, 49, 24]),
+                                 ([99, 7, 0], "leading", [99, 7, 0])):
+        model, seen = DiffusionPolicyCNN(Config(**SMALL, spacing=spacing)), []
+        film_of_step = model.unet.film_of_step
+        model.unet.film_of_step = lambda t: seen.extend(t.tolist()) or film_of_step(t)
+        trace = []
+        model.sample(small_batch(model.config), steps, trace=trace)
+        assert seen == list(want) and len(trace) == len(seen)
+
+
+@pytest.mark.parametrize("clip, want", [(1.0, 1.0), (0.5, 0.5), (3.0, 2.0), (0.0, 2.0)])
+def test_the_guess_of_the_chunk_is_clipped_where_the_data_end(clip, want):
+    """Data at 2, outside of [-1, 1], and a network that tells the noise exactly."""
+    model = DiffusionPolicyCNN(Config(**SMALL, clip_x0=clip))
+    eps = torch.randn(1, 8, 2)
+    model.unet.forward = lambda x, *film: eps
+    alpha_bar = dp_cnn.cosine_alpha_bar(100, "cpu")[40]
+    start = alpha_bar.sqrt() * 2 + (1 - alpha_bar).sqrt() * eps
+    chunk = model.sample({"state": torch.zeros(1, 2, 3)}, [40], noise=start)
+    assert torch.allclose(chunk, torch.full_like(chunk, want), atol=1e-5)
+
+
+def test_one_noise_level_is_enough():
+    model = DiffusionPolicyCNN(Config(**SMALL, n_diffusion_steps=1, sampler_steps=1))
+    result = model.loss(small_batch(model.config))
+    assert (result["t"] == 0).all() and result["loss"].isfinite()
+    assert model.sample(small_batch(model.config)).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler, depends", [("ddpm", True), ("ddim", False)])
+def test_the_generator_decides_every_draw(sampler, depends):
+    model = DiffusionPolicyCNN(Config(**SMALL, sampler=sampler)).eval()
+    batch, noise = small_batch(model.config), torch.randn(4, 8, 2)
+
+    def draw(seed, **start):
+        torch.manual_seed(seed + 100)
+        before = torch.get_rng_state()
+        chunk = model.sample(batch, generator=torch.Generator().manual_seed(seed), **start)
+        assert torch.equal(torch.get_rng_state(), before), "something else was drawn from"
+        return chunk
+
+    assert not torch.equal(draw(0), draw(1))
+    assert torch.equal(draw(0, noise=noise), draw(1, noise=noise)) != depends
+    torch.manual_seed(5)
+    assert torch.equal(draw(0), draw(0))
+
+
+class Watch(TorchDispatchMode):
+    """Counts copies from the CPU to another device, and keeps the size of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor)}
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and len(devices) > 1:
+            self.copies.append(func)
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+NARROW_IMAGE = {"obs": "image", "n_cameras": 2, "image_size": (20, 24), "crop_size": (16, 16),
+                "resnet_widths": (16, 16), "n_keypoints": 4}
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, NARROW_IMAGE, NARROW_IMAGE | {"share_encoder": True, "conditioning": "inpaint", "sampler": "ddpm"},
+    {"sampler": "ddpm", "prediction_type": "x0", "pred_action_steps_only": True}], ids=str)
+def test_nothing_waits_for_the_device(overrides):
+    """On the meta device a value that is read raises, and so does a tensor that was left on the CPU."""
+    config = Config(**SMALL | overrides)
+    with torch.device("meta"):
+        model = DiffusionPolicyCNN(config)
+    batch = {k: v.to("meta") for k, v in image_batch(config).items()}
+    optimizer = torch.optim.AdamW(model.param_groups(1e-6), lr=1e-3, foreach=True)
+    for _ in range(2):  # the first run may fill the tables that are kept
+        with Watch() as watch:
+            model.train().loss(batch)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            model.eval().sample(batch)
+    assert not watch.copies
+
+
+def test_a_sampler_keeps_no_table_of_all_steps_of_all_items():
+    config = Config(**SMALL, sampler_steps=50)
+    model = DiffusionPolicyCNN(config).eval()
+    with Watch() as watch:
+        model.sample(small_batch(config, B=64))
+    assert watch.largest < 50 * 64 * 2 * 16  # FiLM parameters of the narrowest block
+
+
+# -- numbers of another type
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 16), (16, 8)])  # the first two are short
+@pytest.mark.parametrize("kernel, stride, padding", [(5, 1, 2), (3, 2, 1), (1, 1, 0)])
+def test_convolutions_by_matrix_product_are_convolutions(shape, kernel, stride, padding):
+    torch.manual_seed(0)
+    B, T = shape
+    conv = dp_cnn.Conv1d(6, 10, kernel, stride=stride, padding=padding)
+    x = torch.randn(B, 6, T)
+    want = torch.nn.functional.conv1d(x, conv.weight, conv.bias, stride, padding)
+    with torch.no_grad():
+        assert torch.allclose(conv(x), want, atol=1e-6)
+    half, x = conv.to(torch.bfloat16), x.bfloat16().requires_grad_()
+    got = half(x)
+    got.float().square().sum().backward()
+    exact = torch.nn.Conv1d(6, 10, kernel, stride=stride, padding=padding).double()
+    exact.load_state_dict(half.state_dict())
+    y = x.detach().double().requires_grad_()
+    want = exact(y)
+    want.square().sum().backward()
+    pairs = [(got, want), (x.grad, y.grad)]
+    for ours, theirs in pairs + [(p.grad, q.grad) for p, q in zip(half.parameters(), exact.parameters())]:
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_training_in_bfloat16_makes_no_convolution_on_a_cpu():
+    """Their gradients take several times as long there as those of the matrix product."""
+    model = DiffusionPolicyCNN(Config(**SMALL)).to(torch.bfloat16)
+    with torch.profiler.profile() as profile:
+        model.loss(small_batch(model.config, B=32))["loss"].backward()
+    convolutions = sum(e.count for e in profile.key_averages() if e.key == "aten::convolution")
+    assert convolutions == len(model.unet.up)  # the transposed ones, which are fast enough
+
+
+@pytest.mark.parametrize("overrides", [{}, NARROW_IMAGE, NARROW_IMAGE | {"conditioning": "inpaint"}], ids=str)
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bfloat16(how, overrides):
+    config = Config(**SMALL | overrides)
+    torch.manual_seed(0)
+    model = DiffusionPolicyCNN(config).eval()
+    batch = image_batch(config)
+    noise = torch.randn(4, 8, 2 + (model.obs_dim if config.conditioning == "inpaint" else 0))
+
+    def run():
+        result = model.loss(batch, noise=noise, t=torch.tensor([0, 5, 50, 99]))
+        result["loss"].backward()
+        gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+        model.zero_grad()
+        return result, gradient, model.sample(batch, noise=noise)
+
+    exact, exact_gradient, exact_chunk = run()
+    if how == "weights":
+        model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        result, gradient, chunk = run()
+    assert result["loss"].dtype == result["per_sample"].dtype == chunk.dtype == torch.float32
+    assert result["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.02)
+    assert torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0) > 0.98
+    assert (chunk - exact_chunk).abs().max() < 0.1
+
+
+# -- training
+
+
+def ragged_batch(config, B=4):
+    batch = image_batch(config, B)
+    for i in range(B):
+        batch["action_mask"][i, 3 + i:] = False
+    return batch
+
+
+def image_batch(config, B=4):
+    batch = small_batch(config, B)
+    if config.n_cameras:
+        g = torch.Generator().manual_seed(1)
+        shape = (B, config.n_obs_loaded, config.n_cameras, 3, *config.image_size)
+        batch["images"] = torch.randint(256, shape, generator=g, dtype=torch.uint8)
+    return batch
+
+
+@pytest.mark.parametrize("conditioning", ["global", "inpaint"])
+def test_a_batch_is_its_items_one_by_one(conditioning):
+    """Loss and chunk, with pictures of two cameras and masks of different lengths."""
+    config = Config(**SMALL | NARROW_IMAGE, conditioning=conditioning)
+    model = DiffusionPolicyCNN(config).eval()
+    batch, t = ragged_batch(config), torch.tensor([3, 20, 60, 99])
+    noise = torch.randn(4, 8, 2 + (model.obs_dim if conditioning == "inpaint" else 0))
+    item = lambda i: {k: v[i:i + 1] for k, v in batch.items()}
+    result = model.loss(batch, noise=noise, t=t)
+    alone = [model.loss(item(i), noise=noise[i:i + 1], t=t[i:i + 1]) for i in range(4)]
+    assert torch.allclose(result["per_sample"], torch.cat([one["per_sample"] for one in alone]), atol=1e-5)
+    real = batch["action_mask"].sum(1)
+    weighed = sum(one["loss"] * n for one, n in zip(alone, real)) / real.sum()  # all real steps weigh alike
+    assert result["loss"].item() == pytest.approx(weighed.item(), rel=1e-5)
+    chunks = torch.cat([model.sample(item(i), noise=noise[i:i + 1]) for i in range(4)])
+    assert torch.allclose(model.sample(batch, noise=noise), chunks, atol=1e-5)
+
+
+def test_padding_is_trained_on_if_asked_for():
+    batch, noise, t = ragged_batch(Config(**SMALL)), torch.randn(4, 8, 2), torch.tensor([3, 20, 60, 99])
+    losses = {}
+    for padding in (False, True):
+        torch.manual_seed(0)
+        model = DiffusionPolicyCNN(Config(**SMALL, train_on_padding=padding))
+        losses[padding] = model.loss(batch, noise=noise, t=t)
+        whole = model.loss(batch | {"action_mask": torch.ones(4, 8, dtype=torch.bool)}, noise=noise, t=t)
+    assert torch.equal(losses[True]["loss"], whole["loss"])
+    assert torch.equal(losses[True]["per_sample"], whole["per_sample"])
+    assert not torch.isclose(losses[False]["loss"], whole["loss"])
+
+
+def test_pictures_of_bytes_are_the_floats_from_minus_one_to_one():
+    config = Config(**SMALL | NARROW_IMAGE)
+    model = DiffusionPolicyCNN(config).eval()
+    batch = image_batch(config)
+    floats = batch | {"images": batch["images"].float() / 255 * 2 - 1}
+    assert torch.allclose(model.encode(batch), model.encode(floats), atol=1e-5)
+    with pytest.raises(ValueError, match="images of 0 cameras"):
+        model.encode({"state": batch["state"]})
+
+
+def test_pictures_are_cropped_at_random_in_training_alone():
+    config = Config(**SMALL | NARROW_IMAGE)
+    model = DiffusionPolicyCNN(config)
+    batch, noise, t = image_batch(config), torch.randn(4, 8, 2), torch.tensor([3, 20, 60, 99])
+    loss = lambda seed: (torch.manual_seed(seed), model.loss(batch, noise=noise, t=t)["loss"])[1]
+    model.train()
+    assert loss(0) == loss(0) != loss(1)
+    model.eval()
+    assert loss(0) == loss(1)
+
+
+def test_inpainting_trains_the_encoder_through_the_known_entries_alone():
+    config = Config(**SMALL | NARROW_IMAGE, conditioning="inpaint")
+    model = DiffusionPolicyCNN(config)
+    model.loss(image_batch(config))["loss"].backward()
+    assert all(p.grad.any() for p in model.encoders.parameters() if p.ndim > 1)
+    model.zero_grad()
+    condition = model.condition
+
+    def nothing_known(batch):
+        cond, given, known = condition(batch)
+        return cond, given, torch.zeros_like(known)
+
+    model.condition = nothing_known
+    model.loss(image_batch(config))["loss"].backward()
+    assert not any(p.grad is not None and p.grad.any() for p in model.encoders.parameters())
+
+
+def test_the_resnet_starts_as_torchvisions():
+    """N(0, 2 / fan_out) of He et al., so that gradients keep their size on the way down."""
+    torch.manual_seed(0)
+    resnet = dp_cnn.ResNet((64, 128, 256, 512))
+    for name, p in resnet.named_parameters():
+        if p.ndim == 4:
+            fan_out = p.shape[0] * p.shape[2] * p.shape[3]
+            assert p.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05), name
+            assert p.abs().max() > 2.5 * math.sqrt(2 / fan_out), name  # normal, not uniform
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def test_every_parameter_is_decayed_alike():
+    model = DiffusionPolicyCNN(Config(**SMALL | NARROW_IMAGE))
+    model.encoders[1].requires_grad_(False)
+    (group,) = model.param_groups(0.125)
+    assert group["weight_decay"] == 0.125
+    assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("change, words", [
     ({"horizon": 9}, "cannot be halved"), ({"n_obs_steps": 9}, "n_obs_steps 9"),
-    ({"n_action_steps": 8}, "n_action_steps 8"),
-    ({"kernel_size": 4}, "odd"), ({"down_dims": (12, 20)}, "groups"), ({"crop_size": (99, 9)}, "larger"),
+    ({"n_action_steps": 8}, "n_action_steps 8"), ({"action_dim": 0}, "action_dim 0"),
+    ({"kernel_size": 4}, "odd"), ({"kernel_size": -1}, "kernel_size -1"), ({"crop_size": (99, 9)}, "larger"),
+    ({"crop_size": (0, 9)}, "crop_size"), ({"crop_size": (9,)}, "crop_size"),
+    ({"image_size": (9,)}, "height"),
+    ({"down_dims": (12, 20)}, "groups"), ({"down_dims": (4, 8), "n_groups": 4}, "first also of 8"),
+    ({"down_dims": ()}, "down_dims"), ({"n_groups": 0}, "n_groups 0"), ({"resnet_widths": (8,)}, "of 16"),
+    ({"resnet_widths": (24,)}, "of 16"), ({"resnet_widths": ()}, "of 16"),
+    ({"n_keypoints": 0}, "n_keypoints"),
+    ({"step_embed_dim": 2}, "step_embed_dim 2"), ({"step_embed_dim": 33}, "step_embed_dim 33"),
     ({"conditioning": "film"}, "conditioning 'film'"), ({"sampler_steps": 0}, "sampler steps 0"),
+    ({"n_diffusion_steps": 0}, "n_diffusion_steps 0"), ({"spacing": "even"}, "leading, trailing"),
+    ({"clip_x0": -1.0}, "clip_x0"), ({"clip_x0": math.nan}, "clip_x0"), ({"n_cameras": -1}, "n_cameras"),
     ({"conditioning": "inpaint", "pred_action_steps_only": True}, "global"),
 ])
 def test_impossible_configurations_are_refused_in_one_line(change, words):

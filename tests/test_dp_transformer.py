@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from golden_cases import golden, manifest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dp_transformer
 from tools import options
@@ -181,10 +182,12 @@ def test_from_official_names_everything_that_does_not_fit():
     official["model.extra"] = torch.empty(3, device="meta")
     official["model.decoder.layers.3.norm2.bias"] = torch.empty(7, device="meta")
     with pytest.raises(ValueError) as error:
-        DiffusionPolicyTransformer.from_official(official, Config(**PRESETS["lowdim"], causal=False))
-    for named in ("missing transformer.head.bias", "left over transformer.extra", "causal should be True",
+        DiffusionPolicyTransformer.from_official(official, Config(**PRESETS["lowdim"]))
+    for named in ("missing transformer.head.bias", "left over transformer.extra",
                   "transformer.blocks.3.norm_cross.bias is (7,) and should be (256,)"):
         assert named in str(error.value)
+    with pytest.raises(ValueError, match="causal should be True"):
+        DiffusionPolicyTransformer.from_official(official, Config(**PRESETS["lowdim"], causal=False))
 
 
 TINY_IMAGE = {"obs": "image", "n_cameras": 2, "image_size": (84, 84), "crop_size": (76, 76), "state_dim": 9,
@@ -304,7 +307,7 @@ class OptimalDenoiser(torch.nn.Module):
         self.prediction_type = prediction_type
 
     def memories(self, levels, obs):
-        return levels
+        return iter(levels)
 
     def forward(self, x, level):
         a = self.alpha_bar[level]
@@ -325,7 +328,8 @@ def test_sampler_with_the_optimal_denoiser_lands_on_the_data(sampler, prediction
     mean = torch.tensor([0.1, 0.2, 0.3, -0.2], dtype=torch.float64)
     root = torch.tensor([[0.2, 0, 0, 0], [0.15, 0.1, 0, 0], [0.1, 0.1, 0.1, 0], [0, -0.1, 0, 0.2]],
                         dtype=torch.float64)
-    model.transformer = OptimalDenoiser(model.alpha_bar, mean, root @ root.T, prediction_type)
+    alpha_bar = dp_transformer.cosine_alpha_bar(1000, "cpu")
+    model.transformer = OptimalDenoiser(alpha_bar, mean, root @ root.T, prediction_type)
     batch = {"state": torch.zeros(10_000, 3, 3)}
     x = model.sample(batch, 1000, generator=torch.Generator().manual_seed(0)).flatten(1).double()
     assert torch.allclose(x.mean(0), mean, atol=0.01)
@@ -337,7 +341,7 @@ def test_ddim_with_a_perfect_guess_returns_the_data_in_any_number_of_steps():
     x0, eps = torch.rand(1, 8, 2) - 0.5, torch.randn(1, 8, 2)
     model.transformer.forward = lambda x, memory: eps
     for steps in (1, 7, 10, 100):
-        top = model.alpha_bar[(steps - 1) * (100 // steps)]
+        top = dp_transformer.cosine_alpha_bar(100, "cpu")[(steps - 1) * (100 // steps)]
         start = top.sqrt() * x0 + (1 - top).sqrt() * eps
         chunk = model.sample({"state": torch.zeros(1, 3, 3)}, steps, noise=start)
         assert torch.allclose(chunk, x0, atol=2e-3 if top < 1e-3 else 1e-5)
@@ -408,6 +412,29 @@ def test_memory_mask_hides_observations_that_come_later():
     assert torch.equal(influence(model)[1], sees(8, 3))
     row = lambda i: (model.transformer.memory_mask[:, i] == 0).tolist()
     assert row(0) == [True, True, False, False] and row(2) == [True] * 4  # [step, o0, o1, o2]
+
+
+def test_a_chunk_that_starts_now_sees_every_observation():
+    """Its first action is the present one: nothing that was observed is later."""
+    model = small_model(pred_action_steps_only=True)
+    of_actions, of_obs = influence(model)
+    assert of_obs.all() and torch.equal(of_actions, sees(4, 4))
+
+
+def test_a_chunk_that_starts_now_learns_from_the_newest_observation():
+    """Every action is the newest state's first numbers: to be learned by all tokens alike."""
+    torch.manual_seed(0)
+    config = Config(**SMALL, pred_action_steps_only=True, prediction_type="x0")
+    model = DiffusionPolicyTransformer(config)
+    optimizer = torch.optim.AdamW(model.param_groups(0.0), lr=3e-3)
+    for _ in range(200):
+        batch = small_batch(config, B=64, seed=int(torch.randint(10**6, ())))
+        batch["actions"] = batch["state"][:, -1:, :2].clamp(-1, 1).expand(-1, 4, -1)
+        optimizer.zero_grad()
+        model.loss(batch)["loss"].backward()
+        optimizer.step()
+    error = (model.eval().sample(batch) - batch["actions"]).abs().mean((0, 2))
+    assert error[0] < 1.5 * error[1:].mean()
 
 
 def test_a_condition_encoder_tells_early_actions_of_later_observations():
@@ -481,14 +508,6 @@ def test_inpainted_entries_are_not_in_the_loss():
     assert loss == pytest.approx(noise.square().mean().item(), rel=1e-5)
 
 
-def test_inpainting_trains_the_image_encoder_through_the_known_entries():
-    model = DiffusionPolicyTransformer(Config(**TINY_IMAGE, conditioning="inpaint"))
-    batch = small_batch(model.config, B=2, n=10)
-    batch["images"] = torch.randint(256, (2, 10, 2, 3, 84, 84), dtype=torch.uint8)
-    model.loss(batch)["loss"].backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.encoders.parameters() if p.ndim > 1)
-
-
 def test_only_the_observed_steps_condition_the_chunk():
     model = small_model()
     batch = small_batch(model.config, n=8)
@@ -556,19 +575,274 @@ def test_documented_shapes():
     assert shapes == [[(5, 2, 4, 16), (5, 2, 4, 16), (5, 2, 4, 8)]] * 2    # H = 2 heads, M = 4, T = 8
     assert network.step_token(torch.zeros(7)).shape == (7, 1, 16)
     assert network.obs_tokens(cond).shape == (5, 3, 16)
+    for form in FORMS.values():  # float32 whatever the weights are
+        half = small_model(**form).to(torch.bfloat16).transformer
+        x = torch.zeros(5, 8, half.input_emb.in_features)
+        pred = half(x, half.memory(torch.zeros(5), cond))
+        assert pred.shape == x.shape and pred.dtype == torch.float32
     trace = []
     chunk = model.sample(small_batch(model.config), steps=7, trace=trace)
     assert chunk.shape == (4, 8, 2) and len(trace) == 7 and torch.equal(trace[-1], chunk)
 
 
+# -- what a sampler visits and draws, and what it does not wait for ------------------------------------------
+
+
+def test_which_levels_a_sampler_visits():
+    assert dp_transformer.timetable(100, 10, "leading") == [90, 80, 70, 60, 50, 40, 30, 20, 10, 0]
+    assert dp_transformer.timetable(100, 51, "leading")[:2] == [50, 49]  # the trap
+    assert dp_transformer.timetable(100, 51, "trailing")[:3] == [99, 97, 95]
+    assert dp_transformer.timetable(100, 4, "trailing") == [99, 74, 49, 24]
+    for spacing in ("leading", "trailing"):
+        assert dp_transformer.timetable(7, 7, spacing) == [6, 5, 4, 3, 2, 1, 0]
+    for wrong in ([], [3, 3], [3, 5], [100, 2], [5, -1], 0, 101):
+        with pytest.raises(ValueError, match="sampler steps"):
+            dp_transformer.timetable(100, wrong, "leading")
+    for steps, spacing, want in ((51, "leading", range(50, -1, -1)), (4, "trailing", [99, 74, 49, 24]),
+                                 ([99, 7, 0], "leading", [99, 7, 0])):
+        model, seen = DiffusionPolicyTransformer(Config(**SMALL, spacing=spacing)), []
+        step_token = model.transformer.step_token
+        model.transformer.step_token = lambda t: seen.extend(t.tolist()) or step_token(t)
+        trace = []
+        model.sample(small_batch(model.config), steps, trace=trace)
+        assert seen == list(want) and len(trace) == len(seen)
+
+
+@pytest.mark.parametrize("clip, want", [(1.0, 1.0), (0.5, 0.5), (3.0, 2.0), (0.0, 2.0)])
+def test_the_guess_of_the_chunk_is_clipped_where_the_data_end(clip, want):
+    """Data at 2, outside of [-1, 1], and a network that tells the noise exactly."""
+    model = DiffusionPolicyTransformer(Config(**SMALL, clip_x0=clip))
+    eps = torch.randn(1, 8, 2)
+    model.transformer.forward = lambda x, memory: eps
+    alpha_bar = dp_transformer.cosine_alpha_bar(100, "cpu")[40]
+    start = alpha_bar.sqrt() * 2 + (1 - alpha_bar).sqrt() * eps
+    chunk = model.sample({"state": torch.zeros(1, 3, 3)}, [40], noise=start)
+    assert torch.allclose(chunk, torch.full_like(chunk, want), atol=1e-5)
+
+
+def test_one_noise_level_is_enough():
+    model = DiffusionPolicyTransformer(Config(**SMALL, n_diffusion_steps=1, sampler_steps=1))
+    result = model.loss(small_batch(model.config))
+    assert (result["t"] == 0).all() and result["loss"].isfinite()
+    assert model.sample(small_batch(model.config)).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler, depends", [("ddpm", True), ("ddim", False)])
+def test_the_generator_decides_every_draw(sampler, depends):
+    model = small_model(sampler=sampler)
+    batch, noise = small_batch(model.config), torch.randn(4, 8, 2)
+
+    def draw(seed, **start):
+        torch.manual_seed(seed + 100)
+        before = torch.get_rng_state()
+        chunk = model.sample(batch, generator=torch.Generator().manual_seed(seed), **start)
+        assert torch.equal(torch.get_rng_state(), before), "something else was drawn from"
+        return chunk
+
+    assert not torch.equal(draw(0), draw(1))
+    assert torch.equal(draw(0, noise=noise), draw(1, noise=noise)) != depends
+    torch.manual_seed(5)
+    assert torch.equal(draw(0), draw(0))
+
+
+class Watch(TorchDispatchMode):
+    """Counts copies from the CPU to another device, and keeps the size of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor)}
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and len(devices) > 1:
+            self.copies.append(func)
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+NARROW_IMAGE = {"obs": "image", "n_cameras": 2, "image_size": (20, 24), "crop_size": (16, 16),
+                "resnet_widths": (16, 16), "n_keypoints": 4}
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, NARROW_IMAGE, NARROW_IMAGE | {"arch": "bert", "conditioning": "inpaint", "sampler": "ddpm"},
+    {"sampler": "ddpm", "prediction_type": "x0", "pred_action_steps_only": True},
+    {"cond_depth": 1, "dropout": 0.1, "embed_dropout": 0.1}], ids=str)
+def test_nothing_waits_for_the_device(overrides):
+    """On the meta device a value that is read raises, and so does a tensor that was left on the CPU."""
+    config = Config(**SMALL | overrides)
+    with torch.device("meta"):
+        model = DiffusionPolicyTransformer(config)
+    batch = {k: v.to("meta") for k, v in image_batch(config).items()}
+    optimizer = torch.optim.AdamW(model.param_groups(1e-6), lr=1e-3, foreach=True)
+    for _ in range(2):  # the first run may fill the tables that are kept
+        with Watch() as watch:
+            model.train().loss(batch)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            model.eval().sample(batch)
+    assert not watch.copies
+
+
+# -- numbers of another type ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [{}, NARROW_IMAGE, NARROW_IMAGE | {"conditioning": "inpaint"},
+                                       {"cond_depth": 1}, FORMS["bert"]], ids=str)
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bfloat16(how, overrides):
+    config = Config(**SMALL | overrides)
+    torch.manual_seed(0)
+    model = DiffusionPolicyTransformer(config).eval()
+    batch = image_batch(config)
+    noise = torch.randn(4, 8, 2 + (model.obs_dim if config.conditioning == "inpaint" else 0))
+
+    def run():
+        result = model.loss(batch, noise=noise, t=torch.tensor([0, 5, 50, 99]))
+        result["loss"].backward()
+        gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+        model.zero_grad()
+        return result, gradient, model.sample(batch, noise=noise)
+
+    exact, exact_gradient, exact_chunk = run()
+    if how == "weights":
+        model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        result, gradient, chunk = run()
+    assert result["loss"].dtype == result["per_sample"].dtype == chunk.dtype == torch.float32
+    assert result["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.02)
+    assert torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0) > 0.98
+    assert (chunk - exact_chunk).abs().max() < 0.1
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def ragged_batch(config, B=4):
+    batch = image_batch(config, B)
+    for i in range(B):
+        batch["action_mask"][i, 3 + i:] = False
+    return batch
+
+
+def image_batch(config, B=4):
+    batch = small_batch(config, B)
+    if config.n_cameras:
+        g = torch.Generator().manual_seed(1)
+        shape = (B, config.n_obs_loaded, config.n_cameras, 3, *config.image_size)
+        batch["images"] = torch.randint(256, shape, generator=g, dtype=torch.uint8)
+    return batch
+
+
+@pytest.mark.parametrize("conditioning", ["tokens", "inpaint"])
+def test_a_batch_is_its_items_one_by_one(conditioning):
+    """Loss and chunk, with pictures of two cameras and masks of different lengths."""
+    model = small_model(**NARROW_IMAGE, conditioning=conditioning)
+    batch, t = ragged_batch(model.config), torch.tensor([3, 20, 60, 99])
+    noise = torch.randn(4, 8, 2 + (model.obs_dim if conditioning == "inpaint" else 0))
+    item = lambda i: {k: v[i:i + 1] for k, v in batch.items()}
+    result = model.loss(batch, noise=noise, t=t)
+    alone = [model.loss(item(i), noise=noise[i:i + 1], t=t[i:i + 1]) for i in range(4)]
+    assert torch.allclose(result["per_sample"], torch.cat([one["per_sample"] for one in alone]), atol=1e-5)
+    real = batch["action_mask"].sum(1)
+    weighed = sum(one["loss"] * n for one, n in zip(alone, real)) / real.sum()  # all real steps weigh alike
+    assert result["loss"].item() == pytest.approx(weighed.item(), rel=1e-5)
+    chunks = torch.cat([model.sample(item(i), noise=noise[i:i + 1]) for i in range(4)])
+    assert torch.allclose(model.sample(batch, noise=noise), chunks, atol=1e-5)
+
+
+def test_padding_is_trained_on_if_asked_for():
+    batch, noise, t = ragged_batch(Config(**SMALL)), torch.randn(4, 8, 2), torch.tensor([3, 20, 60, 99])
+    losses = {}
+    for padding in (False, True):
+        torch.manual_seed(0)
+        model = DiffusionPolicyTransformer(Config(**SMALL, train_on_padding=padding))
+        losses[padding] = model.loss(batch, noise=noise, t=t)
+        whole = model.loss(batch | {"action_mask": torch.ones(4, 8, dtype=torch.bool)}, noise=noise, t=t)
+    assert torch.equal(losses[True]["loss"], whole["loss"])
+    assert torch.equal(losses[True]["per_sample"], whole["per_sample"])
+    assert not torch.isclose(losses[False]["loss"], whole["loss"])
+
+
+def test_pictures_of_bytes_are_the_floats_from_minus_one_to_one():
+    config = Config(**SMALL | NARROW_IMAGE)
+    model = DiffusionPolicyTransformer(config).eval()
+    batch = image_batch(config)
+    floats = batch | {"images": batch["images"].float() / 255 * 2 - 1}
+    assert torch.allclose(model.encode(batch), model.encode(floats), atol=1e-5)
+    with pytest.raises(ValueError, match="images of 0 cameras"):
+        model.encode({"state": batch["state"]})
+
+
+def test_crops_random_in_training_centre_in_evaluation():
+    config = Config(**SMALL, n_cameras=1, obs="image", image_size=(20, 24), crop_size=(16, 16),
+                    resnet_widths=(16, 16, 16, 16), n_keypoints=4)
+    encoder = dp_transformer.ImageEncoder(config)
+    y, x = torch.meshgrid(torch.arange(20), torch.arange(24), indexing="ij")
+    image = torch.stack([y, x, y * 0]).expand(500, -1, -1, -1)
+    crops = encoder.train().crop(image)
+    corner = crops[:, :2, 0, 0]
+    assert torch.equal(crops[:, 0], (corner[:, 0, None] + torch.arange(16))[:, :, None].expand(-1, -1, 16))
+    assert set(corner[:, 0].tolist()) == set(range(5)) and set(corner[:, 1].tolist()) == set(range(9))
+    assert encoder.eval().crop(image)[0, :2, 0, 0].tolist() == [2, 4]
+
+
+def test_pictures_are_cropped_at_random_in_training_alone():
+    model = small_model(**NARROW_IMAGE)
+    batch, noise, t = image_batch(model.config), torch.randn(4, 8, 2), torch.tensor([3, 20, 60, 99])
+    loss = lambda seed: (torch.manual_seed(seed), model.loss(batch, noise=noise, t=t)["loss"])[1]
+    model.train()
+    assert loss(0) == loss(0) != loss(1)
+    model.eval()
+    assert loss(0) == loss(1)
+
+
+def test_inpainting_trains_the_encoder_through_the_known_entries_alone():
+    config = Config(**SMALL | NARROW_IMAGE, conditioning="inpaint")
+    model = DiffusionPolicyTransformer(config)
+    model.loss(image_batch(config))["loss"].backward()
+    assert all(p.grad.any() for p in model.encoders.parameters() if p.ndim > 1)
+    model.zero_grad()
+    condition = model.condition
+
+    def nothing_known(batch):
+        cond, given, known = condition(batch)
+        return cond, given, torch.zeros_like(known)
+
+    model.condition = nothing_known
+    model.loss(image_batch(config))["loss"].backward()
+    assert not any(p.grad is not None and p.grad.any() for p in model.encoders.parameters())
+
+
+def test_the_resnet_starts_as_torchvisions():
+    """N(0, 2 / fan_out) of He et al., so that gradients keep their size on the way down."""
+    torch.manual_seed(0)
+    resnet = dp_transformer.ResNet((64, 128, 256, 512))
+    for name, p in resnet.named_parameters():
+        if p.ndim == 4:
+            fan_out = p.shape[0] * p.shape[2] * p.shape[3]
+            assert p.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05), name
+            assert p.abs().max() > 2.5 * math.sqrt(2 / fan_out), name  # normal, not uniform
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+
+
 @pytest.mark.parametrize("change, words", [
     ({"n_obs_steps": 9}, "n_obs_steps 9 .* horizon 8"), ({"n_action_steps": 7}, "n_action_steps 7"),
-    ({"crop_size": (99, 9)}, "crop_size .* larger than image_size"),
+    ({"crop_size": (99, 9)}, "crop_size .* larger than image_size"), ({"crop_size": (0, 9)}, "crop_size"),
+    ({"crop_size": (9,)}, "crop_size"), ({"image_size": (9,)}, "height"), ({"action_dim": 0}, "action_dim 0"),
+    ({"resnet_widths": (8,)}, "of 16"), ({"resnet_widths": ()}, "of 16"), ({"depth": 0}, "depth 0"),
     ({"n_heads": 3}, "width 16 .* n_heads = 3"), ({"width": 15, "n_heads": 5}, "width 15 must be even"),
+    ({"n_heads": 0}, "n_heads 0"), ({"width": 2}, "width 2"), ({"cond_depth": -1}, "cond_depth -1"),
     ({"conditioning": "global"}, "conditioning 'global'"),
-    ({"arch": "encoder"}, "arch 'encoder'"), ({"arch": "bert"}, "conditioning to 'inpaint'"),
-    ({"arch": "bert", "conditioning": "inpaint", "cond_depth": 1}, "cond_depth to 0"),
-    ({"dropout": 1.0}, "dropout 1.0"), ({"sampler_steps": 101}, "sampler steps 101"),
+    ({"obs_encoder_weight_decay": -1.0}, "obs_encoder_weight_decay"),
+    ({"arch": "encoder"}, "arch 'encoder'"), ({"arch": "bert"}, "to be 'inpaint'"),
+    ({"arch": "bert", "conditioning": "inpaint", "cond_depth": 1}, "cond_depth to be 0"),
+    ({"dropout": 1.0}, "dropout 1.0"), ({"embed_dropout": math.nan}, "embed_dropout nan"),
+    ({"sampler_steps": 101}, "sampler steps 101"), ({"spacing": "even"}, "leading, trailing"),
+    ({"clip_x0": -1.0}, "clip_x0"), ({"n_diffusion_steps": 0}, "n_diffusion_steps 0"),
     ({"conditioning": "inpaint", "pred_action_steps_only": True}, "tokens"),
 ])
 def test_impossible_configurations_are_refused_in_one_line(change, words):
