@@ -20,6 +20,16 @@ def tiny(**changes):
     return DiT(Config(**small | changes))
 
 
+def table(model, levels=None):
+    """Coefficients (fields, S) of a chain of these levels, all if None."""
+    K = model.config.n_diffusion_steps
+    return dit.chain(K, tuple(levels or range(K)), torch.device("cpu"))[1]
+
+
+def alpha_bar(model):
+    return dit.linear_alpha_bar(model.config.n_diffusion_steps)
+
+
 def awake(model):
     """All weights random: nothing hides behind what starts as zero."""
     torch.manual_seed(1)
@@ -79,7 +89,7 @@ def test_official_guidance(case):
         case.inp["cfg_t"].tolist()[n:]
     for i, (t, y) in enumerate(zip(*first)):
         z, t = case.inp["cfg_x"][i:i + 1], t.item()
-        k = dit.at(dit.coefficients(model.alpha_bar[[t]]), 0, z)
+        k = dit.at(table(model, [t]), 0, z)
         eps = (z - k.signal * model.sample({"label": y[None]}, steps=[t], noise=z)) / k.sigma
         # The detour through x0 costs a few digits where there is hardly any noise to divide by.
         limit = case.tolerance("out/cfg_out") + 1e-6 / k.sigma.item()
@@ -91,7 +101,7 @@ def test_official_loss(case):
     model = DiT.from_official(case.sd, config_of(case)).eval()
     assert sum(p.numel() for p in model.net.parameters()) == case.meta["n_params"]
     out = model.loss({"x": case.inp["x"], "label": case.inp["y"]}, noise=case.inp["noise"], t=case.inp["t"])
-    c = dit.at(model.table, case.inp["t"], case.inp["x"])
+    c = dit.at(table(model), case.inp["t"], case.inp["x"])
     case.check("out/x_t", c.signal * case.inp["x"] + c.sigma * case.inp["noise"])
     case.check("out/train_loss", out["per_sample"])
     case.check("out/loss", out["loss"])
@@ -120,7 +130,7 @@ def test_official_trajectories(case, clip):
         assert got.shape == want.shape
         assert (got - want).abs().max() < case.tolerance(key), (got - want).abs().amax((1, 2, 3, 4))
         if sampler == "ddpm":
-            rows = dit.Coefficients(*dit.coefficients(model.alpha_bar[ts[::-1]]))
+            rows = dit.Coefficients(*table(model, ts[::-1]))
             case.check("out/p_posterior_log_variance_clipped", rows.log_small)
             case.check("out/p_betas", rows.log_large.exp())
 
@@ -283,10 +293,10 @@ def test_stages_train_one_part_each_and_looking_does_not_count():
         model.zero_grad(set_to_none=True)
         model.loss(batch)["loss"].backward()
         touched.append({name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None})
-    assert touched == [{"vae"}] * 2 + [{"net"}] * 2 and model.seen == 4
+    assert touched == [{"vae"}] * 2 + [{"net"}] * 2 and model.seen == 3
     other = tiny(vae_channels=(4, 8), patch_size=1, vae_steps=2)
     other.load_state_dict(model.state_dict())
-    assert other.seen == 4 and other.scale == model.scale
+    assert other.seen == 3 and other.scale == model.scale
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
@@ -321,7 +331,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
             assert whole[part].keys() == resumed[part].keys()
             for key, value in whole[part].items():
                 assert torch.equal(value, resumed[part][key]), (part, key)
-    assert whole["weights"]["_extra_state"] == 6 and whole["weights"]["scale"] != 1
+    assert whole["weights"]["_extra_state"] == 4 and whole["weights"]["scale"] != 1
     result = sample.main([str(tmp_path / "whole"), "--sampler_steps", "2"])
     assert 0 <= result["accuracy_samples"] <= 1
 
@@ -360,7 +370,7 @@ def test_conditions_of_all_steps_at_once_are_those_of_each(conditioning, monkeyp
     ts, kinds = [900, 400, 7], torch.tensor([0, 2, 3])
     for limit in (2**27, 1):                                              # in one pass, and step by step
         monkeypatch.setattr(dit, "MODULATION_LIMIT", limit)
-        together = list(model.conditions(ts, kinds))
+        together = list(model.conditions(torch.tensor(ts), kinds))
         assert len(together) == 3
         for t, condition in zip(ts, together):
             for a, b in zip(condition, model.net.condition(torch.full((3,), t), kinds)):
@@ -422,7 +432,7 @@ class Exact(torch.nn.Module):
 
     def __init__(self, model, images, kinds):
         super().__init__()
-        self.table, self.images, self.kinds, self.null = model.table, images, kinds, model.config.n_classes
+        self.table, self.images, self.kinds, self.null = table(model), images, kinds, model.config.n_classes
 
     def condition(self, t, label):
         return [x[..., None] for x in torch.broadcast_tensors(t, label)]
@@ -454,9 +464,10 @@ def test_samplers_with_the_optimal_network_draw_the_class_that_is_asked_for(samp
 
 
 def test_coefficients_are_those_of_bayes_rule():
-    alpha_bar = tiny().alpha_bar[[10, 300, 700]]
+    model = tiny()
+    alpha_bar = dit.linear_alpha_bar(1000)[[10, 300, 700]]
     beta = 1 - alpha_bar[1] / alpha_bar[0]
-    c = dit.at(dit.coefficients(alpha_bar), 1, torch.zeros(1, 1))
+    c = dit.at(table(model, [10, 300, 700]), 1, torch.zeros(1, 1))
     # q(z_prev | z_t, z0): precisions of q(z_prev | z0) and of q(z_t | z_prev) add up
     precision = 1 / (1 - alpha_bar[0]) + (1 - beta) / beta
     assert c.deviation.item() == pytest.approx((1 / precision).sqrt().item(), rel=1e-5)
@@ -468,7 +479,7 @@ def test_coefficients_are_those_of_bayes_rule():
 
 
 def test_schedule_is_the_released_one():
-    alpha_bar = tiny().alpha_bar
+    alpha_bar = dit.linear_alpha_bar(1000)
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     assert torch.allclose(alpha_bar, torch.cumprod(1 - beta, 0), rtol=1e-10)
     timetable = tiny(n_diffusion_steps=1000).timetable
@@ -480,13 +491,13 @@ def test_loss_reads_as_the_paper():
     model = awake(tiny())
     x, eps, label = torch.randn(5, 2, 8, 8), torch.randn(5, 2, 8, 8), torch.tensor([0, 1, 2, 0, 1])
     t = torch.tensor([0, 1, 300, 700, 999])
-    ab = model.alpha_bar[t].float()[:, None, None, None]
+    ab = alpha_bar(model)[t].float()[:, None, None, None]
     x_t = ab.sqrt() * x + (1 - ab).sqrt() * eps
     prediction, v = model.net(x_t, model.net.condition(t, label)).chunk(2, dim=1)
     out = model.loss({"x": x, "label": label}, noise=eps, t=t)
     assert torch.allclose(out["mse"], (prediction - eps).square().mean(), rtol=1e-4)
     assert torch.allclose(out["loss"], out["mse"] + out["vb"]) and torch.equal(out["t"], t / 1000)
-    c = dit.at(model.table, t[3:], x[3:])
+    c = dit.at(table(model), t[3:], x[3:])
     _, log_variance = model.predict(x_t[3:], c, model.net.condition(t[3:], label[3:]))
     f = (v[3:] + 1) / 2
     assert torch.allclose(log_variance, f * c.log_large + (1 - f) * c.log_small, atol=1e-4)
@@ -631,7 +642,7 @@ def test_released_files_start_a_training(tmp_path, monkeypatch):
     (dict(data_shape=(2, 9, 8)), "multiples of 2"), (dict(data_shape=(2,)), "images"),
     (dict(vae_channels=(4, 8, 8), data_shape=(2, 12, 12)), "multiples of 8"),
     (dict(label_dropout=0.0), "null class"), (dict(n_classes=0), "null class"),
-    (dict(conditioning="adaln0"), "nearest: 'adaln'"), (dict(sampler="euler"), "sampler"),
+    (dict(conditioning="adaln0"), "choose one of in_context, cross_attention, adaln, adaln_zero"), (dict(sampler="euler"), "sampler"),
     (dict(sampler_steps=0), "sampler steps 0"), (dict(sampler_steps=2000), "2000"),
     (dict(width=30), "n_heads"), (dict(vae_channels=(6, 8)), "vae_groups"),
     (dict(guidance_channels=5), "guidance_channels"), (dict(vae_std=0.0), "vae_std")])
