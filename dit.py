@@ -70,40 +70,40 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     # -- the data; train.py fills these in
-    data_shape: tuple = (3, 32, 32)      # (C, H, W) of an image in [-1, 1]
-    n_classes: int = 8                   # 0 = no labels. Class n_classes is the null class, "any"
-    label_dropout: float = 0.1           # share of training labels made null; 0 = no null class, no guidance
-    flip: bool = False                   # mirror half of the training images, drawn by chance, left to right
+    data_shape: tuple = (3, 32, 32)  # (C, H, W) of an image in [-1, 1]
+    n_classes: int = 8  # 0 = no labels. Class n_classes is the null class, "any"
+    label_dropout: float = 0.1  # share of training labels made null; 0 = no null class, no guidance
+    flip: bool = False  # mirror half of the training images, drawn by chance, left to right
 
     # -- the autoencoder
     # feature maps per level; each level but the first halves the image. () = none: diffusion of the pixels
     vae_channels: tuple = (8, 16, 32)
-    vae_res_blocks: int = 1              # residual blocks per level of the encoder; decoder: one more
-    vae_groups: int = 8                  # groups of its GroupNorms; must divide every level's feature maps
-    latent_channels: int = 4             # c
-    vae_std: float = 0.1                 # standard deviation of p(x | z) [1]: how exact the decoder has to be
+    vae_res_blocks: int = 1  # residual blocks per level of the encoder; decoder: one more
+    vae_groups: int = 8  # groups of its GroupNorms; must divide every level's feature maps
+    latent_channels: int = 4  # c
+    vae_std: float = 0.1  # standard deviation of p(x | z) [1]: how exact the decoder has to be
     # so many optimiser steps train the autoencoder, all later ones the transformer; 0 = it is loaded
     vae_steps: int = 500
-    latent_scale: float = 0.0            # 1/std(z) [4]; 0 = measured after vae_steps. Released: 0.18215
-    vae_file: str = ""                   # the autoencoder's weights, where --init names the transformer's
+    latent_scale: float = 0.0  # 1/std(z) [4]; 0 = measured after vae_steps. Released: 0.18215
+    vae_file: str = ""  # the autoencoder's weights, where --init names the transformer's
 
     # -- the transformer
-    conditioning: str = "adaln_zero"     # a name in CONDITIONINGS: how time and class enter
-    patch_size: int = 2                  # p, side of a patch in latent pixels
-    width: int = 128                     # D
-    depth: int = 6                       # blocks
-    n_heads: int = 4                     # head dimension is width / n_heads
-    mlp_ratio: float = 4.0               # hidden width of the MLPs / D
-    learn_variance: bool = True          # False: no f [10], the step back has variance var_t
+    conditioning: str = "adaln_zero"  # a name in CONDITIONINGS: how time and class enter
+    patch_size: int = 2  # p, side of a patch in latent pixels
+    width: int = 128  # D
+    depth: int = 6  # blocks
+    n_heads: int = 4  # head dimension is width / n_heads
+    mlp_ratio: float = 4.0  # hidden width of the MLPs / D
+    learn_variance: bool = True  # False: no f [10], the step back has variance var_t
 
     # -- the diffusion
-    n_diffusion_steps: int = 1000        # K
-    clip_x0: bool = False                # clip z0_hat to [-1, 1]: for pixels; latents have no bounds
-    sampler: str = "ddim"                # "ddpm" [14] or "ddim" [15]
-    sampler_steps: int = 50              # up to n_diffusion_steps
-    eta: float = 0.0                     # "ddim": share of fresh noise; 0 = none
-    guidance: float = 4.0                # w [13]: above 1 the class shows more, images vary less
-    guidance_channels: int = 0           # how many channels are guided; 0 = all. Released sampler: 3
+    n_diffusion_steps: int = 1000  # K
+    clip_x0: bool = False  # clip z0_hat to [-1, 1]: for pixels; latents have no bounds
+    sampler: str = "ddim"  # "ddpm" [14] or "ddim" [15]
+    sampler_steps: int = 50  # up to n_diffusion_steps
+    eta: float = 0.0  # "ddim": share of fresh noise; 0 = none
+    guidance: float = 4.0  # w [13]: above 1 the class shows more, images vary less
+    guidance_channels: int = 0  # how many channels are guided; 0 = all. Released sampler: 3
 
     def __post_init__(self):
         self.data_shape, self.vae_channels = tuple(self.data_shape), tuple(self.vae_channels)
@@ -359,7 +359,7 @@ class TanhMLP(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x (B, N, D), shift and scale (B, 1, D). It differs from dit_policy.py's: 1 + scale, zeros change nothing.
+    """x (B, N, D), shift and scale (B, 1, D). It differs from dit_policy.py's: zeros change nothing.
     Shift comes first in the weights: DiT's order, not iDDPM's."""
     return torch.addcmul(shift, x, 1 + scale)                                                 # [8]
 
@@ -627,15 +627,14 @@ class DiT(nn.Module):
         self.version = None                     # of the autoencoder's weights when its last step began
 
     def get_extra_state(self):
-        return torch.tensor(self.seen, device="cpu")
+        # Averaged weights come without the counter of their run. A scale [4] that was measured shows that the
+        # autoencoder is trained: who trains on must not begin with it again.
+        measures = self.config.vae_steps and not self.config.latent_scale and not self.scale.is_meta
+        over = measures and self.scale.item() != 1
+        return torch.tensor(self.config.vae_steps + 1 if over else self.seen, device="cpu")
 
     def set_extra_state(self, state):
         self.seen = int(state)
-        # The averaged weights of a run come without its counter. Their scale [4], if it was measured, shows
-        # that the autoencoder is trained; further training must not begin with it again.
-        measures = self.config.vae_steps and not self.config.latent_scale
-        if measures and self.seen == 0 and self.scale.item() != 1:
-            self.seen = self.config.vae_steps + 1
 
     def load_state_dict(self, state_dict, **options):
         """Older files too, in which the scale is a number and not a vector of one."""
@@ -794,7 +793,7 @@ class DiT(nn.Module):
 
     def timetable(self, steps=None):
         """The t visited, most noised first. steps: how many, evenly from K-1 to 0; or the list itself. The
-        released DDIM visits every K/steps-th from 0 on, so it starts below K-1, where z_t is not all noise."""
+        released DDIM visits every K/steps-th from 0 on: it starts below K-1, where z_t is not all noise."""
         K = self.config.n_diffusion_steps
         steps = self.config.sampler_steps if steps is None else steps
         if isinstance(steps, int):

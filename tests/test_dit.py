@@ -642,7 +642,8 @@ def test_released_files_start_a_training(tmp_path, monkeypatch):
     (dict(data_shape=(2, 9, 8)), "multiples of 2"), (dict(data_shape=(2,)), "images"),
     (dict(vae_channels=(4, 8, 8), data_shape=(2, 12, 12)), "multiples of 8"),
     (dict(label_dropout=0.0), "null class"), (dict(n_classes=0), "null class"),
-    (dict(conditioning="adaln0"), "choose one of in_context, cross_attention, adaln, adaln_zero"), (dict(sampler="euler"), "sampler"),
+    (dict(conditioning="adaln0"), "choose one of in_context, cross_attention, adaln, adaln_zero"),
+    (dict(sampler="euler"), "sampler"),
     (dict(sampler_steps=0), "sampler steps 0"), (dict(sampler_steps=2000), "2000"),
     (dict(width=30), "n_heads"), (dict(vae_channels=(6, 8)), "vae_groups"),
     (dict(guidance_channels=5), "guidance_channels"), (dict(vae_std=0.0), "vae_std")])

@@ -9,6 +9,8 @@ from golden_cases import golden
 import dit_policy
 from dit_policy import PRESETS, Config, DiTPolicy, convert_official
 
+ALPHA_BAR = dit_policy.cosine_alpha_bar(100, torch.device("cpu"))
+
 # -- the official implementation
 
 
@@ -44,7 +46,7 @@ def test_golden_noise_net(case):
     outputs = net.encode(obs)
     for i, h in enumerate(outputs):
         case.check(f"out/enc_{i}", h.transpose(0, 1))
-    eps = net(x, net.modulation([h.mean(1) for h in outputs], case.inp["time"]))
+    eps = net(x, net.condition([h.mean(1) for h in outputs], case.inp["time"]))
     case.check("out/eps", eps)
     loss = (eps * case.inp["cotangent"]).mean()
     case.check("out/loss", loss)
@@ -88,7 +90,7 @@ def test_golden_agent(case):
     batch = {"images": torch.stack(cameras, dim=2), "state": state[:, None],
              "actions": case.inp["actions"].view(B, Tp, A), "action_mask": mask[..., 0] > 0}
     case.check("out/tokens", model.tokens(batch))
-    modulation = model.noise_net.modulation(model.encode(batch), case.inp["timesteps"])
+    modulation = model.noise_net.condition(model.encode(batch), case.inp["timesteps"])
     case.check("out/eps", model.noise_net(case.out["noisy_actions"], modulation))
     result = model.loss(batch, noise=case.inp["noise"], t=case.inp["timesteps"])
     # The original sums over the chunk and divides by the items.
@@ -235,7 +237,7 @@ def noise_like(batch, seed=1):
 
 def stand_in(model, predict):
     """Replace the noise network by predict(x_t, t), t as the modulation was asked for it."""
-    model.noise_net.modulation = lambda summaries, t: [[t[:, 0] if t.ndim > 1 else t]]
+    model.noise_net.condition = lambda summaries, t: [[t[:, 0] if t.ndim > 1 else t]]
     model.noise_net.forward = lambda x_t, modulation: predict(x_t, modulation[0][0])
 
 
@@ -243,7 +245,7 @@ def stand_in(model, predict):
 
 
 def test_the_schedule_is_the_squared_cosine():
-    got, K = dit_policy.cosine_alpha_bar(100), 100
+    got, K = ALPHA_BAR, 100
     f = [math.cos((i / K + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(K + 1)]
     want = [f[i + 1] / f[0] for i in range(K)]
     assert torch.allclose(got[:-1].double(), torch.tensor(want[:-1]).double(), rtol=1e-5)
@@ -257,7 +259,7 @@ def test_the_noised_chunk_and_the_loss(kind):
     noise, t = noise_like(batch), torch.tensor([0, 40, 99])
     stand_in(model, lambda x, t: (seen.append(x), torch.zeros_like(x))[1])
     result = model.loss(batch, noise=noise, t=t)
-    a = model.alpha_bar[t].view(3, 1, 1).double()
+    a = ALPHA_BAR[t].view(3, 1, 1).double()
     assert torch.allclose(seen[0].double(), a.sqrt() * batch["actions"] + (1 - a).sqrt() * noise, atol=1e-6)
     target = noise if kind == "eps" else batch["actions"]
     assert torch.allclose(result["loss"], (target ** 2).mean())
@@ -289,7 +291,7 @@ def test_sampling_leads_to_the_data_when_the_network_knows_it(kind):
     c, levels, trace = batch["actions"], [], []
 
     def known(x, t):
-        a = model.alpha_bar[t]
+        a = ALPHA_BAR[t]
         levels.append(int(t))
         return (x - a.sqrt() * c) / (1 - a).sqrt() if kind == "eps" else c
 
@@ -297,7 +299,7 @@ def test_sampling_leads_to_the_data_when_the_network_knows_it(kind):
     chunk = model.sample(batch, steps=8, noise=noise, trace=trace)
     assert levels == [84, 72, 60, 48, 36, 24, 12, 0]
     assert torch.allclose(chunk, c, atol=1e-5) and len(trace) == 8 and trace[-1] is chunk
-    a0, a1 = model.alpha_bar[84], model.alpha_bar[72]
+    a0, a1 = ALPHA_BAR[84], ALPHA_BAR[72]
     eps = (noise - a0.sqrt() * c) / (1 - a0).sqrt()
     assert torch.allclose(trace[0], a1.sqrt() * c + (1 - a1).sqrt() * eps, atol=1e-5)
     levels.clear()
@@ -311,7 +313,7 @@ def test_gaussian_data_come_back():
     model, m, s = small(prediction_type="eps", horizon=4), 0.3, 0.15
 
     def best(x, t):
-        a = model.alpha_bar[t]
+        a = ALPHA_BAR[t]
         return (1 - a).sqrt() * (x - a.sqrt() * m) / (a * s ** 2 + 1 - a)
 
     stand_in(model, best)
@@ -328,7 +330,7 @@ def test_the_estimate_of_x0_is_clipped_and_eps_is_not():
     batch, noise, trace = small_batch(model.config), torch.full((3, 5, 2), 3.0), []
     stand_in(model, lambda x, t: torch.full_like(x, 0.5))
     model.sample(batch, steps=8, noise=noise, trace=trace)
-    a, prev = model.alpha_bar[84], model.alpha_bar[72]
+    a, prev = ALPHA_BAR[84], ALPHA_BAR[72]
     assert ((3 - (1 - a).sqrt() * 0.5) / a.sqrt()) > 1
     assert torch.allclose(trace[0], (prev.sqrt() + (1 - prev).sqrt() * 0.5).expand(3, 5, 2))
 
@@ -367,9 +369,9 @@ def test_the_block_is_adaln_zero_with_a_plain_scale():
     net = small().noise_net
     block, x, c = net.decoder[0], torch.randn(2, 5, 24), torch.randn(2, 24)
     with torch.no_grad():
-        m = block.modulation(F.silu(c))
+        m = block.prepare(F.silu(c))
         scale1, shift1, gate1, scale2, shift2, gate2 = (
-            F.silu(c)[:, None] @ linear.weight.T + linear.bias for linear in block.modulate)
+            F.silu(c)[:, None] @ linear.weight.T + linear.bias for linear in block.modulation)
         h = F.layer_norm(x, (24,), block.norm1.weight, block.norm1.bias) * scale1 + shift1
         want = x + gate1 * official_attention(block.attn)(h, h, h)[0]
         h = F.layer_norm(want, (24,), block.norm2.weight, block.norm2.bias) * scale2 + shift2
@@ -382,7 +384,7 @@ def test_a_fresh_block_is_the_identity_and_the_gates_are_exactly_zero():
     batch, net, t = small_batch(model.config), model.noise_net, torch.tensor([3, 50, 97])
     noise = noise_like(batch)
     with torch.no_grad():
-        modulation = net.modulation(model.encode(batch), t)
+        modulation = net.condition(model.encode(batch), t)
         for block, m in zip(net.decoder, modulation):
             x = torch.randn(3, 5, 24)
             assert torch.equal(block(x, m), x)
@@ -406,8 +408,8 @@ def test_initial_weights_follow_the_original():
         assert (layer.attn.in_proj.bias == 0).all() and (layer.attn.out_proj.bias == 0).all()
         assert (layer.mlp.fc1.bias != 0).any()
     for i in (0, 1, 3, 4):
-        assert 0.95 < bound(net.decoder[0].modulate[i].weight) <= 1
-        assert (net.decoder[0].modulate[i].bias == 0).all()
+        assert 0.95 < bound(net.decoder[0].modulation[i].weight) <= 1
+        assert (net.decoder[0].modulation[i].bias == 0).all()
     limit = math.sqrt(6 / (48 * (1 + 64)))                      # fans of a (64, 1, 48) tensor
     assert 0.9 * limit < net.positions.abs().max() <= limit
     assert all(torch.equal(a, b) for a, b in zip(*(e.parameters() for e in model.encoders)))
@@ -418,10 +420,10 @@ def test_block_i_takes_the_mean_of_layer_i_and_the_final_layer_that_of_the_last(
     net, t = model.noise_net, torch.tensor([20, 30])
     summaries = [torch.randn(2, 24) for _ in range(3)]
     with torch.no_grad():
-        before = net.modulation(summaries, t)
+        before = net.condition(summaries, t)
         for i in range(3):
             other = [s + 1 if j == i else s for j, s in enumerate(summaries)]
-            changed = [not torch.equal(a[0], b[0]) for a, b in zip(before, net.modulation(other, t))]
+            changed = [not torch.equal(a[0], b[0]) for a, b in zip(before, net.condition(other, t))]
             assert changed == [i == 0, i == 1, i == 2, i == 2]
         batch = small_batch(model.config)
         outputs = net.encode(model.tokens(batch))
@@ -429,7 +431,7 @@ def test_block_i_takes_the_mean_of_layer_i_and_the_final_layer_that_of_the_last(
         e = net.time_mlp(torch.stack([torch.cat([torch.cos(k * w), torch.sin(k * w)]) for k in (20.0, 30.0)
                                       for w in [10000 ** (-torch.arange(8) / 7)]]))
         for block, s, m in zip(net.decoder, summaries, before):
-            want = block.modulate[1](F.silu(s + e))
+            want = block.modulation[1](F.silu(s + e))
             assert torch.allclose(m[1], want, atol=1e-5)
 
 
@@ -456,7 +458,7 @@ def test_documented_shapes():
     assert chunk.shape == (4, 5, 2) and [x.shape for x in trace] == [chunk.shape] * 3
     result = model.loss(batch)
     assert result["loss"].shape == () and result["per_sample"].shape == (4,) == result["t"].shape
-    modulation = net.modulation(model.encode(batch), torch.tensor([[7], [0]]))
+    modulation = net.condition(model.encode(batch), torch.tensor([[7], [0]]))
     assert [m.shape for m in modulation[0]] == [(2, 4, 24)] * 6 and len(modulation) == 3
 
 
@@ -467,9 +469,9 @@ def test_the_sampler_equals_a_loop_that_computes_everything_anew():
     got = model.sample(batch, steps=4, noise=noise)
     with torch.no_grad():
         for t, s in ((75, 50), (50, 25), (25, 0), (0, None)):
-            modulation = model.noise_net.modulation(model.encode(batch), torch.full((3,), t))
+            modulation = model.noise_net.condition(model.encode(batch), torch.full((3,), t))
             eps = model.noise_net(x, modulation)
-            a, b = model.alpha_bar[t], torch.tensor(1.0) if s is None else model.alpha_bar[s]
+            a, b = ALPHA_BAR[t], torch.tensor(1.0) if s is None else ALPHA_BAR[s]
             x = b.sqrt() * ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1) + (1 - b).sqrt() * eps
     assert torch.allclose(got, x, atol=1e-5)
 
@@ -633,7 +635,7 @@ def test_crops():
 def test_images_are_normalised_as_imagenet():
     model = small()
     batch = small_batch(model.config)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in dit_policy.IMAGENET)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     scaled = batch | {"images": (batch["images"] / 255 - mean) / std}
     with torch.no_grad():
         assert torch.allclose(model.tokens(batch), model.tokens(scaled), atol=1e-5)
@@ -679,7 +681,7 @@ def test_a_generator_repeats_a_chunk_and_bfloat16_stays_close():
     ({"proprioception": "early"}, "choose one of token, pad, none"),
     ({"obs": "images"}, "choose one of lowdim, image"),
     ({"dropout": 1.0}, "dropout 1.0 must lie in"),
-    ({"text_len": -1}, "must not be negative"),
+    ({"text_len": -1}, "text_len -1 must be at least 0"),
     ({"n_cameras": 0}, "set text_len=0"),
     ({"n_cameras": 0, "text_len": 0, "proprioception": "pad"}, "leaves no token"),
 ])
