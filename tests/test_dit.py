@@ -648,8 +648,8 @@ def test_released_files_start_a_training(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- devices, precision, averages
 class HostCopies(TorchDispatchMode):
-    """Counts what is copied from the CPU to the meta device, which stands for a GPU: there a value that is read
-    back raises, and so does a tensor that was left on the CPU."""
+    """Counts what is copied from the CPU to the meta device, which stands for a GPU: a value that is read back
+    raises there, and so does a tensor that was left on the CPU."""
 
     count = 0
 
@@ -660,7 +660,7 @@ class HostCopies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("preset", ["tiny", "S/2", "XL/2"])
+@pytest.mark.parametrize("preset", ["tiny", "S/8"])
 def test_no_step_waits_for_the_device(preset):
     """Loss, backward pass, clipping, optimiser, average; sampling. In both stages, where there are two."""
     config = Config(**dit.PRESETS[preset] | {"sampler_steps": 4})
@@ -749,7 +749,7 @@ def test_bfloat16_and_autocast(change):
 def test_bfloat16_leaves_the_scale_as_it_is():
     model = tiny(vae_channels=(4, 8), patch_size=1, latent_scale=0.18215).to(torch.bfloat16)
     assert model.scale.dtype == torch.float32 and model.scale.item() == pytest.approx(0.18215, rel=1e-6)
-    assert model.net.final.linear.weight.dtype == torch.bfloat16 and model.scale is model.get_parameter("scale")
+    assert model.net.final.linear.weight.dtype == torch.bfloat16
 
 
 def test_files_with_a_scalar_scale_load():
@@ -861,7 +861,8 @@ def test_one_level_of_noise():
     (dict(width=30), "n_heads"), (dict(vae_channels=(6, 8)), "vae_groups"),
     (dict(guidance_channels=5), "guidance_channels"), (dict(vae_std=0.0), "vae_std"),
     (dict(guidance=math.nan), "guidance"), (dict(guidance=-1.0), "guidance"), (dict(eta=1.5), "eta"),
-    (dict(eta=math.nan), "eta"), (dict(label_dropout=7.0), "label_dropout"), (dict(vae_std=math.nan), "vae_std"),
+    (dict(eta=math.nan), "eta"), (dict(label_dropout=7.0), "label_dropout"),
+    (dict(vae_std=math.nan), "vae_std"),
     (dict(mlp_ratio=0.0), "mlp_ratio"), (dict(mlp_ratio=math.nan), "mlp_ratio"),
     (dict(latent_scale=-1.0), "latent_scale"), (dict(latent_scale=math.nan), "latent_scale"),
     (dict(vae_channels=(0, 8)), "vae_channels"), (dict(data_shape=(0, 8, 8)), "data_shape"),

@@ -1,10 +1,12 @@
 """dit_policy.py against the official implementation, torch's attention, closed forms, and its docstring."""
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_policy
 from dit_policy import PRESETS, Config, DiTPolicy, convert_official
@@ -660,6 +662,204 @@ def test_a_generator_repeats_a_chunk_and_bfloat16_stays_close():
     assert fast.dtype == torch.float32 and (fast - chunks[0]).abs().max() < 0.15
 
 
+def test_the_levels_that_are_visited():
+    leading, trailing = (lambda *a, s=s: dit_policy.timetable(*a, s) for s in ("leading", "trailing"))
+    assert leading(100, 8) == [84, 72, 60, 48, 36, 24, 12, 0] and leading(100, 51)[0] == 50
+    assert trailing(100, 8) == [99, 87, 74, 61, 49, 37, 24, 11] and trailing(100, 10)[:2] == [99, 89]
+    assert trailing(100, 100) == leading(100, 100) == list(range(99, -1, -1)) and leading(1, 1) == [0]
+    assert [trailing(100, n)[0] for n in (1, 7, 51, 99)] == [99] * 4
+    assert leading(100, (7, 3, 0)) == [7, 3, 0]
+    for steps in ((3, 5), (5, 5), (100, 1), (5, -1), ()):
+        with pytest.raises(ValueError, match="must fall from at most 99 to at least 0"):
+            leading(100, steps)
+
+
+def test_the_sampler_visits_the_levels_it_is_given():
+    for fields, steps, want in (
+            ({"spacing": "trailing"}, 4, [99, 74, 49, 24]), ({}, [80, 33, 2], [80, 33, 2]),
+            ({"sampler_steps": 2, "spacing": "trailing"}, None, [99, 49])):
+        model, seen = small(**fields), []
+        batch = small_batch(model.config)
+        stand_in(model, lambda x, t: (seen.append(int(t)), torch.zeros_like(x))[1])
+        model.sample(batch, steps=steps, noise=noise_like(batch))
+        assert seen == want
+
+
+def test_the_clip_is_a_field():
+    for clip in (2.0, 0.5, 0.0):
+        model, trace = small(clip_x0=clip), []
+        batch, noise = small_batch(model.config), torch.full((3, 5, 2), 3.0)
+        stand_in(model, lambda x, t: torch.full_like(x, 1.5))
+        got = model.sample(batch, steps=8, noise=noise, trace=trace)
+        assert torch.allclose(got, torch.full_like(got, min(1.5, clip or 1.5)))
+
+
+def test_padding_is_trained_on_when_asked_for():
+    model = small(train_on_padding=True)
+    batch, noise, t = small_batch(model.config), torch.randn(3, 5, 2), torch.tensor([5, 50, 90])
+    want = model.loss(batch, noise=noise, t=t)
+    batch["action_mask"][0, 2:] = False
+    got = model.loss(batch, noise=noise, t=t)
+    assert torch.equal(got["loss"], want["loss"]) and torch.equal(got["per_sample"], want["per_sample"])
+    assert batch["action_mask"].sum() == 12, "the batch stays as it is"
+
+
+def test_one_level_of_noise():
+    model = small(n_diffusion_steps=1, sampler_steps=1)
+    batch = small_batch(model.config)
+    result = model.loss(batch)
+    assert (result["t"] == 0).all() and torch.isfinite(result["loss"])
+    assert torch.isfinite(model.sample(batch)).all()
+
+
+def test_draws_and_masks_are_ragged_and_keep_their_order():
+    """Draw j of item i stands at place 3 j + i, with the mask, text and pictures of item i."""
+    model = small(n_obs_steps=2)
+    batch = small_batch(model.config)
+    for item, real in enumerate((5, 2, 3)):
+        batch["action_mask"][item, real:] = False
+    noise, t = torch.randn(6, 5, 2), torch.tensor([3, 40, 80, 95, 20, 60])
+    result = model.loss(batch, noise=noise, t=t)
+    sums = 0
+    for place in range(6):
+        item = slice(place % 3, place % 3 + 1)
+        alone = model.loss({k: v[item] for k, v in batch.items()}, noise[place:place + 1], t[place:place + 1])
+        assert torch.allclose(result["per_sample"][place], alone["loss"], rtol=1e-4)
+        assert torch.allclose(alone["per_sample"], alone["loss"])
+        sums = sums + alone["loss"] * batch["action_mask"][item].sum()
+    assert torch.allclose(result["loss"], sums / 20, rtol=1e-4), "every real step weighs alike"
+
+
+@pytest.mark.parametrize("fields", [
+    {"n_obs_steps": 2}, {"pool": True, "share_encoder": True}, {"text_dim": 6}, {"proprioception": "pad"}])
+def test_a_batch_equals_its_items_one_by_one(fields):
+    """Three items, three instructions."""
+    model = small(**fields)
+    batch = small_batch(model.config) | {"text_embedding": torch.randn(3, 6)}
+    noise = noise_like(batch)
+    together = model.sample(batch, noise=noise)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = model.sample({k: v[one] for k, v in batch.items()}, noise=noise[one])
+        assert torch.allclose(together[one], alone, atol=1e-4)
+        other = batch | {k: v.roll(1, 0) for k, v in batch.items() if k.startswith("text")}
+    assert not torch.allclose(model.sample(other, noise=noise), together, atol=1e-3)
+
+
+def test_the_generator_decides_every_draw():
+    model = small()
+    batch, chunks = small_batch(model.config), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        chunks.append(model.sample(batch, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(*chunks)
+    start = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(model.sample(batch, noise=start), chunks[0])
+
+
+def test_every_dropout_is_applied_and_in_training_only():
+    model = small(dropout=0.5)
+    net, x, positions = model.noise_net, torch.randn(2, 7, 24), torch.randn(7, 24)
+    layer, block = net.encoder[0], net.decoder[0]
+    given = block.prepare(torch.randn(2, 24))
+    calls = {"attention": lambda: layer.attn(x), "mlp": lambda: layer.mlp(x),
+             "block": lambda: block(x, given), "layer": lambda: layer(x, positions)}
+    with torch.no_grad():
+        for name, call in calls.items():
+            model.eval()
+            assert torch.equal(call(), call()), name
+            model.train()
+            assert not torch.equal(call(), call()), name
+        for part in (layer.attn, layer.mlp, block.attn, block.mlp):   # what is left: the branches themselves
+            part.eval()
+        assert not torch.equal(calls["layer"](), calls["layer"]())
+        assert not torch.equal(calls["block"](), calls["block"]())
+        q = torch.randn(2, 3, 50, 8)
+        ones = torch.ones(2, 3, 50, 1)
+        kept = dit_policy.attention(q, q, ones, 0.5)
+        assert kept.mean().item() == pytest.approx(1, abs=0.1) and kept.std() > 0.05
+
+
+def test_resnets_start_as_those_of_torchvision_and_cameras_alike():
+    """kaiming_normal, fan_out: standard deviation sqrt(2 / (C_out k k))."""
+    model = small(randomize=False, resnet_widths=(32, 64), n_cameras=2)
+    for encoder in model.encoders:
+        convolutions = [m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert len(convolutions) == 1 + 4 + 4 + 1
+        for conv in convolutions:
+            want = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
+            assert conv.weight.std().item() == pytest.approx(want, rel=0.1) and conv.bias is None
+        for m in encoder.modules():
+            if isinstance(m, dit_policy.FilmBlock):
+                assert (m.film.weight == 0).all() and (m.film.bias == 0).all()
+            if isinstance(m, torch.nn.GroupNorm):
+                assert (m.weight == 1).all() and (m.bias == 0).all() and m.eps == 1e-5
+    first, second = (list(encoder.parameters()) for encoder in model.encoders)
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(first, second))
+
+
+# -- devices and precision
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts what is copied from the CPU to the meta device, which stands for a GPU: a value that is read back
+    raises there, and so does a tensor that was left on the CPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sources = {x.device.type for x in args if isinstance(x, torch.Tensor)}
+        self.count += "cpu" in sources and isinstance(out, torch.Tensor) and out.is_meta
+        return out
+
+
+@pytest.mark.parametrize("preset, fields", [("tiny", {}), ("tiny", {"crop_size": (60, 60), "text_dim": 7}),
+                                            ("droid", {}), ("aloha", {"spacing": "trailing"})])
+def test_no_step_waits_for_the_device(preset, fields):
+    """Loss, backward pass, clipping, optimiser, average; sampling."""
+    config = Config(**PRESETS[preset] | fields)
+    with torch.device("meta"):
+        model = DiTPolicy(config).train()
+        batch = {"actions": torch.empty(2, config.horizon, config.action_dim),
+                 "action_mask": torch.ones(2, config.horizon, dtype=torch.bool),
+                 "state": torch.empty(2, 1, config.state_dim),
+                 "images": torch.zeros(2, 1, config.n_cameras, 3, *config.image_size, dtype=torch.uint8),
+                 "text": torch.zeros(2, config.text_len, dtype=torch.long),
+                 "text_embedding": torch.empty(2, config.text_dim)}
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.param_groups(0.0))
+    for step in range(2):
+        with HostCopies() as copies:
+            loss = model.loss(batch)["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.1)
+            assert model.sample(batch).shape == batch["actions"].shape
+    assert loss.is_meta and copies.count == 0, "what the second step needs is kept"
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0"])
+def test_bfloat16_and_autocast(kind):
+    exact = small(prediction_type=kind)
+    batch, noise, t = small_batch(exact.config), torch.randn(3, 5, 2), torch.tensor([9, 50, 90])
+    want, loss = exact.sample(batch, noise=noise), exact.loss(batch, noise=noise, t=t)["loss"]
+    for cast in (True, False):
+        model = small(prediction_type=kind)
+        model = model.to(torch.bfloat16) if cast else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=not cast):
+            got = model.loss(batch, noise=noise, t=t)
+            got["loss"].backward()
+            chunk = model.sample(batch, noise=noise)
+        assert chunk.dtype == got["loss"].dtype == got["per_sample"].dtype == torch.float32
+        assert got["loss"].item() == pytest.approx(loss.item(), rel=0.03)
+        assert (chunk - want).abs().max() < 0.15
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 # -- what a user can get wrong
 
 
@@ -683,6 +883,18 @@ def test_a_generator_repeats_a_chunk_and_bfloat16_stays_close():
     ({"dropout": 1.0}, "dropout 1.0 must lie in"),
     ({"text_len": -1}, "text_len -1 must be at least 0"),
     ({"n_cameras": 0}, "set text_len=0"),
+    ({"clip_x0": -1.0}, "clip_x0 -1.0 must be at least 0"), ({"clip_x0": math.nan}, "clip_x0 nan"),
+    ({"spacing": "even"}, "spacing 'even' is not known: choose one of leading, trailing"),
+    ({"dropout": math.nan}, "dropout nan"), ({"state_dropout": -0.1}, "state_dropout -0.1"),
+    ({"token_dropout": 1.0}, "token_dropout 1.0"),
+    ({"crop_size": (0, 5)}, "crop_size .0, 5. must be at least 1"),
+    ({"crop_size": (5,)}, "two numbers each"), ({"image_size": (64,)}, "two numbers each"),
+    ({"image_size": (0, 64)}, "image_size .0, 64. must be at least 1"),
+    ({"resnet_widths": (0, 16)}, "resnet_widths .0, 16. must be at least 1"), ({"time_dim": 2}, "time_dim 2"),
+    ({"n_cameras": -1}, "n_cameras -1 must be at least 0"), ({"text_dim": -1}, "text_dim -1"),
+    *(({name: 0}, f"{name} 0 must be at least 1") for name in (
+        "action_dim", "state_dim", "n_action_steps", "text_width", "n_groups", "width", "n_heads", "mlp",
+        "n_diffusion_steps")),
     ({"n_cameras": 0, "text_len": 0, "proprioception": "pad"}, "leaves no token"),
 ])
 def test_bad_configurations_are_named_in_one_line(fields, message):
