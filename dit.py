@@ -74,7 +74,6 @@ class Config:
     n_classes: int = 8  # 0 = no labels. Class n_classes is the null class, "any"
     label_dropout: float = 0.1  # share of training labels made null; 0 = no null class, no guidance
     flip: bool = False  # mirror half of the training images, drawn by chance, left to right
-
     # -- the autoencoder
     # feature maps per level; each level but the first halves the image. () = none: diffusion of the pixels
     vae_channels: tuple = (8, 16, 32)
@@ -86,7 +85,6 @@ class Config:
     vae_steps: int = 500
     latent_scale: float = 0.0  # 1/std(z) [4]; 0 = measured after vae_steps. Released: 0.18215
     vae_file: str = ""  # the autoencoder's weights, where --init names the transformer's
-
     # -- the transformer
     conditioning: str = "adaln_zero"  # a name in CONDITIONINGS: how time and class enter
     patch_size: int = 2  # p, side of a patch in latent pixels
@@ -95,7 +93,6 @@ class Config:
     n_heads: int = 4  # head dimension is width / n_heads
     mlp_ratio: float = 4.0  # hidden width of the MLPs / D
     learn_variance: bool = True  # False: no f [10], the step back has variance var_t
-
     # -- the diffusion
     n_diffusion_steps: int = 1000  # K
     clip_x0: bool = False  # clip z0_hat to [-1, 1]: for pixels; latents have no bounds
@@ -114,17 +111,14 @@ class Config:
         check_at_least(self, 0, "n_classes", "vae_steps", "latent_scale", "guidance", "guidance_channels")
         check_steps(self.sampler_steps, self.n_diffusion_steps)
         if len(self.data_shape) != 3:
-            raise ValueError(f"data_shape {self.data_shape}: images (C, H, W) are needed, for example --data "
-                             "shapes")
+            raise ValueError(f"data_shape {self.data_shape}: (C, H, W) of images is needed (--data shapes)")
         halvings = max(0, len(self.vae_channels) - 1)
         multiple = self.patch_size * 2**halvings
         if any(size % multiple for size in self.data_shape[1:]):
-            raise ValueError(f"data_shape {self.data_shape}: height and width must be multiples of "
-                             f"{multiple}: patch_size {self.patch_size}, times 2 for each of {halvings} "
-                             f"halvings")
+            raise ValueError(f"data_shape {self.data_shape}: height and width must be multiples of {multiple}"
+                             f", patch_size {self.patch_size} times 2 for each of {halvings} halvings")
         if any(channels % self.vae_groups for channels in self.vae_channels):
-            raise ValueError(f"vae_groups {self.vae_groups} does not divide all vae_channels "
-                             f"{self.vae_channels}")
+            raise ValueError(f"vae_groups {self.vae_groups} must divide all vae_channels {self.vae_channels}")
         if self.width % self.n_heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of n_heads {self.n_heads} and of 4")
         if not self.width * self.mlp_ratio >= 1:
@@ -133,8 +127,7 @@ class Config:
             raise ValueError(f"guidance {self.guidance} needs a null class, but n_classes = {self.n_classes} "
                              f"and label_dropout = {self.label_dropout}: set guidance=1")
         if self.guidance_channels > self.latent_shape[0]:
-            raise ValueError(f"guidance_channels {self.guidance_channels} must lie in 0.."
-                             f"{self.latent_shape[0]}")
+            raise ValueError(f"guidance_channels {self.guidance_channels} of {self.latent_shape[0]} channels")
         if not 0 <= self.label_dropout <= 1 or not 0 <= self.eta <= 1 or not self.vae_std > 0:
             raise ValueError(f"label_dropout {self.label_dropout} and eta {self.eta} must lie in [0, 1], "
                              f"vae_std {self.vae_std} above 0")
@@ -290,8 +283,8 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         """-> mean and log-variance of q(z | x), each (B, c, h, w)."""
-        moments = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
-        mean, log_variance = moments.chunk(2, dim=1)
+        x = self.encoder(x.to(self.quant_conv.weight.dtype))
+        mean, log_variance = self.quant_conv(x).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, z):
@@ -327,13 +320,13 @@ class TokenAttention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
-        B, N, D = x.shape
+        B, N, _ = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
         return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ConditionAttention(nn.Module):
-    """Multi-head attention from tokens x (B, N, D) to what `keys_values` made of the condition (B, M, 2D)."""
+    """Multi-head attention from tokens x (B, N, D) to what `kv` made of the condition, (B, M, 2D)."""
 
     def __init__(self, width, n_heads):
         super().__init__()
@@ -637,13 +630,12 @@ class DiT(nn.Module):
         self.seen = int(state)
 
     def load_state_dict(self, state_dict, **options):
-        """Older files too, in which the scale is a number and not a vector of one."""
+        """Older files too, whose scale is no vector."""
         vector = {k: v.reshape(1) for k, v in state_dict.items() if k == "scale"}
         return super().load_state_dict({**state_dict, **vector}, **options)
 
     def _apply(self, fn, recurse=True):
-        """.to(bfloat16) leaves the scale in float32: rounded, it would make all latents a little too large or
-        too small."""
+        """.to(bfloat16) leaves the scale in float32: rounded, it makes all latents too large or too small."""
         scale = self.scale.detach().clone()
         super()._apply(fn, recurse)
         if not scale.is_meta:
@@ -809,7 +801,7 @@ class DiT(nn.Module):
         n_classes = self.config.n_classes
         if "label" in batch and n_classes:
             label = batch["label"]
-            # On a GPU the comparison would stop every step to wait for it; there the embedding asserts.
+            # On a GPU every step would wait for the comparison; there the embedding asserts.
             if label.device.type == "cpu" and ((label < 0) | (label >= n_classes)).any():
                 raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = "
                                  f"{n_classes} means 0..{n_classes - 1}")
@@ -842,10 +834,9 @@ class DiT(nn.Module):
         if not any(k.startswith("net.") for k in weights):
             weights |= {f"net.{k}": v for k, v in Transformer(config).state_dict().items()}
         if model.vae and not any(k.startswith("vae.") for k in weights):
-            raise ValueError("these are a transformer's weights alone: add its autoencoder's file with --set "
-                             "vae_file=VAE.safetensors")
+            raise ValueError("these are a transformer's weights alone: add the autoencoder's (vae_file=FILE)")
         weights["scale"] = torch.tensor([config.latent_scale or 1.0])
-        weights["_extra_state"] = torch.tensor(0, device="cpu")  # no step begun, but the autoencoder is there
+        weights["_extra_state"] = torch.tensor(0, device="cpu")  # not -1: the autoencoder is there
         load_strictly(model, weights)
         return model
 
@@ -923,8 +914,8 @@ PRESETS = {
                                            ("XL", 28, 1152, 16)) for p in (2, 4, 8)},
 }
 
-# ema_max: samples come from an average of the weights over the run, which the last batches hardly move. Its
-# memory grows with the run, up to 1/(1 - ema_max) steps: see ema_decay in train.py.
+# ema_max: samples come from an average of the weights over the run, which is less noisy than the last ones;
+# its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
     "tiny": {"data": "shapes", "demos": 8000, "steps": 6500, "batch_size": 64, "lr": 3e-3, "warmup": 100,
              "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0, "ema_max": 0.995, "eval_every": 0,
@@ -939,8 +930,8 @@ def write_png(path, image):
     """image (H, W, 3) uint8."""
     H, W, C = image.shape
     rows = F.pad(image.flatten(1), (1, 0)).numpy().tobytes()              # a row begins with its filter: none
-    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
-                                + struct.pack(">I", zlib.crc32(kind + body)))
+    number = lambda n: struct.pack(">I", n)
+    chunk = lambda kind, body: number(len(body)) + kind + body + number(zlib.crc32(kind + body))
     with open(path, "wb") as f:
         f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0))
                 + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
@@ -949,11 +940,11 @@ def write_png(path, image):
 def generate(dit_file, vae_file, labels, preset="XL/2", path="dit.png", seed=0, **changes):
     """Images of these classes, side by side, with released weights. changes: fields of Config, such as
     sampler_steps. -> (B, C, H, W)"""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     config = Config(**PRESETS[preset] | {"vae_file": vae_file} | changes)
-    model = DiT.from_official(read_file(dit_file), config)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    images = model.sample({"label": torch.tensor(labels, device=model.scale.device)},
-                          generator=torch.Generator().manual_seed(seed)).cpu()
+    model = DiT.from_official(read_file(dit_file), config).to(device).eval()
+    batch, generator = {"label": torch.tensor(labels, device=device)}, torch.Generator().manual_seed(seed)
+    images = model.sample(batch, generator=generator).cpu()
     pixels = (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
     write_png(path, pixels.permute(2, 0, 3, 1).flatten(1, 2))
     print(f"wrote {path}")

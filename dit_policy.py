@@ -138,15 +138,12 @@ class Config:
             raise ValueError(f"width {self.width} must be even and a multiple of n_heads = {self.n_heads}")
         if self.time_dim % 2 or not self.time_dim >= 4:
             raise ValueError(f"time_dim {self.time_dim} must be even and at least 4: sines and cosines")
-        if not self.n_cameras and self.proprioception != "token":
-            raise ValueError(f"proprioception {self.proprioception!r} without cameras leaves no token: set "
-                             "it to 'token'")
-        if not self.n_cameras and self.reads_text:
-            raise ValueError("n_cameras is 0, but the instruction is read inside the image encoder: set "
-                             "text_len=0 and text_dim=0")
+        if not self.n_cameras and (self.reads_text or self.proprioception != "token"):
+            raise ValueError("n_cameras is 0: the only token is proprioception's, set it to 'token'; the "
+                             "instruction is read with the images, set text_len=0 and text_dim=0")
         if not self.resnet_widths or any(width % self.n_groups for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be numbers of channels that can be "
-                             f"split into n_groups = {self.n_groups} groups")
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of n_groups = "
+                             f"{self.n_groups}")
         if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
             raise ValueError(f"image_size {self.image_size} and crop_size {self.crop_size} are two numbers "
                              f"each, height and width; crop_size may be ()")
@@ -245,14 +242,11 @@ def modulate(x, shift, scale):
     return x * scale[:, None] + shift[:, None]                                  # [8] [10]
 
 
-class DiTBlock(nn.Module):
-    """adaLN-Zero block. (B, Tp, D), what `prepare` returns -> (B, Tp, D). The norms are affine."""
+class DiTBlock(EncoderLayer):
+    """adaLN-Zero block of the same parts. (B, Tp, D), what `prepare` returns -> (B, Tp, D)."""
 
     def __init__(self, config):
-        super().__init__()
-        self.attn, self.mlp = SelfAttention(config), MLP(config)
-        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config)
         # scale, shift, gate of the attention, then of the MLP
         self.modulation = nn.ModuleList([nn.Linear(config.width, config.width) for _ in range(6)])
 
@@ -521,18 +515,16 @@ class DiTPolicy(nn.Module):
 
     def text_vector(self, batch):
         """What FiLM receives, (B, text_width), or None where no text is read."""
-        config = self.config
-        if not config.reads_text:
+        size, key = self.config.text_dim, "text_embedding" if self.config.text_dim else "text"
+        if not self.config.reads_text:
             return None
-        key = "text_embedding" if config.text_dim else "text"
         if key not in batch:
-            raise ValueError(f"the batch has no {key!r}, which text_dim = {config.text_dim} and text_len = "
-                             f"{config.text_len} ask for; set both to 0 to read no instruction")
+            raise ValueError(f"the batch has no {key!r}, which text_dim = {size} and text_len = "
+                             f"{self.config.text_len} ask for; set both to 0 to read no instruction")
         text = batch[key]
-        if config.text_dim and text.shape[1:] != (config.text_dim,):
-            raise ValueError(f"text_embedding has shape {tuple(text.shape[1:])} per item, but text_dim is "
-                             f"{config.text_dim}")
-        return self.text(text.to(self.text.weight.dtype) if config.text_dim else text)
+        if size and text.shape[1:] != (size,):
+            raise ValueError(f"text_embedding has shape {tuple(text.shape[1:])} per item, text_dim is {size}")
+        return self.text(text.to(self.text.weight.dtype) if size else text)
 
     def tokens(self, batch):
         """Observation tokens (B, N, D): camera by camera, the newest image first, and proprioception last."""
@@ -569,7 +561,9 @@ class DiTPolicy(nn.Module):
 
         batch: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S), images (B, To, V, 3, H, W) and text
         (B, text_len) where they are read. noise (n B, Tp, A) and t (n B,), all items once, then again: drawn
-        when not given. Time: t = 0 is almost data, t = K-1 noise.
+        when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh alike; in
+        the mean of per_sample that train.py's validation takes, all items do; gradient accumulation and
+        several processes average over their batches.
         -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}
         """
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
@@ -710,6 +704,8 @@ PRESETS = {
 }
 PUBLISHED_RECIPE = {"steps": 150_000, "batch_size": 150, "lr": 3e-4, "warmup": 2000, "betas": (0.95, 0.999),
                     "weight_decay": 1e-6, "ema_max": 0.0}
+# ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
+# ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
     "tiny": {"steps": 3000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},

@@ -648,8 +648,8 @@ def test_released_files_start_a_training(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- devices, precision, averages
 class HostCopies(TorchDispatchMode):
-    """Counts what is copied from the CPU to the meta device, which stands for a GPU: a value that is read back
-    raises there, and so does a tensor that was left on the CPU."""
+    """Counts what is copied from the CPU to the meta device, which stands for a GPU: a value that is read
+    back raises there, and so does a tensor that was left on the CPU."""
 
     count = 0
 
@@ -852,7 +852,7 @@ def test_one_level_of_noise():
 
 # ---------------------------------------------------------------- bad input
 @pytest.mark.parametrize("change, message", [
-    (dict(data_shape=(2, 9, 8)), "multiples of 2"), (dict(data_shape=(2,)), "images"),
+    (dict(data_shape=(2, 9, 8)), "multiples of 2"), (dict(data_shape=(2,)), "of images is needed"),
     (dict(vae_channels=(4, 8, 8), data_shape=(2, 12, 12)), "multiples of 8"),
     (dict(label_dropout=0.0), "null class"), (dict(n_classes=0), "null class"),
     (dict(conditioning="adaln0"), "choose one of in_context, cross_attention, adaln, adaln_zero"),

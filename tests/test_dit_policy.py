@@ -550,7 +550,7 @@ def test_given_embeddings():
         a, b = (model.sample(batch | {"text_embedding": e}, noise=noise_like(batch))
                 for e in (batch["text_embedding"], -batch["text_embedding"]))
     assert not torch.allclose(a, b, atol=1e-3)
-    with pytest.raises(ValueError, match="shape .5,. per item, but text_dim is 6"):
+    with pytest.raises(ValueError, match="shape .5,. per item, text_dim is 6"):
         model.sample(batch | {"text_embedding": torch.randn(3, 5)})
     with pytest.raises(ValueError, match="no 'text_embedding'"):
         model.loss({k: v for k, v in batch.items() if k != "text_embedding"})
@@ -802,8 +802,8 @@ def test_resnets_start_as_those_of_torchvision_and_cameras_alike():
 
 
 class HostCopies(TorchDispatchMode):
-    """Counts what is copied from the CPU to the meta device, which stands for a GPU: a value that is read back
-    raises there, and so does a tensor that was left on the CPU."""
+    """Counts what is copied from the CPU to the meta device, which stands for a GPU: a value that is read
+    back raises there, and so does a tensor that was left on the CPU."""
 
     count = 0
 
@@ -875,7 +875,7 @@ def test_bfloat16_and_autocast(kind):
     ({"sampler_steps": 101}, "sampler steps 101 must lie in 1..n_diffusion_steps = 100"),
     ({"sampler_steps": 0}, "sampler steps 0"),
     ({"crop_size": (65, 10)}, "crop_size .65, 10. is larger than image_size .64, 64."),
-    ({"resnet_widths": (16, 30)}, "n_groups = 4 groups"),
+    ({"resnet_widths": (16, 30)}, "multiples of n_groups = 4"),
     ({"resnet_widths": ()}, "resnet_widths"),
     ({"prediction_type": "v"}, "prediction_type 'v' is not known: choose one of eps, x0"),
     ({"proprioception": "early"}, "choose one of token, pad, none"),
@@ -895,7 +895,7 @@ def test_bfloat16_and_autocast(kind):
     *(({name: 0}, f"{name} 0 must be at least 1") for name in (
         "action_dim", "state_dim", "n_action_steps", "text_width", "n_groups", "width", "n_heads", "mlp",
         "n_diffusion_steps")),
-    ({"n_cameras": 0, "text_len": 0, "proprioception": "pad"}, "leaves no token"),
+    ({"n_cameras": 0, "text_len": 0, "proprioception": "pad"}, "the only token"),
 ])
 def test_bad_configurations_are_named_in_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as error:
