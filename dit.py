@@ -109,7 +109,7 @@ class Config:
         check_at_least(self, 1, "data_shape", "vae_channels", "vae_res_blocks", "vae_groups",
                        "latent_channels", "patch_size", "width", "depth", "n_heads", "n_diffusion_steps")
         check_at_least(self, 0, "n_classes", "vae_steps", "latent_scale", "guidance", "guidance_channels")
-        check_steps(self.sampler_steps, self.n_diffusion_steps)
+        timetable(self.n_diffusion_steps, self.sampler_steps)
         if len(self.data_shape) != 3:
             raise ValueError(f"data_shape {self.data_shape}: (C, H, W) of images is needed (--data shapes)")
         halvings = max(0, len(self.vae_channels) - 1)
@@ -150,11 +150,6 @@ def check_at_least(config, least, *fields):
         value = getattr(config, field)
         if not all(x >= least for x in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"{field} {value} must be at least {least}")
-
-
-def check_steps(steps, n_diffusion_steps):
-    if not 1 <= steps <= n_diffusion_steps:
-        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {n_diffusion_steps}")
 
 
 def check_shape(what, x, shape):
@@ -546,24 +541,19 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(alpha_bar):
-    """alpha_bar (S,) float64 of the levels visited, least noised first -> Coefficients of (S,), float64. Any
-    selection of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps. It
-    differs from ddpm.py's in the fields."""
+    """alpha_bar (S,) float64 of the levels visited, least noised first -> Coefficients, stacked (fields, S).
+    Any selection of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps.
+    It differs from ddpm.py's in the fields."""
     prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     beta = 1 - alpha_bar / prev
     variance = beta * (1 - prev) / (1 - alpha_bar)
     # log 0 at t = 0: the next level's variance there, as iDDPM. No sample depends on it, the bound does.
-    floor = variance[1:2] if len(variance) > 1 else torch.full_like(variance, 1e-20)
-    return Coefficients(
+    floor = variance[1:2] if len(variance) > 1 else beta
+    return torch.stack(Coefficients(
         signal=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt(), signal_prev=prev.sqrt(),
         sigma_prev=(1 - prev).sqrt(), c_x0=prev.sqrt() * beta / (1 - alpha_bar),
         c_xt=(1 - beta).sqrt() * (1 - prev) / (1 - alpha_bar), deviation=variance.sqrt(),
-        log_small=torch.cat([floor, variance[1:]]).log(), log_large=beta.log())
-
-
-def at(table, t, x):
-    """Row t (an int or (B,) indices) of coefficients (fields, S), shaped to broadcast over x (B, ...)."""
-    return Coefficients(*table[:, t].reshape(len(table), -1, *[1] * (x.dim() - 1)))
+        log_small=torch.cat([floor, variance[1:]]).log(), log_large=beta.log()))
 
 
 def linear_alpha_bar(K):
@@ -573,12 +563,32 @@ def linear_alpha_bar(K):
 
 
 @functools.lru_cache
-def chain(K, levels, device):
-    """These of K levels, least noised first -> t (S,) and float32 coefficients (fields, S) on `device`. Kept:
-    a copy from the host in every step would make the host wait. No buffer of the model: .to(bfloat16) would
-    round sqrt(alpha_bar_0) to 1."""
-    table = torch.stack(coefficients(linear_alpha_bar(K)[list(levels)])).float()
-    return torch.tensor(levels, device="cpu").to(device), table.to(device)
+@torch.compiler.assume_constant_result
+def step_table(K, device, levels=None):
+    """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
+    `device`. Kept: a copy from the host in every step would make the host wait. No buffer of the model:
+    .to(bfloat16) would round sqrt(alpha_bar_0) to 1. It differs from ddpm.py's: there is one schedule."""
+    alpha_bar = linear_alpha_bar(K)
+    return coefficients(alpha_bar if levels is None else alpha_bar[list(levels[::-1])]).float().to(device)
+
+
+def at(table, t, x):
+    """Row t (an int or (B,) indices) of coefficients (fields, S), shaped to broadcast over x (B, ...)."""
+    return Coefficients(*table[:, t].reshape(len(table), -1, *[1] * (x.dim() - 1)))
+
+
+def timetable(K, steps):
+    """The levels t that a sampler visits, noisiest first: `steps` of K, evenly from K-1 to 0, or steps itself
+    if it is a list. The policies' differ: diffusers' "leading" starts below K-1, at less than noise alone."""
+    if isinstance(steps, int):
+        if not 1 <= steps <= K:
+            raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {K}")
+        last = max(steps - 1, 1)
+        return [round((K - 1) * (last - k) / last) for k in range(steps)]
+    levels = [int(t) for t in steps]
+    if not levels or levels != sorted(set(levels), reverse=True) or levels[0] >= K or levels[-1] < 0:
+        raise ValueError(f"sampler steps {levels} must fall from at most {K - 1} to at least 0")
+    return levels
 
 
 def normal_kl(mean1, log_variance1, mean2, log_variance2):
@@ -719,7 +729,7 @@ class DiT(nn.Module):
             z0 = self.encode(x)
         eps = torch.randn_like(z0) if noise is None else noise
         t = torch.randint(K, (len(z0),), device=z0.device) if t is None else t
-        coef = at(chain(K, range(K), z0.device)[1], t, z0)
+        coef = at(step_table(K, z0.device), t, z0)
         z_t = coef.signal * z0 + coef.sigma * eps                                             # [11]
         if self.training and self.config.label_dropout:
             dropped = torch.rand(t.shape, device=t.device) < self.config.label_dropout
@@ -733,12 +743,14 @@ class DiT(nn.Module):
             per_sample, parts["vb"] = mse + vb, vb.mean()                                     # [12]
         return {"loss": per_sample.mean(), **parts, "per_sample": per_sample.detach(), "t": t / K}
 
-    def conditions(self, t, label):
-        """Transformer.condition of every step t (S,), one after the other, for label (B,): all steps in one
-        pass, in which each weight is read once, or as many as fit into memory."""
+    def conditions(self, ts, label):
+        """Transformer.condition of every step t in ts, one after the other, for label (B,): of all steps in
+        one pass, in which each weight is read once, or of as many as fit into memory."""
         size = len(label) * self.config.depth * self.config.width * 6
+        # Filled in number by number, since a tensor made of a list would be copied from the host.
+        t = torch.stack([torch.full((1,), t, device=label.device) for t in ts])
         for some in t.split(max(1, MODULATION_LIMIT // size)):
-            yield from zip(*self.net.condition(some[:, None], label[None]))       # (B, k, D) each
+            yield from zip(*self.net.condition(some, label[None]))        # (B, k, D) each
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
@@ -746,18 +758,18 @@ class DiT(nn.Module):
         "any class". steps: how many, or which t (see timetable). noise: the start, (B, c, h, w); step_noise:
         eps of every step but the last; else drawn from generator. trace: a list that receives the state after
         every step, decoded."""
-        B = batch["n"] if "n" in batch else len(batch["label"] if "label" in batch else batch["x"])
+        B = batch["n"] if "n" in batch else len(batch.get("label", batch.get("x")))
         config, device, label = self.config, self.scale.device, self.label(batch, B)
-        levels = tuple(self.timetable(steps)[::-1])
-        t, table = chain(config.n_diffusion_steps, levels, device)        # (S,), (fields, S)
+        ts = timetable(config.n_diffusion_steps, config.sampler_steps if steps is None else steps)
+        table = step_table(config.n_diffusion_steps, device, tuple(ts))   # (fields, S)
         draw = lambda: randn((B, *config.latent_shape), generator, device)
         z, w = draw() if noise is None else noise, config.guidance
         check_shape("noise", z, config.latent_shape)
         guided = w != 1 and "label" in batch
         if guided:                              # each image twice: with its class, then with the null class
             label = torch.cat([label, torch.full_like(label, config.n_classes)])
-        for k, condition in enumerate(self.conditions(t.flip(0), label)):
-            to_go = len(levels) - 1 - k         # row of this step: the chain counts from the data
+        for k, condition in enumerate(self.conditions(ts, label)):
+            to_go = len(ts) - 1 - k             # row of this step: the chain counts from the data
             coef = at(table, to_go, z)
             eps, log_variance = self.predict(z.repeat(1 + guided, 1, 1, 1), coef, condition)
             if guided:
@@ -766,12 +778,10 @@ class DiT(nn.Module):
                 eps = torch.cat([null[:, :n] + w * (eps[:, :n] - null[:, :n]), eps[:, n:]], dim=1)  # [13]
             x0 = (z - coef.sigma * eps) / coef.signal
             x0 = x0.clamp(-1, 1) if config.clip_x0 else x0
-            if to_go == 0 or config.sampler == "ddim" and not config.eta:
-                fresh = torch.zeros_like(z)
-            elif step_noise is None:
-                fresh = draw()
+            if to_go == 0 or config.sampler == "ddim" and config.eta == 0:
+                fresh = 0                       # the last step, and DDIM without eta, add no noise
             else:
-                fresh = step_noise[k]
+                fresh = draw() if step_noise is None else step_noise[k]
             if config.sampler == "ddim":
                 s, eps = config.eta * coef.deviation, (z - coef.signal * x0) / coef.sigma  # x0 may be clipped
                 # clamp: at eta = 1 a long stride leaves 0 up to rounding, and the root of -1e-12 is nan.
@@ -782,19 +792,6 @@ class DiT(nn.Module):
             if trace is not None:
                 trace.append(self.decode(z))
         return self.decode(z)
-
-    def timetable(self, steps=None):
-        """The t visited, most noised first. steps: how many, evenly from K-1 to 0; or the list itself. The
-        released DDIM visits every K/steps-th from 0 on: it starts below K-1, where z_t is not all noise."""
-        K = self.config.n_diffusion_steps
-        steps = self.config.sampler_steps if steps is None else steps
-        if isinstance(steps, int):
-            check_steps(steps, K)
-            return [K - 1] + [round((K - 1) * k / (steps - 1)) for k in range(steps - 1)][::-1]
-        ts = [int(t) for t in steps]
-        if not ts or ts != sorted(set(ts), reverse=True) or ts[0] >= K or ts[-1] < 0:
-            raise ValueError(f"steps {ts} must fall from at most {K - 1} to at least 0")
-        return ts
 
     def label(self, batch, n=0, required=False):
         """The checked labels of a batch, (B,); the null class n times, if it has none."""

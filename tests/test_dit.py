@@ -25,9 +25,8 @@ def tiny(**changes):
 
 
 def table(model, levels=None):
-    """Coefficients (fields, S) of a chain of these levels, all if None."""
-    K = model.config.n_diffusion_steps
-    return dit.chain(K, tuple(levels or range(K)), torch.device("cpu"))[1]
+    """Coefficients (fields, S) of a chain of these levels, noisiest first; all if None."""
+    return dit.step_table(model.config.n_diffusion_steps, torch.device("cpu"), levels and tuple(levels))
 
 
 def alpha_bar(model):
@@ -124,7 +123,8 @@ def test_official_trajectories(case, clip):
                            sampler=sampler, eta=case.config["eta"])
         model, trace = DiT.from_official(case.sd, config).eval(), []
         ts = case.out[f"{name}_timesteps"].tolist()
-        assert steps is None or ts == sorted(model.timetable(steps), reverse=ts[0] > ts[-1])
+        visited = steps and dit.timetable(model.config.n_diffusion_steps, steps)
+        assert steps is None or ts == sorted(visited, reverse=ts[0] > ts[-1])
         ts = sorted(ts, reverse=True)
         model.sample({"label": case.inp["sample_y"][:n]}, steps=ts, noise=case.inp["init_noise"][:n],
                      step_noise=case.inp[f"{name}_step_noise"][:, :n], trace=trace)
@@ -134,7 +134,7 @@ def test_official_trajectories(case, clip):
         assert got.shape == want.shape
         assert (got - want).abs().max() < case.tolerance(key), (got - want).abs().amax((1, 2, 3, 4))
         if sampler == "ddpm":
-            rows = dit.Coefficients(*table(model, ts[::-1]))
+            rows = dit.Coefficients(*table(model, ts))
             case.check("out/p_posterior_log_variance_clipped", rows.log_small)
             case.check("out/p_betas", rows.log_large.exp())
 
@@ -215,6 +215,18 @@ def test_presets_have_the_published_sizes():
         assert sum(p.numel() for p in net.parameters()) == count, name
 
 
+def test_released_settings():
+    for name in COUNTS:
+        config, recipe = Config(**dit.PRESETS[name]), dit.RECIPES[name]
+        assert (config.latent_scale, config.vae_steps, config.sampler, config.sampler_steps) == (
+            0.18215, 0, "ddpm", 250)
+        assert (config.guidance, config.guidance_channels, config.label_dropout, config.eta) == (4.0, 3, 0.1, 0)
+        assert config.conditioning == "adaln_zero" and config.learn_variance and not config.clip_x0
+        assert config.n_diffusion_steps == 1000 and config.latent_shape == (4, 32, 32)
+        assert recipe["lr"] == 1e-4 and recipe["betas"] == (0.9, 0.999) and recipe["batch_size"] == 256
+        assert recipe["weight_decay"] == 0 and recipe["lr_schedule"] == "constant"
+
+
 def test_512_pixels():
     with torch.device("meta"):
         net = Transformer(Config(**dit.PRESETS["XL/2"] | {"data_shape": (3, 512, 512)}))
@@ -282,6 +294,28 @@ def test_latents_have_unit_size_and_come_back():
     assert torch.allclose(model.decode(z0), model.vae.decode(z0 / scale), atol=1e-6)
     model.loss(batch)
     assert model.scale == scale and not model.scale.requires_grad        # measured once
+
+
+def test_a_latent_is_a_draw_and_not_the_mean():
+    model = tiny(vae_channels=(4, 4), patch_size=1, vae_steps=1, latent_scale=0.5)
+    model.vae, x = Linear(0.8, 0.09, 0.8), torch.ones(4000, 2, 8, 8)
+    z0 = model.encode(x)
+    assert z0.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert z0.std().item() == pytest.approx(0.15, abs=0.01)
+
+
+def test_a_scale_that_is_given_is_not_measured():
+    model = tiny(vae_channels=(4, 4), patch_size=1, vae_steps=1, latent_scale=0.5).train()
+    batch = {"x": torch.randn(4, 2, 8, 8), "label": torch.arange(4) % 3}
+    assert ["kl" in model.loss(batch) for _ in range(3)] == [True, False, False] and model.scale.item() == 0.5
+
+
+def test_the_log_variance_of_a_latent_is_bounded():
+    vae = tiny(vae_channels=(4, 4), patch_size=1, vae_steps=1).vae
+    with torch.no_grad():
+        vae.quant_conv.bias[4:] = torch.tensor([1e3, -1e3, 1e3, -1e3])
+        low, high = vae.encode(torch.randn(2, 2, 8, 8))[1].unflatten(1, (2, 2)).unbind(2)[::-1]
+    assert (low == -30).all() and (high == 20).all()
 
 
 def test_stages_train_one_part_each_and_looking_does_not_count():
@@ -374,7 +408,7 @@ def test_conditions_of_all_steps_at_once_are_those_of_each(conditioning, monkeyp
     ts, kinds = [900, 400, 7], torch.tensor([0, 2, 3])
     for limit in (2**27, 1):                                              # in one pass, and step by step
         monkeypatch.setattr(dit, "MODULATION_LIMIT", limit)
-        together = list(model.conditions(torch.tensor(ts), kinds))
+        together = list(model.conditions(ts, kinds))
         assert len(together) == 3
         for t, condition in zip(ts, together):
             for a, b in zip(condition, model.net.condition(torch.full((3,), t), kinds)):
@@ -471,7 +505,7 @@ def test_coefficients_are_those_of_bayes_rule():
     model = tiny()
     alpha_bar = dit.linear_alpha_bar(1000)[[10, 300, 700]]
     beta = 1 - alpha_bar[1] / alpha_bar[0]
-    c = dit.at(table(model, [10, 300, 700]), 1, torch.zeros(1, 1))
+    c = dit.at(table(model, [700, 300, 10]), 1, torch.zeros(1, 1))
     # q(z_prev | z_t, z0): precisions of q(z_prev | z0) and of q(z_t | z_prev) add up
     precision = 1 / (1 - alpha_bar[0]) + (1 - beta) / beta
     assert c.deviation.item() == pytest.approx((1 / precision).sqrt().item(), rel=1e-5)
@@ -486,7 +520,7 @@ def test_schedule_is_the_released_one():
     alpha_bar = dit.linear_alpha_bar(1000)
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     assert torch.allclose(alpha_bar, torch.cumprod(1 - beta, 0), rtol=1e-10)
-    timetable = tiny(n_diffusion_steps=1000).timetable
+    timetable = functools.partial(dit.timetable, 1000)
     assert timetable(1000) == list(range(999, -1, -1)) and timetable(1) == [999] and timetable(2) == [999, 0]
     assert len(set(timetable(250))) == 250 and timetable([5, 3]) == [5, 3]
 
@@ -635,6 +669,8 @@ def test_released_files_start_a_training(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="vae_file="):
         DiT.from_official(torch.load(dit_file), config)
     fresh = DiT.from_official(torch.load(vae_file), config)              # the transformer starts fresh
+    learning = {id(p) for group in fresh.param_groups(0.0) for p in group["params"]}
+    assert not learning & {id(p) for p in fresh.vae.parameters()}, "a loaded autoencoder stays as it is"
     assert (fresh.net.final.linear.weight == 0).all() and fresh.scale == pytest.approx(0.18215)
     with_file = lambda path: Config(**dit.PRESETS["XL/2"] | {"vae_file": str(path)})
     both = DiT.from_official(torch.load(dit_file), with_file(vae_file))
@@ -838,6 +874,7 @@ def test_images_are_mirrored_in_training_only_half_of_them_and_for_the_released_
         first.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
         model.eval().loss({"x": x, "label": label}, noise, t)
         plain = seen.pop()
+        assert torch.allclose(plain / plain.std(), x / x.std(), atol=1e-4), "never in evaluation"
         model.train().loss({"x": x, "label": label}, noise, t)
         same = (seen[0] == plain).flatten(1).all(1)
         assert torch.allclose(seen[0][~same], plain[~same].flip(3)) and 0.4 < same.float().mean() < 0.6
