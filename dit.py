@@ -11,8 +11,8 @@ out of what the encoder makes. Sampling: noise -> latent -> image.
 
 TIME: t = 0 is the LEAST noised of K levels (one step of noise, not clean data), K-1 is noise; `prev` is the
 neighbour of t towards the data. The step back from t = 0 adds no noise.
-Axes: B images (C, H, W) in [-1, 1]; z their latents (c, h, w); N patches of p x p latent pixels, D wide.
-eps is drawn from N(0, I).
+Axes: B images (C, H, W) in [-1, 1]; z their latents (c, h, w); N patches of p x p latent pixels, D wide; S
+steps of the sampler. eps is drawn from N(0, I).
 
 Autoencoder: encoder q(z | x), decoder p(x | z); what z is like a priori: p(z) = N(0, I)
     [1]  log p(x) >= E_q log p(x | z) - KL(q(z | x) || p(z)),  p(x | z) = N(decoder(z), vae_std^2)      (ELBO)
@@ -352,9 +352,9 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, x, 1 + scale)                                                 # [8]
 
 
-# Four blocks. Each has two methods. `prepare` takes the vectors of time and class, (..., 2, D), and computes
-# what the block needs of them, (..., k, D or 2D). It does not see the tokens: so a sampler can call it once
-# for all its steps. `forward` takes the tokens and what `prepare` returned.
+# Four blocks with two methods each. `prepare` computes what the block needs of time and class, (..., 2, D) ->
+# (..., k, D or 2D). It sees no tokens, so a sampler calls it once for all its steps. `forward` takes the
+# tokens and what `prepare` returned.
 class InContextBlock(nn.Module):
     """Pre-norm block; time and class are tokens among the others."""
 
@@ -513,8 +513,7 @@ class Transformer(nn.Module):
         check_shape("a latent", z_t, self.shape)
         B, (c, h, w), p = len(z_t), self.shape, self.p
         x = self.patch(z_t.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)            # (B, N, D)
-        x = x + self.position
-        cond, *parts = condition
+        x, (cond, *parts) = x + self.position, condition
         x = torch.cat([x, cond], dim=1) if self.in_context else x         # (B, N + 2, D)     [6]
         for block, part in zip(self.blocks, parts):
             x = block(x, part)                                            # (B, N, D)
@@ -795,9 +794,8 @@ class DiT(nn.Module):
 
     def label(self, batch, n=0, required=False):
         """The checked labels of a batch, (B,); the null class n times, if it has none."""
-        n_classes = self.config.n_classes
-        if "label" in batch and n_classes:
-            label = batch["label"]
+        n_classes, label = self.config.n_classes, batch.get("label")
+        if label is not None and n_classes:
             # On a GPU every step would wait for the comparison; there the embedding asserts.
             if label.device.type == "cpu" and ((label < 0) | (label >= n_classes)).any():
                 raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = "
@@ -903,9 +901,7 @@ RELEASED = {"data_shape": (3, 256, 256), "n_classes": 1000, "vae_channels": (128
 PRESETS = {
     # Learns eight shapes on two CPU cores.
     "tiny": {},
-    # Parameters of the transformer, its fixed positions included:
-    # S 32,963,360 (patch 2)  32,945,024 (4)  33,148,160 (8);   B 130,512,416  130,475,648  130,881,536
-    # L 458,102,816  458,053,760  458,594,816;   XL 675,129,632  675,074,432  675,683,072
+    # The transformers, fixed positions included: 33, 131, 458 and 675 million parameters.
     **{f"{name}/{p}": RELEASED | {"depth": depth, "width": width, "n_heads": n_heads, "patch_size": p}
        for name, depth, width, n_heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16),
                                            ("XL", 28, 1152, 16)) for p in (2, 4, 8)},

@@ -696,8 +696,7 @@ PUBLISHED = {"n_obs_steps": 1, "horizon": 100, "n_action_steps": 100, "text_len"
 PRESETS = {
     # learns the built-in task from images and instruction on two CPU cores
     "tiny": {},
-    # one camera, 59,446,456 parameters: the noise network's 48,265,848, a ResNet-18 of 11,176,512, the token
-    # of proprioception. (The original also counts its 128 frequencies.)
+    # one camera, 59,446,456 parameters (the original counts 128 more, the frequencies of t)
     "droid": PUBLISHED | {"n_cameras": 1, "action_dim": 10, "state_dim": 7},
     # three cameras, two arms, 81,807,264 parameters
     "aloha": PUBLISHED | {"n_cameras": 3, "action_dim": 14, "state_dim": 14},

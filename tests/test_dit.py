@@ -220,7 +220,7 @@ def test_released_settings():
         config, recipe = Config(**dit.PRESETS[name]), dit.RECIPES[name]
         assert (config.latent_scale, config.vae_steps, config.sampler, config.sampler_steps) == (
             0.18215, 0, "ddpm", 250)
-        assert (config.guidance, config.guidance_channels, config.label_dropout, config.eta) == (4.0, 3, 0.1, 0)
+        assert (config.guidance, config.guidance_channels, config.label_dropout) == (4.0, 3, 0.1)
         assert config.conditioning == "adaln_zero" and config.learn_variance and not config.clip_x0
         assert config.n_diffusion_steps == 1000 and config.latent_shape == (4, 32, 32)
         assert recipe["lr"] == 1e-4 and recipe["betas"] == (0.9, 0.999) and recipe["batch_size"] == 256
