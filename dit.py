@@ -685,7 +685,7 @@ class DiT(nn.Module):
         step, weight = self.seen, self.vae.quant_conv.weight
         if weight.grad is not None and weight._version == self.version:
             step -= 1                           # gradients add up for an optimiser that has not stepped yet
-        elif torch.is_grad_enabled() and step <= self.config.vae_steps:  # train.py looks at a batch without
+        elif torch.is_grad_enabled() and step <= self.config.vae_steps:  # a look without gradient is no step
             if step == self.config.vae_steps and not self.config.latent_scale:
                 with torch.no_grad():
                     self.scale.div_(self.encode(x).std())                                     # [4]
