@@ -631,8 +631,8 @@ class DiT(nn.Module):
     def get_extra_state(self):
         # Averaged weights come without the counter of their run. A scale [4] that was measured shows that the
         # autoencoder is trained: who trains on must not begin with it again.
-        measures = self.config.vae_steps and not self.config.latent_scale and not self.scale.is_meta
-        over = measures and self.scale.item() != 1
+        measures = self.vae and self.config.vae_steps and not self.config.latent_scale
+        over = measures and not self.scale.is_meta and self.scale.item() != 1
         return torch.tensor(self.config.vae_steps + 1 if over else self.seen, device="cpu")
 
     def set_extra_state(self, state):

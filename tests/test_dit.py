@@ -795,6 +795,13 @@ def test_files_with_a_scalar_scale_load():
     assert other.scale.shape == (1,) and other.scale.item() == pytest.approx(0.3)
 
 
+def test_a_process_whose_share_of_the_scale_is_empty_saves():
+    """So it is with FSDP2: the vector of one lies on the first process."""
+    model = tiny()
+    model.scale.data = torch.empty(0)
+    assert model.state_dict()["_extra_state"] == 0
+
+
 def test_fsdp_takes_it(tmp_path):
     """One process, as train.py --fsdp does it: scalar parameters are refused there."""
     import torch.distributed as dist
