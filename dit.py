@@ -5,54 +5,55 @@
     latent space: Rombach, Blattmann, Lorenz, Esser, Ommer, arXiv:2112.10752 (Stable Diffusion's autoencoder)
     variational inference: Kingma, Welling, arXiv:1312.6114;   guidance: Ho, Salimans, arXiv:2207.12598
 
-Two models, trained one after the other by the same loop: first an autoencoder that makes an image small, then
-a transformer that learns to take the noise out of what the encoder makes. Sampling: noise -> latent -> image.
+Two models, trained one after the other by the same loop. First an autoencoder that makes an image small,
+since attention costs the square of the number of patches. Then a transformer that learns to take the noise
+out of what the encoder makes. Sampling: noise -> latent -> image.
 
 TIME: t = 0 is the LEAST noised of K levels (one step of noise, not clean data), K-1 is noise; `prev` is the
 neighbour of t towards the data. The step back from t = 0 adds no noise.
 Axes: B images (C, H, W) in [-1, 1]; z their latents (c, h, w); N patches of p x p latent pixels, D wide; S
-steps of the sampler; U conditions that occur in a batch. eps is drawn from N(0, I).
+steps of the sampler. eps is drawn from N(0, I).
 
 Autoencoder: encoder q(z | x), decoder p(x | z); what z is like a priori: p(z) = N(0, I)
     [1]  log p(x) >= E_q log p(x | z) - KL(q(z | x) || p(z)),  p(x | z) = N(decoder(z), vae_std^2)      (ELBO)
     [2]  z = mu(x) + sigma(x) eps:   a draw from q(z | x) = N(mu, diag sigma^2) with a gradient
     [3]  KL = 1/2 sum (mu^2 + sigma^2 - 1 - log sigma^2)
-    [4]  z0 = s z,  s = 1/std(z):   diffusion expects data of about unit size
+    [4]  z0 = z / std(z):   diffusion expects data of about unit size
 Transformer
     [5]  token = W patch + b + position;   position: sines and cosines of its column, then of its row
-    [6]  c = time(t) + class(y).   Four ways to let the blocks f know t and y:
+    [6]  cond = time(t) + class(y).   Four ways to let a block's branches (attention, MLP) know t and y:
          in-context        both are appended as two more tokens
     [7]  cross-attention   one more attention in each block, from the tokens to these two
-    [8]  adaLN             LayerNorm(h) (1 + scale(c)) + shift(c)
-    [9]  adaLN-Zero        ... and x + gate(c) f(h), where gate starts as 0: the block starts as the identity
-    [10] decoder: each token -> p x p x 2c: eps_theta and v;
-         log variance of the step back = (1 + v)/2 log beta_t + (1 - v)/2 log var_t
+    [8]  adaLN             the norm before a branch: LayerNorm(x) (1 + scale(cond)) + shift(cond)
+    [9]  adaLN-Zero        ... and x + gate(cond) branch(x); gate starts as 0: the block as the identity
+    [10] decoder: each token -> p x p x 2c: eps_theta and f;
+         log variance of the step back = (1 + f)/2 log beta_t + (1 - f)/2 log var_t
 Diffusion of z0
     [11] z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps,   beta_t in even steps from 0.1/K to 20/K
     [12] L = mean (eps - eps_theta)^2 + vb,   vb = KL(q(z_prev | z_t, z0) || p(z_prev | z_t)) for t > 0, else
-         -log p(z0 | z_t), in bits per number; only v learns from vb
+         -log p(z0 | z_t), in bits per number; only f learns from vb
     [13] guidance: eps = eps_null + w (eps_y - eps_null),   null: the class that stands for any
     [14] z_prev = c_x0 z0_hat + c_xt z_t + (standard deviation) eps:   DDPM, the mean of q(z_prev | z_t, z0)
     [15] z_prev = sqrt(alpha_bar_prev) z0_hat + sqrt(1 - alpha_bar_prev - s^2) eps_theta + s eps:   DDIM
 
-Map: Config | autoencoder [1-3] | attention, MLP, four blocks [6-9], Transformer [5, 10] | chain [10, 11, 14,
-15], terms of the bound | DiT: loss, sample, from_official | PRESETS | generate, main.
+Map: Config | autoencoder [1-3] | attention, MLP, four blocks [6-9], Transformer [5, 10] | coefficients of
+a step, terms of the bound | DiT: loss [4, 11, 12], sample [13-15], from_official | PRESETS | generate, main.
 
 Differs from the original:
  1. The autoencoder can be trained here, with squared error and KL only; Stable Diffusion's adds perceptual
-    and adversarial losses. Its scale s is measured, unless it is given.
+    and adversarial losses. The standard deviation of [4] is measured, unless its inverse is given.
  2. Guidance acts on all channels of eps. The released sampler guides three of four, by accident, and keeps it
     for reproducibility: guidance_channels=3.
  3. The code that was released has adaLN-Zero only. The other three follow the paper's text; where it is
     silent they are plain pre-norm blocks, and adaLN too starts with scale and shift 0.
  4. Sampling computes what depends on time and class alone (modulation; keys and values of the condition) for
-    all steps at once, ahead of the loop, once per class. That is a third of the weights of XL/2.
+    all steps at once, ahead of the loop. That is a third of the weights of XL/2.
 
 Run alone: `python dit.py` learns to draw four kinds of stripes, without autoencoder, in half a minute on a
 CPU core. `python dit.py DiT-XL-2-256x256.pt VAE.safetensors 207 360` draws these ImageNet classes with the
 released weights (facebookresearch/DiT, stabilityai/sd-vae-ft-ema) into dit.png.
 """
-import difflib
+import functools
 import math
 import re
 import struct
@@ -69,89 +70,65 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     # -- the data; train.py fills these in
-    # shape of one image in [-1, 1]: (C, H, W)
-    data_shape: tuple = (3, 32, 32)
-    # number of classes; 0 = no labels. Class n_classes is the null class, "any"
-    n_classes: int = 8
-    # share of the training labels replaced by the null class; 0 = there is none, and no guidance
-    label_dropout: float = 0.1
-
+    data_shape: tuple = (3, 32, 32)  # (C, H, W) of an image in [-1, 1]
+    n_classes: int = 8  # 0 = no labels. Class n_classes is the null class, "any"
+    label_dropout: float = 0.1  # share of training labels made null; 0 = no null class, no guidance
+    flip: bool = False  # mirror half of the training images, drawn by chance, left to right
     # -- the autoencoder
     # feature maps per level; each level but the first halves the image. () = none: diffusion of the pixels
     vae_channels: tuple = (8, 16, 32)
-    # residual blocks per level of the encoder; the decoder has one more
-    vae_res_blocks: int = 1
-    # groups of its GroupNorms; must divide every level's feature maps
-    vae_groups: int = 8
-    # c, channels of the latent
-    latent_channels: int = 4
-    # standard deviation of p(x | z), in units of the data [1]: how exact the decoder has to be
-    vae_std: float = 0.1
-    # so many batches train the autoencoder, all later ones the transformer; 0 = its weights are loaded
+    vae_res_blocks: int = 1  # residual blocks per level of the encoder; decoder: one more
+    vae_groups: int = 8  # groups of its GroupNorms; must divide every level's feature maps
+    latent_channels: int = 4  # c
+    vae_std: float = 0.1  # standard deviation of p(x | z) [1]: how exact the decoder has to be
+    # so many optimiser steps train the autoencoder, all later ones the transformer; 0 = it is loaded
     vae_steps: int = 500
-    # s [4]; 0 = measured on the first batch after vae_steps. Released: 0.18215
-    latent_scale: float = 0.0
-    # the autoencoder's weights, where --init names those of the transformer
-    vae_file: str = ""
-
+    latent_scale: float = 0.0  # 1/std(z) [4]; 0 = measured after vae_steps. Released: 0.18215
+    vae_file: str = ""  # the autoencoder's weights, where --init names the transformer's
     # -- the transformer
-    # a name in CONDITIONINGS: how time and class enter
-    conditioning: str = "adaln_zero"
-    # p, side of a patch in latent pixels
-    patch_size: int = 2
-    # D
-    width: int = 128
-    # blocks
-    depth: int = 6
-    # heads; head dimension is width / n_heads
-    n_heads: int = 4
-    # hidden width of the MLPs / D
-    mlp_ratio: float = 4.0
-    # False: no v [10], the step back has variance var_t
-    learn_variance: bool = True
-
+    conditioning: str = "adaln_zero"  # a name in CONDITIONINGS: how time and class enter
+    patch_size: int = 2  # p, side of a patch in latent pixels
+    width: int = 128  # D
+    depth: int = 6  # blocks
+    n_heads: int = 4  # head dimension is width / n_heads
+    mlp_ratio: float = 4.0  # hidden width of the MLPs / D
+    learn_variance: bool = True  # False: no f [10], the step back has variance var_t
     # -- the diffusion
-    # K
-    n_diffusion_steps: int = 1000
-    # clip the estimate of z0 to [-1, 1] while sampling: for pixels; latents are not bounded
-    clip_x0: bool = False
-    # "ddpm" [14] or "ddim" [15]
-    sampler: str = "ddim"
-    # S, up to n_diffusion_steps
-    sampler_steps: int = 50
-    # "ddim": share of fresh noise; 0 = none
-    eta: float = 0.0
-    # w [13]; 1 = none
-    guidance: float = 4.0
-    # how many channels are guided, from the first on; 0 = all. The released sampler: 3 of 4
-    guidance_channels: int = 0
+    n_diffusion_steps: int = 1000  # K
+    clip_x0: bool = False  # clip z0_hat to [-1, 1]: for pixels; latents have no bounds
+    sampler: str = "ddim"  # "ddpm" [14] or "ddim" [15]
+    sampler_steps: int = 50  # up to n_diffusion_steps
+    eta: float = 0.0  # "ddim": share of fresh noise; 0 = none
+    guidance: float = 4.0  # w [13]: above 1 the class shows more, images vary less
+    guidance_channels: int = 0  # how many channels are guided; 0 = all. Released sampler: 3
 
     def __post_init__(self):
         self.data_shape, self.vae_channels = tuple(self.data_shape), tuple(self.vae_channels)
-        check_name("conditioning", self.conditioning, CONDITIONINGS)
-        check_name("sampler", self.sampler, ("ddpm", "ddim"))
-        check_steps(self.sampler_steps, self.n_diffusion_steps)
+        check_choice("conditioning", self.conditioning, CONDITIONINGS)
+        check_choice("sampler", self.sampler, ("ddpm", "ddim"))
+        check_at_least(self, 1, "data_shape", "vae_channels", "vae_res_blocks", "vae_groups",
+                       "latent_channels", "patch_size", "width", "depth", "n_heads", "n_diffusion_steps")
+        check_at_least(self, 0, "n_classes", "vae_steps", "latent_scale", "guidance", "guidance_channels")
+        timetable(self.n_diffusion_steps, self.sampler_steps)
         if len(self.data_shape) != 3:
-            raise ValueError(f"data_shape {self.data_shape}: images (C, H, W) are needed, for example --data "
-                             "shapes")
+            raise ValueError(f"data_shape {self.data_shape}: (C, H, W) of images is needed (--data shapes)")
         halvings = max(0, len(self.vae_channels) - 1)
         multiple = self.patch_size * 2**halvings
         if any(size % multiple for size in self.data_shape[1:]):
-            raise ValueError(f"data_shape {self.data_shape}: height and width must be multiples of "
-                             f"{multiple}: patch_size {self.patch_size}, times 2 for each of {halvings} "
-                             f"halvings")
+            raise ValueError(f"data_shape {self.data_shape}: height and width must be multiples of {multiple}"
+                             f", patch_size {self.patch_size} times 2 for each of {halvings} halvings")
         if any(channels % self.vae_groups for channels in self.vae_channels):
-            raise ValueError(f"vae_groups {self.vae_groups} does not divide all vae_channels "
-                             f"{self.vae_channels}")
+            raise ValueError(f"vae_groups {self.vae_groups} must divide all vae_channels {self.vae_channels}")
         if self.width % self.n_heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of n_heads {self.n_heads} and of 4")
+        if not self.width * self.mlp_ratio >= 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit: width is {self.width}")
         if self.guidance != 1 and not (self.n_classes and self.label_dropout):
             raise ValueError(f"guidance {self.guidance} needs a null class, but n_classes = {self.n_classes} "
                              f"and label_dropout = {self.label_dropout}: set guidance=1")
-        if not 0 <= self.guidance_channels <= self.latent_shape[0]:
-            raise ValueError(f"guidance_channels {self.guidance_channels} must lie in 0.."
-                             f"{self.latent_shape[0]}")
-        if not 0 <= self.label_dropout <= 1 or not 0 <= self.eta <= 1 or self.vae_std <= 0:
+        if self.guidance_channels > self.latent_shape[0]:
+            raise ValueError(f"guidance_channels {self.guidance_channels} of {self.latent_shape[0]} channels")
+        if not 0 <= self.label_dropout <= 1 or not 0 <= self.eta <= 1 or not self.vae_std > 0:
             raise ValueError(f"label_dropout {self.label_dropout} and eta {self.eta} must lie in [0, 1], "
                              f"vae_std {self.vae_std} above 0")
 
@@ -162,16 +139,17 @@ class Config:
         return (self.latent_channels, H >> levels - 1, W >> levels - 1) if levels else (C, H, W)
 
 
-def check_name(field, value, known):
-    """ValueError that lists what is known and names the nearest."""
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, cutoff=0.0)
-        raise ValueError(f"{field} {value!r} is unknown; nearest: {near[0]!r}; known: {', '.join(known)}")
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(map(str, choices))}")
 
 
-def check_steps(steps, n_diffusion_steps):
-    if not 1 <= steps <= n_diffusion_steps:
-        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {n_diffusion_steps}")
+def check_at_least(config, least, *fields):
+    """Each of these fields, or every number of it if it is a tuple, is at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        if not all(x >= least for x in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field} {value} must be at least {least}")
 
 
 def check_shape(what, x, shape):
@@ -219,7 +197,8 @@ class Upsample(nn.Module):
 
 
 class PlainResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; ddpm.py's ResBlock without time."""
+    """Two 3x3 convolutions and a shortcut; ddpm.py's ResBlock without time. Group norm looks at one image
+    alone. Batch norm would keep statistics of the run, which averaged weights do not fit."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -235,8 +214,15 @@ class PlainResBlock(nn.Module):
 
 
 def middle(channels, groups):
-    return nn.ModuleList([PlainResBlock(channels, channels, groups), AttnBlock(channels, groups),
-                          PlainResBlock(channels, channels, groups)])
+    return nn.Sequential(PlainResBlock(channels, channels, groups), AttnBlock(channels, groups),
+                         PlainResBlock(channels, channels, groups))
+
+
+def levels(widths, n, groups):
+    """n blocks per level; the first one changes the number of feature maps."""
+    return nn.ModuleList([
+        nn.Sequential(*[PlainResBlock(a, width, groups) for a in [before] + [width] * (n - 1)])
+        for before, width in zip((widths[0], *widths), widths)])
 
 
 class Encoder(nn.Module):
@@ -244,27 +230,20 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, groups, n = config.vae_channels, config.vae_groups, config.vae_res_blocks
+        widths, groups = config.vae_channels, config.vae_groups
         self.conv_in = nn.Conv2d(config.data_shape[0], widths[0], 3, padding=1)
-        inputs = (widths[0], *widths)
-        self.down = nn.ModuleList([
-            nn.ModuleList([PlainResBlock(a, width, groups) for a in [inputs[i]] + [width] * (n - 1)])
-            for i, width in enumerate(widths)])
+        self.down = levels(widths, config.vae_res_blocks, groups)
         self.downsample = nn.ModuleList([Downsample(width) for width in widths[:-1]])
         self.mid = middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(x)                                               # (B, width, H, W)
-        for level, blocks in enumerate(self.down):
-            for block in blocks:
-                h = block(h)                                              # (B, width, H/2^level, W/2^level)
-            if level < len(self.downsample):
-                h = self.downsample[level](h)
-        for block in self.mid:
-            h = block(h)                                                  # (B, width, h, w)
-        return self.conv_out(F.silu(self.norm_out(h)))                    # (B, 2c, h, w)
+        x = self.conv_in(x)                                               # (B, width, H, W)
+        for blocks, halve in zip(self.down, [*self.downsample, nn.Identity()]):
+            x = halve(blocks(x))                                          # (B, width, H/2^level, W/2^level)
+        x = self.mid(x)                                                   # (B, width, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))                    # (B, 2c, h, w)
 
 
 class Decoder(nn.Module):
@@ -272,27 +251,19 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, groups, n = config.vae_channels[::-1], config.vae_groups, config.vae_res_blocks
+        widths, groups = config.vae_channels[::-1], config.vae_groups     # the coarsest level first
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], groups)
-        inputs = (widths[0], *widths)                                     # self.up[0] is the coarsest level
-        self.up = nn.ModuleList([
-            nn.ModuleList([PlainResBlock(a, width, groups) for a in [inputs[i]] + [width] * n])
-            for i, width in enumerate(widths)])
+        self.up = levels(widths, config.vae_res_blocks + 1, groups)
         self.upsample = nn.ModuleList([Upsample(width) for width in widths[:-1]])
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.data_shape[0], 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)                                               # (B, width, h, w)
-        for block in self.mid:
-            h = block(h)
-        for level, blocks in enumerate(self.up):
-            for block in blocks:
-                h = block(h)                                              # (B, width, 2^level h, 2^level w)
-            if level < len(self.upsample):
-                h = self.upsample[level](h)
-        return self.conv_out(F.silu(self.norm_out(h)))                    # (B, C, H, W)
+        x = self.mid(self.conv_in(z))                                     # (B, width, h, w)
+        for blocks, double in zip(self.up, [*self.upsample, nn.Identity()]):
+            x = double(blocks(x))                                         # (B, width, 2^level h, 2^level w)
+        return self.conv_out(F.silu(self.norm_out(x)))                    # (B, C, H, W)
 
 
 class AutoencoderKL(nn.Module):
@@ -307,12 +278,13 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         """-> mean and log-variance of q(z | x), each (B, c, h, w)."""
-        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        x = self.encoder(x.to(self.quant_conv.weight.dtype))
+        mean, log_variance = self.quant_conv(x).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, z):
         """-> mean of p(x | z), (B, C, H, W)."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.quant_conv.weight.dtype)))
 
 
 def reparameterise(mean, log_variance, noise):
@@ -343,13 +315,13 @@ class TokenAttention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
-        B, N, D = x.shape
+        B, N, _ = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
         return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ConditionAttention(nn.Module):
-    """Multi-head attention from tokens x (B, N, D) to what `keys_values` made of the condition (B, M, 2D)."""
+    """Multi-head attention from tokens x (B, N, D) to what `kv` made of the condition, (B, M, 2D)."""
 
     def __init__(self, width, n_heads):
         super().__init__()
@@ -375,38 +347,40 @@ class TanhMLP(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x (B, N, D), shift and scale (B, 1, D). Shift comes first in the weights: DiT's order, not iDDPM's."""
+    """x (B, N, D), shift and scale (B, 1, D). It differs from dit_policy.py's: zeros change nothing.
+    Shift comes first in the weights: DiT's order, not iDDPM's."""
     return torch.addcmul(shift, x, 1 + scale)                                                 # [8]
 
 
-# Four blocks. `prepare` makes of the condition's two vectors, time and class (..., 2, D), what `forward`
-# needs of it, (..., k, D or 2D): no token enters there, so a sampler calls it once, for all steps.
+# Four blocks with two methods each. `prepare` computes what the block needs of time and class, (..., 2, D) ->
+# (..., k, D or 2D). It sees no tokens, so a sampler calls it once for all its steps. `forward` takes the
+# tokens and what `prepare` returned.
 class InContextBlock(nn.Module):
     """Pre-norm block; time and class are tokens among the others."""
 
-    def __init__(self, config):
+    def __init__(self, config, affine=True):
         super().__init__()
         D = config.width
-        self.norm1, self.attn = nn.LayerNorm(D, eps=1e-6), TokenAttention(D, config.n_heads)
-        self.norm2, self.mlp = nn.LayerNorm(D, eps=1e-6), TanhMLP(D, int(D * config.mlp_ratio))
+        self.norm1 = nn.LayerNorm(D, eps=1e-6, elementwise_affine=affine)
+        self.attn = TokenAttention(D, config.n_heads)
+        self.norm2 = nn.LayerNorm(D, eps=1e-6, elementwise_affine=affine)
+        self.mlp = TanhMLP(D, int(D * config.mlp_ratio))
 
     def prepare(self, cond):
-        return cond[..., :0, :]                                           # nothing
+        return cond[..., :0, :]                                           # nothing: k = 0
 
     def forward(self, x, nothing):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))                                # (B, N + 2, D)
 
 
-class CrossAttentionBlock(nn.Module):
-    """Pre-norm block with a third part, in which the tokens look at time and class."""
+class CrossAttentionBlock(InContextBlock):
+    """Pre-norm block with a third branch, in which the tokens look at time and class."""
 
     def __init__(self, config):
-        super().__init__()
-        D = config.width
-        self.norm1, self.attn = nn.LayerNorm(D, eps=1e-6), TokenAttention(D, config.n_heads)
-        self.norm_cross, self.cross = nn.LayerNorm(D, eps=1e-6), ConditionAttention(D, config.n_heads)
-        self.norm2, self.mlp = nn.LayerNorm(D, eps=1e-6), TanhMLP(D, int(D * config.mlp_ratio))
+        super().__init__(config)
+        self.norm_cross = nn.LayerNorm(config.width, eps=1e-6)
+        self.cross = ConditionAttention(config.width, config.n_heads)
 
     def prepare(self, cond):
         return self.cross.kv(cond)                                        # (..., 2, 2D)
@@ -417,23 +391,18 @@ class CrossAttentionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))                                # (B, N, D)
 
 
-class AdaLNBlock(nn.Module):
+class AdaLNBlock(InContextBlock):
     """Block whose LayerNorms get scale and shift from the condition. They have none of their own."""
 
     n_vectors = 4
 
     def __init__(self, config):
-        super().__init__()
-        D = config.width
-        self.norm1 = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
-        self.attn = TokenAttention(D, config.n_heads)
-        self.norm2 = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
-        self.mlp = TanhMLP(D, int(D * config.mlp_ratio))
-        self.modulation = nn.Linear(D, self.n_vectors * D)
+        super().__init__(config, affine=False)
+        self.modulation = nn.Linear(config.width, self.n_vectors * config.width)
 
     def prepare(self, cond):
-        c = cond.sum(-2)                                                                      # [6]
-        return self.modulation(F.silu(c)).unflatten(-1, (self.n_vectors, -1))  # (..., n_vectors, D)
+        cond = self.modulation(F.silu(cond.sum(-2)))                                          # [6]
+        return cond.unflatten(-1, (self.n_vectors, -1))                   # (..., n_vectors, D)
 
     def forward(self, x, modulation):
         shift1, scale1, shift2, scale2 = modulation[:, :, None].unbind(1)  # (B, 1, D) each
@@ -544,8 +513,7 @@ class Transformer(nn.Module):
         check_shape("a latent", z_t, self.shape)
         B, (c, h, w), p = len(z_t), self.shape, self.p
         x = self.patch(z_t.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)            # (B, N, D)
-        x = x + self.position
-        cond, *parts = condition
+        x, (cond, *parts) = x + self.position, condition
         x = torch.cat([x, cond], dim=1) if self.in_context else x         # (B, N + 2, D)     [6]
         for block, part in zip(self.blocks, parts):
             x = block(x, part)                                            # (B, N, D)
@@ -557,7 +525,8 @@ class Transformer(nn.Module):
 
 # ---------------------------------------------------------------- diffusion
 class Coefficients(NamedTuple):
-    """The numbers of a step z_t -> z_prev. Each (S,) for a whole chain, or shaped to broadcast over z."""
+    """The numbers of a step z_t -> z_prev. Each (S,) for a chain of S steps, or shaped to broadcast over z.
+    It differs from ddpm.py's: the standard deviation instead of beta and the variance."""
 
     signal: torch.Tensor        # sqrt(alpha_bar): how much of z0 is in z_t
     sigma: torch.Tensor         # sqrt(1 - alpha_bar): how much noise
@@ -571,23 +540,54 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(alpha_bar):
-    """alpha_bar (S,) float64 of the levels visited, least noised first -> (fields, S) float32. Any selection
-    of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps."""
+    """alpha_bar (S,) float64 of the levels visited, least noised first -> Coefficients, stacked (fields, S).
+    Any selection of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps.
+    It differs from ddpm.py's in the fields."""
     prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     beta = 1 - alpha_bar / prev
     variance = beta * (1 - prev) / (1 - alpha_bar)
     # log 0 at t = 0: the next level's variance there, as iDDPM. No sample depends on it, the bound does.
-    floor = variance[1:2] if len(variance) > 1 else torch.full_like(variance, 1e-20)
+    floor = variance[1:2] if len(variance) > 1 else beta
     return torch.stack(Coefficients(
         signal=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt(), signal_prev=prev.sqrt(),
         sigma_prev=(1 - prev).sqrt(), c_x0=prev.sqrt() * beta / (1 - alpha_bar),
         c_xt=(1 - beta).sqrt() * (1 - prev) / (1 - alpha_bar), deviation=variance.sqrt(),
-        log_small=torch.cat([floor, variance[1:]]).log(), log_large=beta.log())).float()
+        log_small=torch.cat([floor, variance[1:]]).log(), log_large=beta.log()))
 
 
-def at(table, t, z):
-    """Row t (an int or (B,) indices) of coefficients (fields, S), shaped to broadcast over z (B, ...)."""
-    return Coefficients(*table[:, t].reshape(len(table), -1, *[1] * (z.dim() - 1)))
+def linear_alpha_bar(K):
+    """alpha_bar_t of [11] for t = 0 .. K-1, float64 (K,). With few levels beta would exceed 1."""
+    beta = torch.linspace(0.1 / K, 20 / K, K, dtype=torch.float64, device="cpu").clamp(max=0.999)
+    return torch.cumprod(1 - beta, 0)
+
+
+@functools.lru_cache
+@torch.compiler.assume_constant_result
+def step_table(K, device, levels=None):
+    """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
+    `device`. Kept: a copy from the host in every step would make the host wait. No buffer of the model:
+    .to(bfloat16) would round sqrt(alpha_bar_0) to 1. It differs from ddpm.py's: there is one schedule."""
+    alpha_bar = linear_alpha_bar(K)
+    return coefficients(alpha_bar if levels is None else alpha_bar[list(levels[::-1])]).float().to(device)
+
+
+def at(table, t, x):
+    """Row t (an int or (B,) indices) of coefficients (fields, S), shaped to broadcast over x (B, ...)."""
+    return Coefficients(*table[:, t].reshape(len(table), -1, *[1] * (x.dim() - 1)))
+
+
+def timetable(K, steps):
+    """The levels t that a sampler visits, noisiest first: `steps` of K, evenly from K-1 to 0, or steps itself
+    if it is a list. The policies' differ: diffusers' "leading" starts below K-1, at less than noise alone."""
+    if isinstance(steps, int):
+        if not 1 <= steps <= K:
+            raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {K}")
+        last = max(steps - 1, 1)
+        return [round((K - 1) * (last - k) / last) for k in range(steps)]
+    levels = [int(t) for t in steps]
+    if not levels or levels != sorted(set(levels), reverse=True) or levels[0] >= K or levels[-1] < 0:
+        raise ValueError(f"sampler steps {levels} must fall from at most {K - 1} to at least 0")
+    return levels
 
 
 def normal_kl(mean1, log_variance1, mean2, log_variance2):
@@ -620,22 +620,36 @@ class DiT(nn.Module):
         self.config = config
         self.vae = AutoencoderKL(config).requires_grad_(config.vae_steps > 0) if config.vae_channels else None
         self.net = Transformer(config)
-        # s [4]. A parameter without gradient: what averages the weights of a run then takes it along, as it
-        # does the autoencoder, which no longer changes when s is measured.
-        self.scale = nn.Parameter(torch.tensor(config.latent_scale or 1.0), requires_grad=False)
-        # Batches trained on so far; -1: the autoencoder has no weights yet and will not be trained. A Python
-        # number, because reading a tensor would make the host wait for the device at every step.
+        # 1/std(z) [4]; 1 until it is measured. A parameter without gradient: what averages the weights takes
+        # it along, as it does the autoencoder. A vector of one, because FSDP2 does not take scalars.
+        self.scale = nn.Parameter(torch.tensor([config.latent_scale or 1.0]), requires_grad=False)
+        # Steps of the autoencoder begun so far; vae_steps + 1: they are over. -1: it has no weights yet and
+        # will not be trained. A Python number: to read a tensor, the host would wait for the device.
         self.seen = 0 if config.vae_steps or not self.vae else -1
-        K = config.n_diffusion_steps
-        beta = torch.linspace(0.1 / K, 20 / K, K, dtype=torch.float64, device="cpu").clamp(max=0.999)
-        self.alpha_bar = torch.cumprod(1 - beta, 0)                       # (K,)
-        self.table = coefficients(self.alpha_bar)                         # (fields, K)
+        self.version = None                     # of the autoencoder's weights when its last step began
 
     def get_extra_state(self):
-        return torch.tensor(self.seen, device="cpu")
+        # Averaged weights come without the counter of their run. A scale [4] that was measured shows that the
+        # autoencoder is trained: who trains on must not begin with it again.
+        measures = self.vae and self.config.vae_steps and not self.config.latent_scale
+        over = measures and not self.scale.is_meta and self.scale.item() != 1
+        return torch.tensor(self.config.vae_steps + 1 if over else self.seen, device="cpu")
 
     def set_extra_state(self, state):
         self.seen = int(state)
+
+    def load_state_dict(self, state_dict, **options):
+        """Older files too, whose scale is no vector."""
+        vector = {k: v.reshape(1) for k, v in state_dict.items() if k == "scale"}
+        return super().load_state_dict({**state_dict, **vector}, **options)
+
+    def _apply(self, fn, recurse=True):
+        """.to(bfloat16) leaves the scale in float32: rounded, it makes all latents too large or too small."""
+        scale = self.scale.detach().clone()
+        super()._apply(fn, recurse)
+        if not scale.is_meta:
+            self.scale.data = scale.to(self.scale.device)
+        return self
 
     # -- autoencoder
     def elbo(self, x, noise=None):
@@ -647,23 +661,20 @@ class DiT(nn.Module):
         return nll, kl_to_prior(mean, log_variance) / error.shape[1]
 
     def encode(self, x):
-        """Images -> z0 (B, c, h, w): a draw from q(z | x), not its mean, times s; pixels stay as they are."""
+        """Images -> z0 (B, c, h, w): a draw from q(z | x), not its mean, scaled; pixels stay as they are."""
         if self.vae is None:
             return x
-        mean, log_variance = self.vae.encode(x.to(self.vae.quant_conv.weight.dtype))
+        mean, log_variance = self.vae.encode(x)
         return self.scale * reparameterise(mean, log_variance, torch.randn_like(mean)).float()  # [4]
 
     def decode(self, z0):
         """z0 (B, c, h, w) -> images."""
         check_shape("a latent", z0, self.config.latent_shape)
-        if self.vae is None:
-            return z0
-        return self.vae.decode((z0 / self.scale).to(self.vae.quant_conv.weight.dtype)).float()
+        return z0 if self.vae is None else self.vae.decode(z0 / self.scale).float()
 
     @torch.compiler.disable
-    def trains_autoencoder(self, x):
-        """Whether these images are for the autoencoder. Counts the batches; measures s on the first one that
-        is for the transformer."""
+    def begin_step(self, x):
+        """Whether these images train the autoencoder. Counts its steps; measures the scale after them [4]."""
         if self.vae is None or not self.training:
             return False
         if self.seen < 0:
@@ -671,38 +682,44 @@ class DiT(nn.Module):
                              "vae_file beside a transformer's --init), or do without (vae_channels=[])")
         if self.config.vae_steps and torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ValueError("vae_steps is for a single process: train the autoencoder in one, or load one")
-        first = self.seen < self.config.vae_steps
-        if torch.is_grad_enabled():  # the train loop looks at one batch without training on it
-            if self.seen == self.config.vae_steps and not self.config.latent_scale:
+        step, weight = self.seen, self.vae.quant_conv.weight
+        if weight.grad is not None and weight._version == self.version:
+            step -= 1                           # gradients add up for an optimiser that has not stepped yet
+        elif torch.is_grad_enabled() and step <= self.config.vae_steps:  # a look without gradient is no step
+            if step == self.config.vae_steps and not self.config.latent_scale:
                 with torch.no_grad():
                     self.scale.div_(self.encode(x).std())                                     # [4]
-            self.seen += 1
-        return first
+            self.seen, self.version = step + 1, weight._version
+        return step < self.config.vae_steps
 
     # -- diffusion
-    def predict(self, z_t, c, condition):
+    def predict(self, z_t, coef, condition):
         """-> eps_theta and the log-variance of the step back, (B, c, h, w) each."""
         if not self.config.learn_variance:
-            return self.net(z_t, condition), c.log_small
-        eps, v = self.net(z_t, condition).chunk(2, dim=1)
-        return eps, (1 + v) / 2 * c.log_large + (1 - v) / 2 * c.log_small                     # [10]
+            return self.net(z_t, condition), coef.log_small
+        eps, f = self.net(z_t, condition).chunk(2, dim=1)
+        return eps, (1 + f) / 2 * coef.log_large + (1 - f) / 2 * coef.log_small               # [10]
 
-    def bound_term(self, z0, z_t, eps, log_variance, t, c):
+    def bound_term(self, z0, z_t, eps, log_variance, t, coef):
         """The term of the bound that belongs to t (B,), bits per number, (B,)."""
-        mean = c.c_x0 * (z_t - c.sigma * eps) / c.signal + c.c_xt * z_t
-        kl = normal_kl(c.c_x0 * z0 + c.c_xt * z_t, c.log_small, mean, log_variance).flatten(1).mean(1)
+        mean = coef.c_x0 * (z_t - coef.sigma * eps) / coef.signal + coef.c_xt * z_t
+        true_mean = coef.c_x0 * z0 + coef.c_xt * z_t
+        kl = normal_kl(true_mean, coef.log_small, mean, log_variance).flatten(1).mean(1)
         # As released: at t = 0 latents too are taken for pixels of 8 bits.
         nll = pixel_nll(z0, mean, log_variance).flatten(1).mean(1)
         return torch.where(t == 0, nll, kl) / math.log(2)                                     # [12]
 
     def loss(self, batch, noise=None, t=None):
         """batch: x (B, C, H, W), label (B,) if n_classes -> loss (0-d), per_sample (B,), t (B,) in [0, 1),
-        and parts: nll and kl for the first vae_steps batches of a training, then mse and, with learned
+        and parts: nll and kl for the first vae_steps steps of a training, then mse and, with learned
         variance, vb (bits per number). noise: eps of what is trained. The argument t is in 0..K-1: t = 0 is
         one step of noise, not none, and t = K-1 is all noise."""
         x, label, K = batch["x"], self.label(batch, required=True), self.config.n_diffusion_steps
         check_shape("an image", x, self.config.data_shape)
-        if self.trains_autoencoder(x):
+        if self.config.flip and self.training:
+            mirrored = torch.rand(len(x), device=x.device) < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        if self.begin_step(x):
             nll, kl = self.elbo(x, noise)
             bound = nll + kl                                                                  # [1]
             return {"loss": bound.mean(), "nll": nll.mean(), "kl": kl.mean(), "per_sample": bound.detach(),
@@ -711,29 +728,28 @@ class DiT(nn.Module):
             z0 = self.encode(x)
         eps = torch.randn_like(z0) if noise is None else noise
         t = torch.randint(K, (len(z0),), device=z0.device) if t is None else t
-        self.table = self.table.to(z0.device)
-        c = at(self.table, t, z0)
-        z_t = c.signal * z0 + c.sigma * eps                                                   # [11]
+        coef = at(step_table(K, z0.device), t, z0)
+        z_t = coef.signal * z0 + coef.sigma * eps                                             # [11]
         if self.training and self.config.label_dropout:
             dropped = torch.rand(t.shape, device=t.device) < self.config.label_dropout
             label = torch.where(dropped, self.config.n_classes, label)
-        eps_hat, log_variance = self.predict(z_t, c, self.net.condition(t, label))
+        eps_hat, log_variance = self.predict(z_t, coef, self.net.condition(t, label))
         mse = (eps_hat - eps).square().flatten(1).mean(1)
         per_sample, parts = mse, {"mse": mse.mean()}
         if self.config.learn_variance:
             # detach: the mean learns from the mse alone. The weight of vb is 1, not 1/1000 of K as in iDDPM.
-            vb = self.bound_term(z0, z_t, eps_hat.detach(), log_variance, t, c)
+            vb = self.bound_term(z0, z_t, eps_hat.detach(), log_variance, t, coef)
             per_sample, parts["vb"] = mse + vb, vb.mean()                                     # [12]
         return {"loss": per_sample.mean(), **parts, "per_sample": per_sample.detach(), "t": t / K}
 
-    def conditions(self, ts, kinds):
-        """Transformer.condition of every step t in ts, one after the other, for the classes kinds (U,): of
-        all steps in one pass, or of as many as fit into memory."""
-        size = len(kinds) * self.config.depth * self.config.width * 6
-        t = torch.tensor(ts, device=kinds.device)
+    def conditions(self, ts, label):
+        """Transformer.condition of every step t in ts, one after the other, for label (B,): of all steps in
+        one pass, in which each weight is read once, or of as many as fit into memory."""
+        size = len(label) * self.config.depth * self.config.width * 6
+        # Filled in number by number, since a tensor made of a list would be copied from the host.
+        t = torch.stack([torch.full((1,), t, device=label.device) for t in ts])
         for some in t.split(max(1, MODULATION_LIMIT // size)):
-            parts = self.net.condition(some[:, None], kinds[None])        # (some, U, k, D) each
-            yield from zip(*parts)
+            yield from zip(*self.net.condition(some, label[None]))        # (B, k, D) each
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
@@ -741,58 +757,46 @@ class DiT(nn.Module):
         "any class". steps: how many, or which t (see timetable). noise: the start, (B, c, h, w); step_noise:
         eps of every step but the last; else drawn from generator. trace: a list that receives the state after
         every step, decoded."""
-        B = batch["n"] if "n" in batch else len(batch["label"] if "label" in batch else batch["x"])
-        config, device, ts = self.config, self.scale.device, self.timetable(steps)
-        table = coefficients(self.alpha_bar[ts[::-1]]).to(device)                             # (fields, S)
+        B = batch["n"] if "n" in batch else len(batch.get("label", batch.get("x")))
+        config, device, label = self.config, self.scale.device, self.label(batch, B)
+        ts = timetable(config.n_diffusion_steps, config.sampler_steps if steps is None else steps)
+        table = step_table(config.n_diffusion_steps, device, tuple(ts))   # (fields, S)
         draw = lambda: randn((B, *config.latent_shape), generator, device)
         z, w = draw() if noise is None else noise, config.guidance
         check_shape("noise", z, config.latent_shape)
-        kinds, which = self.label(batch, B).unique(return_inverse=True)   # (U,), (B,)
         guided = w != 1 and "label" in batch
-        if guided:  # each image twice: with its class, and with the null class, which comes last
-            kinds = F.pad(kinds, (0, 1), value=config.n_classes)
-            which = torch.cat([which, torch.full_like(which, len(kinds) - 1)])
-        for k, condition in enumerate(self.conditions(ts, kinds)):
+        if guided:                              # each image twice: with its class, then with the null class
+            label = torch.cat([label, torch.full_like(label, config.n_classes)])
+        for k, condition in enumerate(self.conditions(ts, label)):
             to_go = len(ts) - 1 - k             # row of this step: the chain counts from the data
-            c = at(table, to_go, z)
-            condition = [part[which] for part in condition]
-            eps, log_variance = self.predict(z.repeat(1 + guided, 1, 1, 1), c, condition)
+            coef = at(table, to_go, z)
+            eps, log_variance = self.predict(z.repeat(1 + guided, 1, 1, 1), coef, condition)
             if guided:
                 (eps, null), log_variance = eps.chunk(2), log_variance.chunk(2)[0]
                 n = config.guidance_channels or eps.shape[1]
                 eps = torch.cat([null[:, :n] + w * (eps[:, :n] - null[:, :n]), eps[:, n:]], dim=1)  # [13]
-            x0 = (z - c.sigma * eps) / c.signal
+            x0 = (z - coef.sigma * eps) / coef.signal
             x0 = x0.clamp(-1, 1) if config.clip_x0 else x0
-            fresh = torch.zeros_like(z) if to_go == 0 else draw() if step_noise is None else step_noise[k]
-            if config.sampler == "ddim":
-                s, eps = config.eta * c.deviation, (z - c.signal * x0) / c.sigma  # anew: x0 may be clipped
-                direction = (c.sigma_prev**2 - s**2).clamp(min=0).sqrt() * eps
-                z = c.signal_prev * x0 + direction + s * fresh                                # [15]
+            if to_go == 0 or config.sampler == "ddim" and config.eta == 0:
+                fresh = 0                       # the last step, and DDIM without eta, add no noise
             else:
-                z = c.c_x0 * x0 + c.c_xt * z + (0.5 * log_variance).exp() * fresh             # [14]
+                fresh = draw() if step_noise is None else step_noise[k]
+            if config.sampler == "ddim":
+                s, eps = config.eta * coef.deviation, (z - coef.signal * x0) / coef.sigma  # x0 may be clipped
+                # clamp: at eta = 1 a long stride leaves 0 up to rounding, and the root of -1e-12 is nan.
+                direction = (coef.sigma_prev**2 - s**2).clamp(min=0).sqrt() * eps
+                z = coef.signal_prev * x0 + direction + s * fresh                             # [15]
+            else:
+                z = coef.c_x0 * x0 + coef.c_xt * z + (0.5 * log_variance).exp() * fresh       # [14]
             if trace is not None:
                 trace.append(self.decode(z))
         return self.decode(z)
 
-    def timetable(self, steps=None):
-        """The t visited, most noised first. steps: how many, evenly from K-1 to 0; or the list itself. (The
-        released DDIM visits every K/steps-th instead, from 0 on.)"""
-        K = self.config.n_diffusion_steps
-        steps = self.config.sampler_steps if steps is None else steps
-        if isinstance(steps, int):
-            check_steps(steps, K)
-            return [K - 1] + [round((K - 1) * k / (steps - 1)) for k in range(steps - 1)][::-1]
-        ts = [int(t) for t in steps]
-        if not ts or ts != sorted(set(ts), reverse=True) or ts[0] >= K or ts[-1] < 0:
-            raise ValueError(f"steps {ts} must fall from at most {K - 1} to at least 0")
-        return ts
-
     def label(self, batch, n=0, required=False):
         """The checked labels of a batch, (B,); the null class n times, if it has none."""
-        n_classes = self.config.n_classes
-        if "label" in batch and n_classes:
-            label = batch["label"]
-            # On a GPU the comparison would stop every step to wait for it; there the embedding asserts.
+        n_classes, label = self.config.n_classes, batch.get("label")
+        if label is not None and n_classes:
+            # On a GPU every step would wait for the comparison; there the embedding asserts.
             if label.device.type == "cpu" and ((label < 0) | (label >= n_classes)).any():
                 raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = "
                                  f"{n_classes} means 0..{n_classes - 1}")
@@ -812,33 +816,37 @@ class DiT(nn.Module):
     @classmethod
     def from_official(cls, state_dict, config):
         """Released weights: of a transformer (facebookresearch/DiT), of an autoencoder (diffusers'
-        AutoencoderKL, also with its older names of the attention), or of both. An autoencoder may come from
-        config.vae_file; without a transformer's weights, that one starts fresh.
+        AutoencoderKL, also with its older names of the attention), or of both. The autoencoder's may also lie
+        in config.vae_file. If there is only an autoencoder, the transformer starts untrained.
 
-        config must describe them (PRESETS["XL/2"]). Strict: one ValueError names every key that is missing,
-        left over or has another shape.
+        config must describe them (PRESETS["XL/2"]). Strict: see load_strictly.
         """
         weights = rename_official(state_dict)
         if config.vae_file:
-            weights = weights | rename_official(read_file(config.vae_file))
+            weights |= rename_official(read_file(config.vae_file))
         with torch.device("meta"):
             model = cls(config)
-        want = {k: v for k, v in model.state_dict().items() if k not in ("scale", "_extra_state")}
         if not any(k.startswith("net.") for k in weights):
             weights |= {f"net.{k}": v for k, v in Transformer(config).state_dict().items()}
         if model.vae and not any(k.startswith("vae.") for k in weights):
-            raise ValueError("these are a transformer's weights alone: add its autoencoder's file with --set "
-                             "vae_file=VAE.safetensors")
-        problems = [f"missing {k}" for k in want if k not in weights]
-        problems += [f"left over {k}" for k in weights if k not in want]
-        problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
-                     for k in want if k in weights and weights[k].shape != want[k].shape]
-        if problems:
-            raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems)}")
-        weights["scale"] = torch.tensor(config.latent_scale or 1.0)
-        weights["_extra_state"] = torch.tensor(0, device="cpu")  # no batch seen, but the autoencoder is there
-        model.load_state_dict(weights, assign=True)
+            raise ValueError("these are a transformer's weights alone: add the autoencoder's (vae_file=FILE)")
+        weights["scale"] = torch.tensor([config.latent_scale or 1.0])
+        weights["_extra_state"] = torch.tensor(0, device="cpu")  # not -1: the autoencoder is there
+        load_strictly(model, weights)
         return model
+
+
+def load_strictly(model, weights):
+    """Put `weights` into a model that stands on the meta device. One ValueError names what does not fit."""
+    want = model.state_dict()
+    problems = [f"missing {k}" for k in want if k not in weights]
+    problems += [f"left over {k}" for k in weights if k not in want]
+    problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
+                 for k in want if k in weights and weights[k].shape != want[k].shape]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems[:6])}{more}")
+    model.load_state_dict(weights, assign=True)
 
 
 # Numbers that a sampler may compute ahead of its loop and keep.
@@ -888,19 +896,19 @@ Model = DiT
 # 256 x 256 images of 1000 classes, 32 x 32 latents of Stable Diffusion's autoencoder (83,653,863 parameters).
 RELEASED = {"data_shape": (3, 256, 256), "n_classes": 1000, "vae_channels": (128, 256, 512, 512),
             "vae_res_blocks": 2, "vae_groups": 32, "vae_steps": 0, "latent_scale": 0.18215, "sampler": "ddpm",
-            "sampler_steps": 250, "guidance": 4.0, "guidance_channels": 3}
+            "sampler_steps": 250, "guidance": 4.0, "guidance_channels": 3, "flip": True}
 
 PRESETS = {
     # Learns eight shapes on two CPU cores.
     "tiny": {},
-    # Parameters of the transformer, its fixed positions included:
-    # S 32,963,360 (patch 2)  32,945,024 (4)  33,148,160 (8);   B 130,512,416  130,475,648  130,881,536
-    # L 458,102,816  458,053,760  458,594,816;   XL 675,129,632  675,074,432  675,683,072
+    # The transformers, fixed positions included: 33, 131, 458 and 675 million parameters.
     **{f"{name}/{p}": RELEASED | {"depth": depth, "width": width, "n_heads": n_heads, "patch_size": p}
        for name, depth, width, n_heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16),
                                            ("XL", 28, 1152, 16)) for p in (2, 4, 8)},
 }
 
+# ema_max: samples come from an average of the weights over the run, which is less noisy than the last ones;
+# its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
     "tiny": {"data": "shapes", "demos": 8000, "steps": 6500, "batch_size": 64, "lr": 3e-3, "warmup": 100,
              "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0, "ema_max": 0.995, "eval_every": 0,
@@ -915,8 +923,8 @@ def write_png(path, image):
     """image (H, W, 3) uint8."""
     H, W, C = image.shape
     rows = F.pad(image.flatten(1), (1, 0)).numpy().tobytes()              # a row begins with its filter: none
-    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
-                                + struct.pack(">I", zlib.crc32(kind + body)))
+    number = lambda n: struct.pack(">I", n)
+    chunk = lambda kind, body: number(len(body)) + kind + body + number(zlib.crc32(kind + body))
     with open(path, "wb") as f:
         f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0))
                 + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
@@ -925,11 +933,11 @@ def write_png(path, image):
 def generate(dit_file, vae_file, labels, preset="XL/2", path="dit.png", seed=0, **changes):
     """Images of these classes, side by side, with released weights. changes: fields of Config, such as
     sampler_steps. -> (B, C, H, W)"""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     config = Config(**PRESETS[preset] | {"vae_file": vae_file} | changes)
-    model = DiT.from_official(read_file(dit_file), config)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    images = model.sample({"label": torch.tensor(labels, device=model.scale.device)},
-                          generator=torch.Generator().manual_seed(seed)).cpu()
+    model = DiT.from_official(read_file(dit_file), config).to(device).eval()
+    batch, generator = {"label": torch.tensor(labels, device=device)}, torch.Generator().manual_seed(seed)
+    images = model.sample(batch, generator=generator).cpu()
     pixels = (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
     write_png(path, pixels.permute(2, 0, 3, 1).flatten(1, 2))
     print(f"wrote {path}")

@@ -4,18 +4,20 @@
     Diffusion Transformers", arXiv:2410.10088
     official code: github.com/SudeepDasari/dit-policy
 
-p(A | O): a chunk A of Tp actions, given O = (images, instruction, proprioception). Diffusion as in dp_cnn.py,
-the network is another one. A ResNet-18 per camera turns images into tokens, the instruction acts inside it. A
-transformer encoder reads these tokens and one of the proprioception; a decoder of DiT blocks denoises the
-actions. Block i knows the observation by one vector alone, the mean of layer i's output: no cross-attention.
+p(A | O): a chunk A of Tp actions, given O = (images, instruction, proprioception). The joint p(A, O) would
+have to predict images too; as a condition, O is encoded once per chunk. The diffusion is that of dp_cnn.py. A
+ResNet-18 per camera turns images into tokens, the instruction acts inside it. A transformer encoder reads
+these tokens and one of the proprioception; a decoder of DiT blocks denoises the actions. Block i knows the
+observation by one vector alone, the mean of layer i's output. There is no cross-attention, with which the
+authors measured fewer successes.
 
     images -> ResNet-18 (FiLM: text) -> tokens ----+-> layer 1 --> layer 2 --> ... --> layer L
     proprioception -> dropout -> linear -> token --+     |mean       |mean               |mean
                                                          v + e(t)    v + e(t)            v + e(t)
     noised actions x_t -> MLP + positions ----------> block 1 --> block 2 --> ... --> block L --> final layer
 
-Axes: B items, N observation tokens, D width, L layers, T steps of the chunk, A action dimensions, To observed
-steps, V cameras, S steps of the sampler.
+Axes: B items, N observation tokens, D width, L layers, Tp steps of the chunk, A action dimensions, S numbers
+of proprioception, To observed steps, V cameras, C channels of an image token.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
 Time of the robot (To = 2 observed, the newest first among the tokens; the chunk starts now):
     step        now-1  now  now+1 ... now+7 ... now+15
@@ -35,7 +37,7 @@ Time of the robot (To = 2 observed, the newest first among the tokens; the chunk
     [9]  adaLN-Zero block:  x += gate(c) * Attention(adaLN(x)),   x += gate'(c) * MLP(adaLN'(x)),   where the
          gates are zero at first: the block is then the identity
     [10] out = W (scale(c_L) * x + shift(c_L)) + b,   without a norm, and not zero at first
-    [11] FiLM in every residual block of a ResNet:  h = (1 + gamma(text)) * h + beta(text), zero at first
+    [11] FiLM in every residual block of a ResNet:  h = (1 + scale(text)) * h + shift(text), zero at first
 
 Map: Config | attention, EncoderLayer, DiTBlock, NoiseNet | FilmBlock, FilmResNet, ImageEncoder, TextEncoder |
 DiTPolicy: loss, sample, from_official | PRESETS | main.
@@ -44,19 +46,22 @@ Differs from the original:
  1. The loss is the mean over the steps that are real. The original sums over the chunk, Tp times as much.
  2. The code has no instruction. The paper puts a DistilBERT embedding into the ResNets by FiLM; here the
     embedding may be given (text_dim), or bytes are read by n-gram detectors, which learn with the rest.
- 3. Not carried over: a goal image, frames stacked as channels (early_fusion), batch norm over features.
- 4. Images are cropped at random, and not blurred or resized, when crop_size is set.
- 5. Frequencies and positions are computed; the original keeps them among the weights, as constants.
- 6. A sampler's modulation, all steps and blocks, is computed before its loop. Observations may share several
+ 3. The ResNets start from scratch, as torchvision initialises them. The original starts from weights trained
+    on images: ImageNet's, or its authors' own.
+ 4. Not carried over: a goal image, frames stacked as channels (early_fusion), batch norm over features.
+ 5. Images are cropped at random, and not blurred or resized, when crop_size is set.
+ 6. Frequencies and positions are computed; the original keeps them among the weights, as constants.
+ 7. A sampler's modulation, all steps and blocks, is computed before its loop. Observations may share several
     draws of noise and time (n_draws): they are encoded once.
- 7. train.py normalises proprioception too; the original takes it as it is.
- 8. "tiny" is the published architecture with other numbers: sizes, no dropout, a ResNet of fewer stages, and
+ 8. train.py normalises proprioception too; the original takes it as it is.
+ 9. "tiny" is the published architecture with other numbers: sizes, no dropout, a ResNet of fewer stages, and
     x0 prediction, since eps prediction is slow to learn at this scale.
 
 Run alone: `python dit_policy.py` learns to draw half circles and shows them forming out of noise, in half a
 minute on two CPU cores.
 """
 import copy
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -69,126 +74,85 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     # -- the data; train.py fills these in
-    # length of one action vector
-    action_dim: int = 3
-    # length of the proprioception
-    state_dim: int = 3
-    # number of cameras, each with an encoder of its own; 0 = low-dimensional observations only
-    n_cameras: int = 2
-    # height, width of every camera image, pixels
-    image_size: tuple = (64, 64)
-    # "lowdim": every float observation; "image": cameras and proprioception
-    obs: str = "image"
+    action_dim: int = 3  # A, length of one action vector
+    state_dim: int = 3  # S, length of the proprioception
+    n_cameras: int = 2  # V, each with an encoder of its own; 0 = low-dimensional observations only
+    image_size: tuple = (64, 64)  # height, width of every camera image, pixels
+    obs: str = "image"  # "lowdim": every float observation; "image": cameras and proprioception
     # -- the timeline (picture above), in control steps
-    # Tp, predicted steps (ac_chunk)
-    horizon: int = 16
-    # To, observed steps: images of all, proprioception of the newest (imgs_per_cam)
-    n_obs_steps: int = 1
-    # Ta, executed steps
-    n_action_steps: int = 8
+    horizon: int = 16  # Tp, predicted steps (ac_chunk)
+    n_obs_steps: int = 1  # To: images of all these steps, proprioception of the newest (imgs_per_cam)
+    n_action_steps: int = 8  # Ta, executed steps
+    # True: steps past an episode's end, where the data repeat the last action, are trained on as well: the
+    # policy then learns to stay where it ended. The original leaves them out
+    train_on_padding: bool = False
     # -- the instruction
-    # longest one in bytes; 0 = none is read, as in the official code
-    text_len: int = 40
-    # 0: bytes; else numbers in a text encoder's embedding, given as batch["text_embedding"] (DistilBERT: 768)
-    text_dim: int = 0
-    # numbers that FiLM receives
-    text_width: int = 64
+    text_len: int = 40  # longest one in bytes; 0 = none is read, as in the official code
+    text_dim: int = 0  # 0: bytes; else the length of batch["text_embedding"] (DistilBERT's: 768)
+    text_width: int = 64  # numbers that FiLM receives
     # -- the image encoders
-    # channels of the ResNet's stages, each but the first halves the image (ResNet-18: 64, 128, 256, 512)
-    resnet_widths: tuple = (16, 32, 64)
-    # groups of their group norms
-    n_groups: int = 4
-    # height, width of the crop: random in training, centre in evaluation; () = the whole image
-    crop_size: tuple = ()
-    # True: an image becomes one token, its mean; False: one per cell of the last feature map
-    pool: bool = False
-    # True: all cameras share one encoder (share_cam_features)
-    share_encoder: bool = False
+    resnet_widths: tuple = (16, 32, 64)  # channels per stage, all but the first halve (ResNet-18: 64 .. 512)
+    n_groups: int = 4  # groups of their group norms
+    crop_size: tuple = ()  # height, width: random in training, centre in evaluation; () = the whole image
+    pool: bool = False  # True: an image is one token, its mean; False: one per cell of the last feature map
+    share_encoder: bool = False  # True: all cameras share one (share_cam_features)
     # -- how proprioception enters
-    # "token": a token of its own; "pad": beside every image token; "none": not at all (use_obs)
-    proprioception: str = "token"
-    # probability that a number of it is dropped in training
-    state_dropout: float = 0.2
+    proprioception: str = "token"  # "token": as one; "pad": beside every image token; "none" (use_obs)
+    state_dropout: float = 0.2  # probability that a number of it is dropped in training
     # -- the transformers; in brackets the official names
-    # True: tokens pass a layer norm first (feat_norm)
-    token_norm: bool = False
-    # dropout of what enters the encoder
-    token_dropout: float = 0.0
-    # D (hidden_dim)
-    width: int = 128
-    # L, layers of the encoder and blocks of the decoder (num_blocks)
-    depth: int = 4
-    # heads of every attention (nhead)
-    n_heads: int = 4
-    # hidden width of the MLPs (dim_feedforward)
-    mlp: int = 256
-    # numbers in the sinusoids of t (time_dim)
-    time_dim: int = 128
-    # dropout of attention weights, inside the MLPs and of every branch before it is added
-    dropout: float = 0.0
+    token_norm: bool = False  # True: tokens pass a layer norm first (feat_norm)
+    token_dropout: float = 0.0  # dropout of what enters the encoder
+    width: int = 128  # D (hidden_dim)
+    depth: int = 4  # L, layers of the encoder and blocks of the decoder (num_blocks)
+    n_heads: int = 4  # heads of every attention (nhead)
+    mlp: int = 256  # hidden width of the MLPs (dim_feedforward)
+    time_dim: int = 128  # numbers in the sinusoids of t
+    dropout: float = 0.0  # of attention weights, inside the MLPs and of every branch before it is added
     # -- the diffusion
-    # K, noise levels in training
-    n_diffusion_steps: int = 100
-    # what the network predicts: "eps" (the original) or "x0"
-    prediction_type: str = "x0"
-    # draws of noise and time per observation
-    n_draws: int = 4
-    # noise levels visited when sampling; at most K
-    sampler_steps: int = 8
+    n_diffusion_steps: int = 100  # K, noise levels in training
+    prediction_type: str = "x0"  # what the network predicts: "eps" (the original) or "x0"
+    n_draws: int = 4  # draws of noise and time per observation
+    sampler_steps: int = 8  # noise levels visited when sampling; at most K
+    spacing: str = "leading"  # which levels these are: "leading" or "trailing", see timetable
+    # [4] 0 = no clipping; actions are normalised to [-1, 1], and a normaliser that does not do that needs
+    # another value
+    clip_x0: float = 1.0
+
+    first_action = 0  # step of the chunk's first action, counted from now
+    pred_horizon = property(lambda self: self.horizon)  # actions in a batch and in a sampled chunk
+    n_obs_loaded = property(lambda self: self.n_obs_steps)  # observed steps in a training batch
+    reads_text = property(lambda self: self.text_len > 0 or self.text_dim > 0)
 
     def __post_init__(self):
         check_choice("obs", self.obs, ("lowdim", "image"))
         check_choice("prediction_type", self.prediction_type, ("eps", "x0"))
         check_choice("proprioception", self.proprioception, ("token", "pad", "none"))
-        if self.n_obs_steps < 1 or self.horizon < 1:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} and horizon {self.horizon} must be at least 1")
-        if not 1 <= self.n_action_steps <= self.horizon:
+        check_choice("spacing", self.spacing, ("leading", "trailing"))
+        check_at_least(self, 0, "n_cameras", "text_len", "text_dim", "clip_x0")
+        check_at_least(self, 1, "action_dim", "state_dim", "image_size", "horizon", "n_obs_steps",
+                       "n_action_steps", "text_width", "resnet_widths", "n_groups", "crop_size", "width",
+                       "depth", "n_heads", "mlp", "n_diffusion_steps", "n_draws")
+        if self.n_action_steps > self.horizon:
             raise ValueError(f"n_action_steps {self.n_action_steps} must lie in 1..horizon = {self.horizon}")
-        if self.n_heads < 1 or self.width % self.n_heads or self.width % 2 or self.width < 2:
+        if self.width % self.n_heads or self.width % 2:
             raise ValueError(f"width {self.width} must be even and a multiple of n_heads = {self.n_heads}")
-        if self.time_dim % 2 or self.time_dim < 4:
+        if self.time_dim % 2 or not self.time_dim >= 4:
             raise ValueError(f"time_dim {self.time_dim} must be even and at least 4: sines and cosines")
-        if self.depth < 1:
-            raise ValueError(f"depth {self.depth} must be at least 1")
-        if not self.n_cameras and self.proprioception != "token":
-            raise ValueError(f"proprioception {self.proprioception!r} without cameras leaves no token: set "
-                             "it to 'token'")
-        if not self.n_cameras and self.reads_text:
-            raise ValueError("n_cameras is 0, but the instruction is read inside the image encoder: set "
-                             "text_len=0 and text_dim=0")
-        if self.text_len < 0 or self.text_dim < 0:
-            raise ValueError(f"text_len {self.text_len} and text_dim {self.text_dim} must not be negative")
-        bad = [w for w in self.resnet_widths if w % self.n_groups]
-        if bad or not self.resnet_widths:
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be numbers of channels that can be "
-                             f"split into n_groups = {self.n_groups} groups")
+        if not self.n_cameras and (self.reads_text or self.proprioception != "token"):
+            raise ValueError("n_cameras is 0: the only token is proprioception's, set it to 'token'; the "
+                             "instruction is read with the images, set text_len=0 and text_dim=0")
+        if not self.resnet_widths or any(width % self.n_groups for width in self.resnet_widths):
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of n_groups = "
+                             f"{self.n_groups}")
+        if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
+            raise ValueError(f"image_size {self.image_size} and crop_size {self.crop_size} are two numbers "
+                             f"each, height and width; crop_size may be ()")
         if self.crop_size and any(c > s for c, s in zip(self.crop_size, self.image_size)):
             raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
         for name in ("state_dropout", "token_dropout", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1)")
-        if self.n_draws < 1:
-            raise ValueError(f"n_draws {self.n_draws} must be at least 1")
-        check_steps(self.sampler_steps, self.n_diffusion_steps)
-
-    @property
-    def pred_horizon(self):
-        """Number of actions in a batch and in a sampled chunk."""
-        return self.horizon
-
-    @property
-    def first_action(self):
-        """Step of the chunk's first action, counted from now."""
-        return 0
-
-    @property
-    def n_obs_loaded(self):
-        """Observed steps in a training batch."""
-        return self.n_obs_steps
-
-    @property
-    def reads_text(self):
-        return self.text_len > 0 or self.text_dim > 0
+        timetable(self.n_diffusion_steps, self.sampler_steps, self.spacing)
 
     def encode_text(self, text):
         """An instruction as codes, int64 (text_len,), 0 = padding: its UTF-8 bytes + 1."""
@@ -201,18 +165,18 @@ class Config:
 
 def check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(choices)}")
+        raise ValueError(f"{name} {value!r} is not known: choose one of {', '.join(map(str, choices))}")
 
 
-def check_steps(steps, n_diffusion_steps):
-    if not 1 <= steps <= n_diffusion_steps:
-        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {n_diffusion_steps}")
+def check_at_least(config, least, *fields):
+    """Each of these fields, or every number of it if it is a tuple, is at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        if not all(x >= least for x in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field} {value} must be at least {least}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The noise network: an encoder of the observation, a decoder of DiT blocks
-
-
+# ---------------------------------------------------------------- noise network: encoder and DiT blocks
 def attention(q, k, v, dropout=0.0):
     """softmax(q k' / sqrt(d)) v over the last two axes: (..., N, d) -> (..., N, d). It differs from pi0.py's:
     nothing is masked, and weights may be dropped."""
@@ -234,14 +198,14 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x, positions=None):
-        B, N, D = x.shape
         if positions is None:
             q, k, v = self.in_proj(x).chunk(3, dim=-1)                          # (B, N, D) each
         else:
+            D = x.shape[-1]
             (w_qk, w_v), (b_qk, b_v) = (p.split([2 * D, D]) for p in self.in_proj.parameters())
             q, k = F.linear(x + positions, w_qk, b_qk).chunk(2, dim=-1)
             v = F.linear(x, w_v, b_v)
-        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, N, D/H)
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N, d)
         x = attention(q, k, v, self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -272,28 +236,30 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + self.dropout(self.mlp(x)))                        # [6]
 
 
-class DiTBlock(nn.Module):
-    """adaLN-Zero block. (B, T, D), modulation -> (B, T, D). It differs from dit.py's: the scale is not
-    1 + scale, and the norms are affine."""
+def modulate(x, shift, scale):
+    """x (B, Tp, D), shift and scale (B, D). It differs from dit.py's: not 1 + scale. A scale of zero would
+    silence the branch; it starts as random."""
+    return x * scale[:, None] + shift[:, None]                                  # [8] [10]
+
+
+class DiTBlock(EncoderLayer):
+    """adaLN-Zero block of the same parts. (B, Tp, D), what `prepare` returns -> (B, Tp, D)."""
 
     def __init__(self, config):
-        super().__init__()
-        self.attn, self.mlp = SelfAttention(config), MLP(config)
-        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config)
         # scale, shift, gate of the attention, then of the MLP
-        self.modulate = nn.ModuleList([nn.Linear(config.width, config.width) for _ in range(6)])
+        self.modulation = nn.ModuleList([nn.Linear(config.width, config.width) for _ in range(6)])
 
-    def modulation(self, c):
+    def prepare(self, c):
         """SiLU of the condition (..., D) -> six (..., D): all that block i takes from observation and t."""
-        return [linear(c) for linear in self.modulate]                          # [8]
+        return [linear(c) for linear in self.modulation]                        # [8]
 
     def forward(self, x, modulation):
-        scale1, shift1, gate1, scale2, shift2, gate2 = (m[:, None] for m in modulation)  # (B, 1, D)
-        h = self.norm1(x) * scale1 + shift1                                     # [8]
-        x = x + gate1 * self.dropout(self.attn(h))                              # [9]
-        h = self.norm2(x) * scale2 + shift2                                     # [8]
-        return x + gate2 * self.dropout(self.mlp(h))                            # [9]
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation               # (B, D)
+        h = modulate(self.norm1(x), shift1, scale1)
+        x = x + gate1[:, None] * self.dropout(self.attn(h))                     # [9]
+        h = modulate(self.norm2(x), shift2, scale2)
+        return x + gate2[:, None] * self.dropout(self.mlp(h))                   # [9]
 
 
 def position_table(n, dim, device=None):
@@ -313,8 +279,8 @@ def time_embedding(t, dim):
 
 
 class NoiseNet(nn.Module):
-    """Observation tokens, noised chunk and t -> eps or x0. In two halves, since only one depends on t:
-    `encode` and `modulation`, then `forward`. Official: _DiTNoiseNet."""
+    """Observation tokens, noised chunk and t -> eps or x0. In two halves, since only one depends on x_t:
+    `encode` and `condition`, then `forward`. Official: _DiTNoiseNet."""
 
     def __init__(self, config):
         super().__init__()
@@ -325,8 +291,25 @@ class NoiseNet(nn.Module):
         self.action_mlp = nn.Sequential(nn.Linear(A, A), nn.GELU(approximate="tanh"), nn.Linear(A, D))
         self.encoder = nn.ModuleList([EncoderLayer(config) for _ in range(config.depth)])
         self.decoder = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
-        self.final_modulate = nn.Linear(D, 2 * D)
+        self.final_modulation = nn.Linear(D, 2 * D)
         self.out = nn.Linear(D, A)
+        self.init_weights()
+
+    def init_weights(self):
+        """As the original has it. What is not named here starts by torch's own rule, the final layer too; the
+        gates' zeros come last, so that nothing undoes them."""
+        for layer in [*self.encoder, *self.decoder]:
+            for p in layer.parameters():
+                if p.ndim > 1:
+                    nn.init.xavier_uniform_(p)
+            nn.init.zeros_(layer.attn.in_proj.bias)
+            nn.init.zeros_(layer.attn.out_proj.bias)
+        nn.init.xavier_uniform_(self.positions[:, None])  # (Tp, 1, D) there: the fans make it small
+        for block in self.decoder:
+            for linear in block.modulation:
+                nn.init.zeros_(linear.bias)
+            for gate in (block.modulation[2], block.modulation[5]):
+                nn.init.zeros_(gate.weight)                                     # [9]
 
     def encode(self, tokens):
         """Observation tokens (B, N, D) -> the output of every layer, L x (B, N, D)."""
@@ -337,27 +320,22 @@ class NoiseNet(nn.Module):
             outputs.append(tokens)
         return outputs
 
-    def modulation(self, summaries, t):
-        """Means of the layers' outputs, L x (B, D), and t (B,) or (S, 1) -> per block six of (B, D) or (S, B,
+    def condition(self, summaries, t):
+        """Means of the layers' outputs, L x (B, D), and t (B,) or (n, 1) -> per block six of (B, D) or (n, B,
         D); then shift and scale of the final layer."""
-        e = self.time_mlp(time_embedding(t, self.time_dim).to(summaries[0].dtype))
+        e = self.time_mlp(time_embedding(t, self.time_dim).to(self.out.weight.dtype))
         c = [F.silu(summary + e) for summary in summaries]                      # [7]
-        final = self.final_modulate(c[-1]).chunk(2, dim=-1)
-        return [block.modulation(c_i) for block, c_i in zip(self.decoder, c)] + [final]
+        final = self.final_modulation(c[-1]).chunk(2, dim=-1)
+        return [block.prepare(c_i) for block, c_i in zip(self.decoder, c)] + [final]
 
-    def forward(self, x_t, modulation):
-        B, T, A = x_t.shape
-        x = self.action_mlp(x_t) + self.positions                               # (B, T, D)
-        for block, m in zip(self.decoder, modulation):
-            x = block(x, m)
-        shift, scale = modulation[-1]                                           # (B, D)
-        return self.out(x * scale[:, None] + shift[:, None])                    # [10] (B, T, A)
+    def forward(self, x_t, condition):
+        x = self.action_mlp(x_t.to(self.out.weight.dtype)) + self.positions     # (B, Tp, D)
+        for block, modulation in zip(self.decoder, condition):
+            x = block(x, modulation)
+        return self.out(modulate(x, *condition[-1])).float()                    # (B, Tp, A)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Observation tokens: a ResNet-18 per camera, with group norm, which the instruction modulates
-
-
+# ---------------------------------------------------------------- observation: images and text to tokens
 class FilmBlock(nn.Module):
     """ResNet's block of two 3x3 convolutions; FiLM by the text acts on what is added. (B, C, H, W) ->
     (B, C', H/stride, W/stride)."""
@@ -378,14 +356,15 @@ class FilmBlock(nn.Module):
         h = F.relu(self.norm1(self.conv1(x)))
         h = self.norm2(self.conv2(h))
         if self.film is not None:
-            gamma, beta = self.film(text)[..., None, None].chunk(2, dim=1)      # (B, C', 1, 1)
-            h = (1 + gamma) * h + beta                                          # [11]
+            scale, shift = self.film(text)[..., None, None].chunk(2, dim=1)     # (B, C', 1, 1)
+            h = (1 + scale) * h + shift                                         # [11]
         return F.relu(h + self.shortcut(x))
 
 
 class FilmResNet(nn.Module):
     """ResNet-18 up to its last feature map. (B, 3, H, W), text (B, text_width) -> (B, C, H/32, W/32), rounded
-    up; a stage less, twice the size."""
+    up; a stage less, twice the size. Group norm instead of batch norm, whose running statistics belong to the
+    weights of the last steps: where weights are averaged (EMA), they do not fit the average."""
 
     def __init__(self, config):
         super().__init__()
@@ -397,6 +376,12 @@ class FilmResNet(nn.Module):
         for i, (dim_in, dim_out) in enumerate(zip((widths[0],) + tuple(widths), widths)):
             first = FilmBlock(dim_in, dim_out, 1 if i == 0 else 2, groups, text_width)
             self.stages.append(nn.ModuleList([first, FilmBlock(dim_out, dim_out, 1, groups, text_width)]))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as torchvision does; torch's own start is 2.4 times smaller
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, FilmBlock) and module.film is not None:
+                nn.init.zeros_(module.film.weight)                              # [11]
+                nn.init.zeros_(module.film.bias)
 
     def forward(self, x, text=None):
         x = F.relu(self.norm1(self.conv1(x)))
@@ -407,9 +392,12 @@ class FilmResNet(nn.Module):
         return x
 
 
-# Mean and deviation of ImageNet's images, per channel, of [0, 1]: the ResNets that the authors start from
-# have seen images normalised by them.
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+@functools.lru_cache
+def imagenet(device):
+    """Mean and deviation of ImageNet's images in [0, 1], (3, 1, 1) each: the ResNets that the authors start
+    from have seen images normalised by them. Kept for the reason that cosine_alpha_bar names."""
+    numbers = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device="cpu")
+    return numbers[..., None, None].to(device).unbind()
 
 
 class ImageEncoder(nn.Module):
@@ -439,8 +427,9 @@ class ImageEncoder(nn.Module):
     def forward(self, x, text=None):
         x = self.crop(x)                                                        # (B, 3, h, w)
         if not x.is_floating_point():
-            mean, std = torch.tensor(IMAGENET, device=x.device)[:, :, None, None]
-            x = ((x / 255 - mean) / std).to(self.resnet.conv1.weight.dtype)
+            mean, std = imagenet(x.device)
+            x = (x / 255 - mean) / std
+        x = x.to(self.resnet.conv1.weight.dtype)
         x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
         x = self.resnet(x, text)                                                # (B, C, h/32, w/32)
         x = x.mean((2, 3), keepdim=True) if self.pool else x
@@ -448,8 +437,8 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Codes (B, L), 0 = padding -> (B, text_width): how strongly each of the learned detectors of five bytes
-    responds where it responds most. A colour's name counts as much in a long sentence as in a short one."""
+    """Codes (B, text_len), 0 = padding -> (B, text_width): how strongly each of the learned detectors of five
+    bytes responds where it responds most, so that a colour's name counts in a long sentence as in a short."""
 
     def __init__(self, width):
         super().__init__()
@@ -458,23 +447,43 @@ class TextEncoder(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, text):
-        real = (text > 0)[..., None]                                            # (B, L, 1)
+        real = (text > 0)[..., None]                                            # (B, text_len, 1)
         x = self.embed(text) * real  # zeros, as the convolution sees beyond the end
         x = F.relu(self.conv(x.mT).mT) * real  # never below 0: a masked place cannot be the largest
         return self.out(x.amax(1))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the policy: loss and sampler
+@functools.lru_cache
+def cosine_alpha_bar(K, device):
+    """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
+    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
 
-
-def cosine_alpha_bar(K):
-    """alpha_bar_t of t = 0..K-1, (K,) float32, through the clipped beta_t, as `squaredcos_cap_v2` of
-    diffusers: the product is taken in float32 because released models were trained and are sampled that
-    way. beta_start and beta_end, which every official YAML gives, have no effect on this schedule."""
-    u = torch.arange(K + 1, dtype=torch.float64) / K
+    As `squaredcos_cap_v2` of diffusers, whose product is taken in float32: released models were trained and
+    are sampled that way. beta_start and beta_end, which every official YAML gives, have no effect on it."""
+    u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
-    return torch.cumprod(1 - beta, dim=0)                                       # [1]
+    return torch.cumprod(1 - beta, dim=0).to(device)                            # [1]
+
+
+def timetable(K, steps, spacing):
+    """The levels that a sampler visits, noisiest first: that many of K, or `steps` itself if it is a list.
+
+    "leading" is what the released policies use (diffusers' default): every (K // steps)-th level, counted
+    from 0. The trap: 10 of 100 start at level 90, but 51 of 100 start at 50, though the chunk they are given
+    is pure noise. "trailing" counts down from K - 1 and always starts at the top.
+    """
+    if not isinstance(steps, int):
+        levels = list(steps)
+        if not levels or levels != sorted(set(levels), reverse=True) or not 0 <= levels[-1] <= levels[0] < K:
+            raise ValueError(f"sampler steps {levels} must fall from at most {K - 1} to at least 0")
+        return levels
+    if not 1 <= steps <= K:
+        raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {K}")
+    if spacing == "trailing":
+        return [round(K - k * K / steps) - 1 for k in range(steps)]
+    return [k * (K // steps) for k in reversed(range(steps))]
 
 
 def randn(shape, generator, device):
@@ -484,6 +493,8 @@ def randn(shape, generator, device):
 
 
 class DiTPolicy(nn.Module):
+    """The policy: encoders of images and text, a noise network, and the diffusion around them."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -501,50 +512,24 @@ class DiTPolicy(nn.Module):
         self.token_proj = nn.Linear(channels, D) if channels != D else nn.Identity()
         self.token_norm = nn.LayerNorm(D) if config.token_norm else nn.Identity()
         self.noise_net = NoiseNet(config)
-        self.init_weights()
-        # No buffer: model.to(bfloat16) would round 1 - alpha_bar_0 to zero.
-        self.alpha_bar = cosine_alpha_bar(config.n_diffusion_steps)
-
-    def init_weights(self):
-        """As the original has it; what is not named here starts as torch's own rule says. Zeros come last, so
-        that nothing undoes them: the gates, and the whole of FiLM. The final layer is not among them."""
-        net = self.noise_net
-        for layer in [*net.encoder, *net.decoder]:
-            for p in layer.parameters():
-                if p.ndim > 1:
-                    nn.init.xavier_uniform_(p)
-            nn.init.zeros_(layer.attn.in_proj.bias)
-            nn.init.zeros_(layer.attn.out_proj.bias)
-        nn.init.xavier_uniform_(net.positions[:, None])  # (Tp, 1, D) there: the fans make it small
-        for block in net.decoder:
-            for linear in block.modulate:
-                nn.init.zeros_(linear.bias)
-            for gate in (block.modulate[2], block.modulate[5]):
-                nn.init.zeros_(gate.weight)                                     # [9]
-        for module in self.modules():
-            if isinstance(module, FilmBlock) and module.film is not None:
-                nn.init.zeros_(module.film.weight)                              # [11]
-                nn.init.zeros_(module.film.bias)
 
     def text_vector(self, batch):
         """What FiLM receives, (B, text_width), or None where no text is read."""
-        config = self.config
-        if not config.reads_text:
+        size, key = self.config.text_dim, "text_embedding" if self.config.text_dim else "text"
+        if not self.config.reads_text:
             return None
-        key = "text_embedding" if config.text_dim else "text"
         if key not in batch:
-            raise ValueError(f"the batch has no {key!r}, which text_dim = {config.text_dim} and text_len = "
-                             f"{config.text_len} ask for; set both to 0 to read no instruction")
+            raise ValueError(f"the batch has no {key!r}, which text_dim = {size} and text_len = "
+                             f"{self.config.text_len} ask for; set both to 0 to read no instruction")
         text = batch[key]
-        if config.text_dim and text.shape[1:] != (config.text_dim,):
-            raise ValueError(f"text_embedding has shape {tuple(text.shape[1:])} per item, but text_dim is "
-                             f"{config.text_dim}")
-        return self.text(text)
+        if size and text.shape[1:] != (size,):
+            raise ValueError(f"text_embedding has shape {tuple(text.shape[1:])} per item, text_dim is {size}")
+        return self.text(text.to(self.text.weight.dtype) if size else text)
 
     def tokens(self, batch):
         """Observation tokens (B, N, D): camera by camera, the newest image first, and proprioception last."""
         config = self.config
-        state = batch["state"][:, -1]                                           # (B, S)
+        state = batch["state"][:, -1].to(self.noise_net.out.weight.dtype)       # (B, S)
         tokens = []
         if config.n_cameras:
             images = batch["images"]                                            # (B, To, V, 3, H, W)
@@ -555,8 +540,8 @@ class DiTPolicy(nn.Module):
             text = self.text_vector(batch)
             text = None if text is None else text.repeat_interleave(To, dim=0)
             encoders = self.encoders if not config.share_encoder else [self.encoders[0]] * V
-            for v, encoder in enumerate(encoders):
-                cells = encoder(images[:, :, v].flip(1).flatten(0, 1), text)    # (B To, cells, C)
+            for camera, encoder in enumerate(encoders):
+                cells = encoder(images[:, :, camera].flip(1).flatten(0, 1), text)  # (B To, cells, C)
                 tokens.append(cells.unflatten(0, (B, To)).flatten(1, 2))
         state = F.dropout(state, config.state_dropout, self.training)
         if config.proprioception == "token":
@@ -575,63 +560,65 @@ class DiTPolicy(nn.Module):
         """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
 
         batch: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S), images (B, To, V, 3, H, W) and text
-        (B, L) where they are read. noise (n B, Tp, A) and t (n B,), all items once, then again: drawn when
-        not given. Time: t = 0 is almost data, t = K-1 noise.
+        (B, text_len) where they are read. noise (n B, Tp, A) and t (n B,), all items once, then again: drawn
+        when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh alike; in
+        the mean of per_sample that train.py's validation takes, all items do; gradient accumulation and
+        several processes average over their batches.
         -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}
         """
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         if x0.shape[1:] != (self.config.horizon, self.config.action_dim):
             raise ValueError(f"actions of shape {tuple(x0.shape[1:])} per item given, horizon and action_dim "
                              f"are {self.config.horizon} and {self.config.action_dim}")
+        # Past an episode's end the data repeat the last action, and the mask is False.
+        mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         n = self.config.n_draws if noise is None else len(noise) // len(x0)
         x0, mask = x0.repeat(n, 1, 1), mask.repeat(n, 1)
         K = self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (len(x0),), device=x0.device) if t is None else t
-        alpha_bar = self.alpha_bar.to(x0.device)[t][:, None, None]              # (n B, 1, 1)
+        alpha_bar = cosine_alpha_bar(K, x0.device)[t][:, None, None]            # (n B, 1, 1)
         x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise            # [2]
         summaries = [h.repeat(n, 1) for h in self.encode(batch)]                # L x (n B, D)
-        pred = self.noise_net(x_t, self.noise_net.modulation(summaries, t))
+        pred = self.noise_net(x_t, self.noise_net.condition(summaries, t))      # (n B, Tp, A)
         target = noise if self.config.prediction_type == "eps" else x0
         error = ((pred - target) ** 2).mean(-1) * mask                          # (n B, Tp)
         loss = error.sum() / mask.sum()                                         # [3]
         per_sample = error.detach().sum(1) / mask.sum(1).clamp(min=1)
-        return {"loss": loss, "per_sample": per_sample, "t": t / (K - 1)}
+        return {"loss": loss, "per_sample": per_sample, "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
 
-        batch: state, images, text as in `loss`. steps: noise levels visited, default config.sampler_steps.
-        noise (B, Tp, A): where to start, drawn from `generator` when not given. trace: receives (B, Tp, A)
-        after every step. The steps are deterministic: all chance is in the noise.
+        batch: state, images, text as in `loss`. steps: how many noise levels to visit, or a list of them,
+        default config.sampler_steps. noise (B, Tp, A): where to start, drawn from `generator` when not given.
+        trace: receives (B, Tp, A) after every step. The steps are deterministic: all chance is in the noise.
         """
-        K = self.config.n_diffusion_steps
-        steps = self.config.sampler_steps if steps is None else steps
-        check_steps(steps, K)
-        dtype = self.noise_net.out.weight.dtype  # bfloat16 weights: the network in bfloat16, x_t in float32
-        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
-        summaries = self.encode(batch)
-        (B, D), device = summaries[0].shape, summaries[0].device
-        shape = (B, self.config.horizon, self.config.action_dim)
+        config, K = self.config, self.config.n_diffusion_steps
+        levels = timetable(K, config.sampler_steps if steps is None else steps, config.spacing)
+        alpha_bars = cosine_alpha_bar(K, "cpu").tolist()  # plain numbers: no step waits for the device
+        summaries = self.encode(batch)                                          # L x (B, D)
+        shape, device = (len(summaries[0]), config.horizon, config.action_dim), summaries[0].device
         x_t = randn(shape, generator, device) if noise is None else noise.float()
-
-        # 8 of K = 100: 84, 72 .. 0. It starts at 84 with pure noise, although training went to 99.
-        levels = torch.arange(steps - 1, -1, -1, device=device) * (K // steps)
-        alpha_bars = self.alpha_bar.to(device)
-        # Nothing of this depends on x_t: all steps at once, (steps, B, D) each.
-        modulation = self.noise_net.modulation(summaries, levels[:, None])
-        for i in range(steps):
-            out = self.noise_net(x_t.to(dtype), [[m[i] for m in block] for block in modulation]).float()
-            alpha_bar = alpha_bars[levels[i]]
-            # The level after 0 is clean data, alpha_bar = 1.
-            alpha_bar_prev = alpha_bars[levels[i + 1]] if i + 1 < steps else torch.ones_like(alpha_bar)
-            if self.config.prediction_type == "eps":
-                eps, x0 = out, (x_t - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()  # [4]
+        # All that does not depend on x_t, for all steps at once, (n, B, D) each. t is filled in number by
+        # number, since a tensor made of a list would be copied from the host.
+        t = torch.stack([torch.full((1,), level, device=device) for level in levels])
+        condition = self.noise_net.condition(summaries, t)
+        for i, level in enumerate(levels):
+            out = self.noise_net(x_t, [[m[i] for m in modulation] for modulation in condition])
+            # What follows the last level are clean data, alpha_bar = 1.
+            last = i + 1 == len(levels)
+            alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
+            if config.prediction_type == "eps":
+                eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:
-                eps, x0 = (x_t - alpha_bar.sqrt() * out) / (1 - alpha_bar).sqrt(), out
-            x0 = x0.clamp(-1, 1)                                                # [4] eps stays unclipped
-            x_t = alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev).sqrt() * eps  # [5]
+                eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
+            if config.clip_x0:
+                # No action lies outside; at noisy levels the division would carry errors of eps far out. eps
+                # itself stays as it is.
+                x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
+            x_t = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * eps  # [5]
             if trace is not None:
                 trace.append(x_t)
         return x_t
@@ -644,22 +631,26 @@ class DiTPolicy(nn.Module):
     def from_official(cls, state_dict, config):
         """A policy with the weights of a file that the original's trainer has saved, or of its model alone.
 
-        config must describe it (PRESETS["droid"], PRESETS["aloha"]), with text_len 0. Strict: one ValueError
-        names every key that is missing, left over or has another shape. Constants are not read.
+        config must describe it (PRESETS["droid"], PRESETS["aloha"]), with text_len 0. Strict: see
+        load_strictly. Constants are not read.
         """
-        weights = convert_official(state_dict)
         with torch.device("meta"):
             model = cls(config)
-        want = model.state_dict()
-        problems = [f"missing {k}" for k in want if k not in weights]
-        problems += [f"left over {k}" for k in weights if k not in want]
-        problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
-                     for k in want if k in weights and weights[k].shape != want[k].shape]
-        if problems:
-            raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems)}")
-        model.load_state_dict(weights, assign=True)
-        model.alpha_bar = cosine_alpha_bar(config.n_diffusion_steps)
+        load_strictly(model, convert_official(state_dict))
         return model.requires_grad_()
+
+
+def load_strictly(model, weights):
+    """Put `weights` into a model that stands on the meta device. One ValueError names what does not fit."""
+    want = model.state_dict()
+    problems = [f"missing {k}" for k in want if k not in weights]
+    problems += [f"left over {k}" for k in weights if k not in want]
+    problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
+                 for k in want if k in weights and weights[k].shape != want[k].shape]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems[:6])}{more}")
+    model.load_state_dict(weights, assign=True)
 
 
 # Official names -> ours, applied in this order: image encoders (torchvision's ResNet), tokens, noise network.
@@ -673,10 +664,10 @@ RENAMES = [
     (r"\.dec_pos$", ".positions"), (r"\.time_net\.out_net\.", ".time_mlp."), (r"\.ac_proj\.", ".action_mlp."),
     (r"\.(encoder|decoder)\.layers\.", r".\1."), (r"\.self_attn\.in_proj_", ".attn.in_proj."),
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."), (r"\.linear([12])\.", r".mlp.fc\1."),
-    (r"\.attn_mod1\.scale\.", ".modulate.0."), (r"\.attn_mod1\.shift\.", ".modulate.1."),
-    (r"\.attn_mod2\.scale\.", ".modulate.2."), (r"\.mlp_mod1\.scale\.", ".modulate.3."),
-    (r"\.mlp_mod1\.shift\.", ".modulate.4."), (r"\.mlp_mod2\.scale\.", ".modulate.5."),
-    (r"\.eps_out\.linear\.", ".out."), (r"\.eps_out\.adaLN_modulation\.1\.", ".final_modulate."),
+    (r"\.attn_mod1\.scale\.", ".modulation.0."), (r"\.attn_mod1\.shift\.", ".modulation.1."),
+    (r"\.attn_mod2\.scale\.", ".modulation.2."), (r"\.mlp_mod1\.scale\.", ".modulation.3."),
+    (r"\.mlp_mod1\.shift\.", ".modulation.4."), (r"\.mlp_mod2\.scale\.", ".modulation.5."),
+    (r"\.eps_out\.linear\.", ".out."), (r"\.eps_out\.adaLN_modulation\.1\.", ".final_modulation."),
 ]
 # Frequencies of t and positions of the observation tokens.
 CONSTANTS = re.compile(r"\.time_net\.w$|\.enc_pos\.pe$")
@@ -705,14 +696,15 @@ PUBLISHED = {"n_obs_steps": 1, "horizon": 100, "n_action_steps": 100, "text_len"
 PRESETS = {
     # learns the built-in task from images and instruction on two CPU cores
     "tiny": {},
-    # one camera, 59,446,456 parameters: the noise network's 48,265,848, a ResNet-18 of 11,176,512, the token
-    # of proprioception. (The original also counts its 128 frequencies.)
+    # one camera, 59,446,456 parameters (the original counts 128 more, the frequencies of t)
     "droid": PUBLISHED | {"n_cameras": 1, "action_dim": 10, "state_dim": 7},
     # three cameras, two arms, 81,807,264 parameters
     "aloha": PUBLISHED | {"n_cameras": 3, "action_dim": 14, "state_dim": 14},
 }
 PUBLISHED_RECIPE = {"steps": 150_000, "batch_size": 150, "lr": 3e-4, "warmup": 2000, "betas": (0.95, 0.999),
                     "weight_decay": 1e-6, "ema_max": 0.0}
+# ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
+# ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
     "tiny": {"steps": 3000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
@@ -721,9 +713,7 @@ RECIPES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- demo
 def half_circles(angle, side, steps=16):
     """Ways from the angle (n,) of a circle to its other end, anticlockwise where side (n,) is 1 and clockwise
     where it is -1: (n, steps, 2)."""

@@ -1,10 +1,14 @@
 """dit.py: official numbers, closed forms of the bound, four conditionings, guidance, two stages, errors."""
+import copy
+import dataclasses
+import functools
 import math
 import re
 
 import pytest
 import torch
 from golden_cases import golden, manifest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit
 from dit import Config, DiT, Transformer
@@ -20,6 +24,15 @@ def tiny(**changes):
     small = dict(data_shape=(2, 8, 8), n_classes=3, vae_channels=(), vae_groups=4, width=32, depth=2,
                  n_heads=2, sampler_steps=5)
     return DiT(Config(**small | changes))
+
+
+def table(model, levels=None):
+    """Coefficients (fields, S) of a chain of these levels, noisiest first; all if None."""
+    return dit.step_table(model.config.n_diffusion_steps, torch.device("cpu"), levels and tuple(levels))
+
+
+def alpha_bar(model):
+    return dit.linear_alpha_bar(model.config.n_diffusion_steps)
 
 
 def awake(model):
@@ -81,7 +94,7 @@ def test_official_guidance(case):
         case.inp["cfg_t"].tolist()[n:]
     for i, (t, y) in enumerate(zip(*first)):
         z, t = case.inp["cfg_x"][i:i + 1], t.item()
-        k = dit.at(dit.coefficients(model.alpha_bar[[t]]), 0, z)
+        k = dit.at(table(model, [t]), 0, z)
         eps = (z - k.signal * model.sample({"label": y[None]}, steps=[t], noise=z)) / k.sigma
         # The detour through x0 costs a few digits where there is hardly any noise to divide by.
         limit = case.tolerance("out/cfg_out") + 1e-6 / k.sigma.item()
@@ -93,7 +106,7 @@ def test_official_loss(case):
     model = DiT.from_official(case.sd, config_of(case)).eval()
     assert sum(p.numel() for p in model.net.parameters()) == case.meta["n_params"]
     out = model.loss({"x": case.inp["x"], "label": case.inp["y"]}, noise=case.inp["noise"], t=case.inp["t"])
-    c = dit.at(model.table, case.inp["t"], case.inp["x"])
+    c = dit.at(table(model), case.inp["t"], case.inp["x"])
     case.check("out/x_t", c.signal * case.inp["x"] + c.sigma * case.inp["noise"])
     case.check("out/train_loss", out["per_sample"])
     case.check("out/loss", out["loss"])
@@ -112,7 +125,8 @@ def test_official_trajectories(case, clip):
                            sampler=sampler, eta=case.config["eta"])
         model, trace = DiT.from_official(case.sd, config).eval(), []
         ts = case.out[f"{name}_timesteps"].tolist()
-        assert steps is None or ts == sorted(model.timetable(steps), reverse=ts[0] > ts[-1])
+        visited = steps and dit.timetable(model.config.n_diffusion_steps, steps)
+        assert steps is None or ts == sorted(visited, reverse=ts[0] > ts[-1])
         ts = sorted(ts, reverse=True)
         model.sample({"label": case.inp["sample_y"][:n]}, steps=ts, noise=case.inp["init_noise"][:n],
                      step_noise=case.inp[f"{name}_step_noise"][:, :n], trace=trace)
@@ -122,7 +136,7 @@ def test_official_trajectories(case, clip):
         assert got.shape == want.shape
         assert (got - want).abs().max() < case.tolerance(key), (got - want).abs().amax((1, 2, 3, 4))
         if sampler == "ddpm":
-            rows = dit.Coefficients(*dit.coefficients(model.alpha_bar[ts[::-1]]))
+            rows = dit.Coefficients(*table(model, ts))
             case.check("out/p_posterior_log_variance_clipped", rows.log_small)
             case.check("out/p_betas", rows.log_large.exp())
 
@@ -203,6 +217,18 @@ def test_presets_have_the_published_sizes():
         assert sum(p.numel() for p in net.parameters()) == count, name
 
 
+def test_released_settings():
+    for name in COUNTS:
+        config, recipe = Config(**dit.PRESETS[name]), dit.RECIPES[name]
+        assert (config.latent_scale, config.vae_steps, config.sampler, config.sampler_steps) == (
+            0.18215, 0, "ddpm", 250)
+        assert (config.guidance, config.guidance_channels, config.label_dropout) == (4.0, 3, 0.1)
+        assert config.conditioning == "adaln_zero" and config.learn_variance and not config.clip_x0
+        assert config.n_diffusion_steps == 1000 and config.latent_shape == (4, 32, 32)
+        assert recipe["lr"] == 1e-4 and recipe["betas"] == (0.9, 0.999) and recipe["batch_size"] == 256
+        assert recipe["weight_decay"] == 0 and recipe["lr_schedule"] == "constant"
+
+
 def test_512_pixels():
     with torch.device("meta"):
         net = Transformer(Config(**dit.PRESETS["XL/2"] | {"data_shape": (3, 512, 512)}))
@@ -272,6 +298,28 @@ def test_latents_have_unit_size_and_come_back():
     assert model.scale == scale and not model.scale.requires_grad        # measured once
 
 
+def test_a_latent_is_a_draw_and_not_the_mean():
+    model = tiny(vae_channels=(4, 4), patch_size=1, vae_steps=1, latent_scale=0.5)
+    model.vae, x = Linear(0.8, 0.09, 0.8), torch.ones(4000, 2, 8, 8)
+    z0 = model.encode(x)
+    assert z0.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert z0.std().item() == pytest.approx(0.15, abs=0.01)
+
+
+def test_a_scale_that_is_given_is_not_measured():
+    model = tiny(vae_channels=(4, 4), patch_size=1, vae_steps=1, latent_scale=0.5).train()
+    batch = {"x": torch.randn(4, 2, 8, 8), "label": torch.arange(4) % 3}
+    assert ["kl" in model.loss(batch) for _ in range(3)] == [True, False, False] and model.scale.item() == 0.5
+
+
+def test_the_log_variance_of_a_latent_is_bounded():
+    vae = tiny(vae_channels=(4, 4), patch_size=1, vae_steps=1).vae
+    with torch.no_grad():
+        vae.quant_conv.bias[4:] = torch.tensor([1e3, -1e3, 1e3, -1e3])
+        low, high = vae.encode(torch.randn(2, 2, 8, 8))[1].unflatten(1, (2, 2)).unbind(2)[::-1]
+    assert (low == -30).all() and (high == 20).all()
+
+
 def test_stages_train_one_part_each_and_looking_does_not_count():
     model = tiny(vae_channels=(4, 8), patch_size=1, vae_steps=2).train()
     batch = {"x": torch.randn(4, 2, 8, 8), "label": torch.arange(4) % 3}
@@ -285,10 +333,10 @@ def test_stages_train_one_part_each_and_looking_does_not_count():
         model.zero_grad(set_to_none=True)
         model.loss(batch)["loss"].backward()
         touched.append({name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None})
-    assert touched == [{"vae"}] * 2 + [{"net"}] * 2 and model.seen == 4
+    assert touched == [{"vae"}] * 2 + [{"net"}] * 2 and model.seen == 3
     other = tiny(vae_channels=(4, 8), patch_size=1, vae_steps=2)
     other.load_state_dict(model.state_dict())
-    assert other.seen == 4 and other.scale == model.scale
+    assert other.seen == 3 and other.scale == model.scale
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
@@ -322,7 +370,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
             assert whole[part].keys() == resumed[part].keys()
             for key, value in whole[part].items():
                 assert torch.equal(value, resumed[part][key]), (part, key)
-    assert whole["weights"]["_extra_state"] == 6 and whole["weights"]["scale"] != 1
+    assert whole["weights"]["_extra_state"] == 4 and whole["weights"]["scale"] != 1
     import sample
     result = sample.main([str(tmp_path / "whole"), "--sampler_steps", "2"])
     assert 0 <= result["accuracy_samples"] <= 1
@@ -424,7 +472,7 @@ class Exact(torch.nn.Module):
 
     def __init__(self, model, images, kinds):
         super().__init__()
-        self.table, self.images, self.kinds, self.null = model.table, images, kinds, model.config.n_classes
+        self.table, self.images, self.kinds, self.null = table(model), images, kinds, model.config.n_classes
 
     def condition(self, t, label):
         return [x[..., None] for x in torch.broadcast_tensors(t, label)]
@@ -456,9 +504,10 @@ def test_samplers_with_the_optimal_network_draw_the_class_that_is_asked_for(samp
 
 
 def test_coefficients_are_those_of_bayes_rule():
-    alpha_bar = tiny().alpha_bar[[10, 300, 700]]
+    model = tiny()
+    alpha_bar = dit.linear_alpha_bar(1000)[[10, 300, 700]]
     beta = 1 - alpha_bar[1] / alpha_bar[0]
-    c = dit.at(dit.coefficients(alpha_bar), 1, torch.zeros(1, 1))
+    c = dit.at(table(model, [700, 300, 10]), 1, torch.zeros(1, 1))
     # q(z_prev | z_t, z0): precisions of q(z_prev | z0) and of q(z_t | z_prev) add up
     precision = 1 / (1 - alpha_bar[0]) + (1 - beta) / beta
     assert c.deviation.item() == pytest.approx((1 / precision).sqrt().item(), rel=1e-5)
@@ -470,10 +519,10 @@ def test_coefficients_are_those_of_bayes_rule():
 
 
 def test_schedule_is_the_released_one():
-    alpha_bar = tiny().alpha_bar
+    alpha_bar = dit.linear_alpha_bar(1000)
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     assert torch.allclose(alpha_bar, torch.cumprod(1 - beta, 0), rtol=1e-10)
-    timetable = tiny(n_diffusion_steps=1000).timetable
+    timetable = functools.partial(dit.timetable, 1000)
     assert timetable(1000) == list(range(999, -1, -1)) and timetable(1) == [999] and timetable(2) == [999, 0]
     assert len(set(timetable(250))) == 250 and timetable([5, 3]) == [5, 3]
 
@@ -482,13 +531,13 @@ def test_loss_reads_as_the_paper():
     model = awake(tiny())
     x, eps, label = torch.randn(5, 2, 8, 8), torch.randn(5, 2, 8, 8), torch.tensor([0, 1, 2, 0, 1])
     t = torch.tensor([0, 1, 300, 700, 999])
-    ab = model.alpha_bar[t].float()[:, None, None, None]
+    ab = alpha_bar(model)[t].float()[:, None, None, None]
     x_t = ab.sqrt() * x + (1 - ab).sqrt() * eps
     prediction, v = model.net(x_t, model.net.condition(t, label)).chunk(2, dim=1)
     out = model.loss({"x": x, "label": label}, noise=eps, t=t)
     assert torch.allclose(out["mse"], (prediction - eps).square().mean(), rtol=1e-4)
     assert torch.allclose(out["loss"], out["mse"] + out["vb"]) and torch.equal(out["t"], t / 1000)
-    c = dit.at(model.table, t[3:], x[3:])
+    c = dit.at(table(model), t[3:], x[3:])
     _, log_variance = model.predict(x_t[3:], c, model.net.condition(t[3:], label[3:]))
     f = (v[3:] + 1) / 2
     assert torch.allclose(log_variance, f * c.log_large + (1 - f) * c.log_small, atol=1e-4)
@@ -565,7 +614,12 @@ def test_param_groups_hold_what_learns_once():
     groups = model.param_groups(0.1)
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert all(p.dim() > 1 for p in groups[0]["params"]) and groups[1]["weight_decay"] == 0
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.dim() > 1 for p in groups[0]["params"]) and id(model.net.label.weight) not in held[:len(
+        groups[0]["params"])], "embeddings do not decay"
+    decayed = {id(p) for p in groups[0]["params"]}
+    assert {id(model.net.patch.weight), id(model.net.time[0].weight), id(model.vae.quant_conv.weight),
+            id(model.net.blocks[0].modulation.weight)} <= decayed
     assert id(model.net.position) not in held and id(model.scale) not in held
 
 
@@ -617,6 +671,8 @@ def test_released_files_start_a_training(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="vae_file="):
         DiT.from_official(torch.load(dit_file), config)
     fresh = DiT.from_official(torch.load(vae_file), config)              # the transformer starts fresh
+    learning = {id(p) for group in fresh.param_groups(0.0) for p in group["params"]}
+    assert not learning & {id(p) for p in fresh.vae.parameters()}, "a loaded autoencoder stays as it is"
     assert (fresh.net.final.linear.weight == 0).all() and fresh.scale == pytest.approx(0.18215)
     with_file = lambda path: Config(**dit.PRESETS["XL/2"] | {"vae_file": str(path)})
     both = DiT.from_official(torch.load(dit_file), with_file(vae_file))
@@ -628,15 +684,239 @@ def test_released_files_start_a_training(tmp_path, monkeypatch):
         DiT.from_official(torch.load(dit_file), with_file(tmp_path / "nowhere.pt"))
 
 
+# ---------------------------------------------------------------- devices, precision, averages
+class HostCopies(TorchDispatchMode):
+    """Counts what is copied from the CPU to the meta device, which stands for a GPU: a value that is read
+    back raises there, and so does a tensor that was left on the CPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sources = {x.device.type for x in args if isinstance(x, torch.Tensor)}
+        self.count += "cpu" in sources and isinstance(out, torch.Tensor) and out.is_meta
+        return out
+
+
+@pytest.mark.parametrize("preset", ["tiny", "S/8"])
+def test_no_step_waits_for_the_device(preset):
+    """Loss, backward pass, clipping, optimiser, average; sampling. In both stages, where there are two."""
+    config = Config(**dit.PRESETS[preset] | {"sampler_steps": 4})
+    with torch.device("meta"):
+        model = DiT(config)
+        batch = {"x": torch.empty(4, *config.data_shape), "label": torch.zeros(4, dtype=torch.long)}
+    model.seen = max(0, config.vae_steps - 1)
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.param_groups(0.0))
+    with HostCopies() as first:
+        copies = []
+        for _ in range(4):
+            loss = model.loss(batch)["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.1)
+            copies.append(first.count)
+    assert loss.is_meta and copies[1] == copies[3], "what the second step needs is kept"
+    model.eval().sample(batch)                                            # makes the chain's table
+    for sampler, eta in (("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)):
+        model.config = dataclasses.replace(config, sampler=sampler, eta=eta)
+        with HostCopies() as again:
+            assert model.sample(batch).shape == batch["x"].shape and model.sample({"n": 2}).is_meta
+        assert again.count == 0
+
+
+def test_ddim_without_fresh_noise_draws_its_start_alone():
+    model = awake(tiny())
+    state = lambda n: [torch.randn(2, 2, 8, 8, generator=g) for _ in range(n)] and g.get_state()
+    for eta, sampler, draws in ((0.0, "ddim", 1), (0.5, "ddim", 5), (0.0, "ddpm", 5)):
+        model.config.eta, model.config.sampler = eta, sampler
+        g = torch.Generator().manual_seed(3)
+        model.sample({"n": 2}, generator=g)
+        used, g = g.get_state(), torch.Generator().manual_seed(3)
+        assert torch.equal(used, state(draws)), (sampler, eta)            # 5 steps, none after the last
+
+
+def test_the_generator_decides_every_draw():
+    for sampler in ("ddim", "ddpm"):
+        model = awake(tiny(sampler=sampler, eta=0.5))
+        drawn = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            drawn.append(model.sample({"n": 2}, generator=torch.Generator().manual_seed(3)))
+        assert torch.equal(*drawn)
+        assert not torch.equal(drawn[0], model.sample({"n": 2}, generator=torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize("conditioning", dit.CONDITIONINGS)
+def test_a_batch_equals_its_images_one_by_one(conditioning):
+    model, x = awake(tiny(conditioning=conditioning)), torch.randn(4, 2, 8, 8)
+    label, t, eps = torch.tensor([2, 0, 1, 2]), torch.tensor([0, 400, 999, 30]), torch.randn(4, 2, 8, 8)
+    together = model.loss({"x": x, "label": label}, eps, t)["per_sample"]
+    drawn = model.sample({"label": label}, noise=eps)
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = model.loss({"x": x[one], "label": label[one]}, eps[one], t[one])
+        assert torch.allclose(together[one], alone["loss"], rtol=1e-4)
+        assert torch.allclose(drawn[one], model.sample({"label": label[one]}, noise=eps[one]), atol=1e-3)
+
+
+@pytest.mark.parametrize("change", [{}, {"conditioning": "in_context"}, {"conditioning": "cross_attention"},
+                                    {"vae_channels": (4, 8), "patch_size": 1, "vae_steps": 1}])
+def test_bfloat16_and_autocast(change):
+    batch = {"x": torch.rand(4, 2, 8, 8) * 2 - 1, "label": torch.arange(4) % 3}
+    exact = awake(tiny(**change))
+    want, noise = exact.sample(batch, noise=None, generator=torch.Generator().manual_seed(0)), torch.randn(1)
+    for cast in (True, False):
+        model = copy.deepcopy(exact)
+        model = model.to(torch.bfloat16) if cast else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=not cast):
+            for _ in range(1 + bool(change.get("vae_steps"))):            # of both stages
+                losses = model.train().loss(batch)
+                losses["loss"].backward()
+                model.zero_grad()
+            got = model.eval().sample(batch, generator=torch.Generator().manual_seed(0))
+        assert "mse" in losses and losses["loss"].dtype == got.dtype == torch.float32
+        assert all(torch.isfinite(value).all() for value in losses.values())
+        if not change.get("vae_steps"):                                   # there the scale has been measured
+            assert (got - want).abs().mean() < 0.05 * want.abs().mean()
+
+
+def test_bfloat16_leaves_the_scale_as_it_is():
+    model = tiny(vae_channels=(4, 8), patch_size=1, latent_scale=0.18215).to(torch.bfloat16)
+    assert model.scale.dtype == torch.float32 and model.scale.item() == pytest.approx(0.18215, rel=1e-6)
+    assert model.net.final.linear.weight.dtype == torch.bfloat16
+
+
+def test_files_with_a_scalar_scale_load():
+    model, other = (tiny(latent_scale=scale) for scale in (0.3, 0.0))
+    old = model.state_dict() | {"scale": torch.tensor(0.3)}
+    other.load_state_dict(old)
+    assert other.scale.shape == (1,) and other.scale.item() == pytest.approx(0.3)
+
+
+def test_a_process_whose_share_of_the_scale_is_empty_saves():
+    """So it is with FSDP2: the vector of one lies on the first process."""
+    model = tiny()
+    model.scale.data = torch.empty(0)
+    assert model.state_dict()["_extra_state"] == 0
+
+
+def test_fsdp_takes_it(tmp_path):
+    """One process, as train.py --fsdp does it: scalar parameters are refused there."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    class LossStep(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return self.model.loss(batch)
+
+    step = LossStep(tiny())
+    batch = {"x": torch.randn(3, 2, 8, 8), "label": torch.arange(3)}
+    noise, t = torch.randn(3, 2, 8, 8), torch.tensor([5, 500, 900])
+    want = step.model.eval().loss(batch, noise, t)["loss"]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(step, mesh=init_device_mesh("cpu", (1,)))
+        step.model.loss = functools.partial(step.model.loss, noise=noise, t=t)
+        loss = step(batch)["loss"]
+        loss.backward()
+        assert torch.allclose(loss, want)
+        assert all(p.grad is not None for p in step.parameters() if p.requires_grad)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("zero_first", [True, False])
+def test_steps_of_the_autoencoder_are_those_of_the_optimiser(zero_first):
+    """Three batches a step; gradients are emptied before they are computed or after the step."""
+    model = tiny(vae_channels=(4, 8), patch_size=1, vae_steps=2).train()
+    batch = {"x": torch.randn(4, 2, 8, 8), "label": torch.arange(4) % 3}
+    optimizer = torch.optim.AdamW(model.param_groups(0.0), lr=1e-3)
+    stages = []
+    for step in range(4):
+        for micro in range(3):
+            losses = model.loss(batch)
+            if zero_first and micro == 0:
+                optimizer.zero_grad()
+            losses["loss"].backward()
+            stages.append("kl" in losses)
+        optimizer.step()
+        if not zero_first:
+            optimizer.zero_grad()
+    assert stages == [True] * 6 + [False] * 6
+
+
+def test_an_averaged_model_does_not_train_the_autoencoder_again():
+    config = dict(vae_channels=(4, 8), patch_size=1, vae_steps=2)
+    model, batch = tiny(**config).train(), {"x": torch.randn(4, 2, 8, 8), "label": torch.arange(4) % 3}
+    ema = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(model.param_groups(0.0), lr=1e-3)
+    for step in range(4):
+        model.loss(batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.3)
+        trained = tiny(**config).train()
+        trained.load_state_dict(ema.state_dict())
+        assert ("kl" in trained.loss(batch)) == (step < 2)
+        assert step < 2 or torch.equal(trained.scale, ema.scale)          # measured once
+
+
+def test_images_are_mirrored_in_training_only_half_of_them_and_for_the_released_sizes():
+    assert [Config(**dit.PRESETS[name]).flip for name in ("tiny", "S/8", "XL/2")] == [False, True, True]
+    for vae in ({}, {"vae_channels": (4, 8), "patch_size": 1, "vae_steps": 9}):
+        model, seen = tiny(flip=True, **vae), []
+        x = torch.randn(1, 2, 8, 8).expand(400, -1, -1, -1)
+        label, noise, t = torch.zeros(400, dtype=torch.long), torch.zeros(400, *model.config.latent_shape), \
+            torch.zeros(400, dtype=torch.long)
+        first = model.vae if vae else model.net.patch
+        first = first.encoder.conv_in if vae else first
+        first.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
+        model.eval().loss({"x": x, "label": label}, noise, t)
+        plain = seen.pop()
+        assert torch.allclose(plain / plain.std(), x / x.std(), atol=1e-4), "never in evaluation"
+        model.train().loss({"x": x, "label": label}, noise, t)
+        same = (seen[0] == plain).flatten(1).all(1)
+        assert torch.allclose(seen[0][~same], plain[~same].flip(3)) and 0.4 < same.float().mean() < 0.6
+
+
+def test_one_level_of_noise():
+    model = tiny(n_diffusion_steps=1, sampler_steps=1)
+    losses = model.loss({"x": torch.rand(3, 2, 8, 8), "label": torch.arange(3)})
+    assert all(torch.isfinite(value).all() for value in losses.values()) and (losses["t"] == 0).all()
+    assert torch.isfinite(model.sample({"n": 2})).all()
+
+
 # ---------------------------------------------------------------- bad input
 @pytest.mark.parametrize("change, message", [
-    (dict(data_shape=(2, 9, 8)), "multiples of 2"), (dict(data_shape=(2,)), "images"),
+    (dict(data_shape=(2, 9, 8)), "multiples of 2"), (dict(data_shape=(2,)), "of images is needed"),
     (dict(vae_channels=(4, 8, 8), data_shape=(2, 12, 12)), "multiples of 8"),
     (dict(label_dropout=0.0), "null class"), (dict(n_classes=0), "null class"),
-    (dict(conditioning="adaln0"), "nearest: 'adaln'"), (dict(sampler="euler"), "sampler"),
+    (dict(conditioning="adaln0"), "choose one of in_context, cross_attention, adaln, adaln_zero"),
+    (dict(sampler="euler"), "sampler"),
     (dict(sampler_steps=0), "sampler steps 0"), (dict(sampler_steps=2000), "2000"),
     (dict(width=30), "n_heads"), (dict(vae_channels=(6, 8)), "vae_groups"),
-    (dict(guidance_channels=5), "guidance_channels"), (dict(vae_std=0.0), "vae_std")])
+    (dict(guidance_channels=5), "guidance_channels"), (dict(vae_std=0.0), "vae_std"),
+    (dict(guidance=math.nan), "guidance"), (dict(guidance=-1.0), "guidance"), (dict(eta=1.5), "eta"),
+    (dict(eta=math.nan), "eta"), (dict(label_dropout=7.0), "label_dropout"),
+    (dict(vae_std=math.nan), "vae_std"),
+    (dict(mlp_ratio=0.0), "mlp_ratio"), (dict(mlp_ratio=math.nan), "mlp_ratio"),
+    (dict(latent_scale=-1.0), "latent_scale"), (dict(latent_scale=math.nan), "latent_scale"),
+    (dict(vae_channels=(0, 8)), "vae_channels"), (dict(data_shape=(0, 8, 8)), "data_shape"),
+    *((dict([(name, 0)]), f"{name} 0 must be at least 1") for name in (
+        "vae_res_blocks", "vae_groups", "latent_channels", "patch_size", "width", "depth", "n_heads",
+        "n_diffusion_steps")),
+    *((dict([(name, -1)]), f"{name} -1 must be at least 0") for name in (
+        "n_classes", "vae_steps", "guidance_channels"))])
 def test_bad_configurations(change, message):
     with pytest.raises(ValueError, match=message) as error:
         tiny(**change)

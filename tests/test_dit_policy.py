@@ -1,13 +1,17 @@
 """dit_policy.py against the official implementation, torch's attention, closed forms, and its docstring."""
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_policy
 from dit_policy import PRESETS, Config, DiTPolicy, convert_official
+
+ALPHA_BAR = dit_policy.cosine_alpha_bar(100, torch.device("cpu"))
 
 # -- the official implementation
 
@@ -44,7 +48,7 @@ def test_golden_noise_net(case):
     outputs = net.encode(obs)
     for i, h in enumerate(outputs):
         case.check(f"out/enc_{i}", h.transpose(0, 1))
-    eps = net(x, net.modulation([h.mean(1) for h in outputs], case.inp["time"]))
+    eps = net(x, net.condition([h.mean(1) for h in outputs], case.inp["time"]))
     case.check("out/eps", eps)
     loss = (eps * case.inp["cotangent"]).mean()
     case.check("out/loss", loss)
@@ -88,7 +92,7 @@ def test_golden_agent(case):
     batch = {"images": torch.stack(cameras, dim=2), "state": state[:, None],
              "actions": case.inp["actions"].view(B, Tp, A), "action_mask": mask[..., 0] > 0}
     case.check("out/tokens", model.tokens(batch))
-    modulation = model.noise_net.modulation(model.encode(batch), case.inp["timesteps"])
+    modulation = model.noise_net.condition(model.encode(batch), case.inp["timesteps"])
     case.check("out/eps", model.noise_net(case.out["noisy_actions"], modulation))
     result = model.loss(batch, noise=case.inp["noise"], t=case.inp["timesteps"])
     # The original sums over the chunk and divides by the items.
@@ -191,6 +195,17 @@ def test_the_published_sizes_have_the_published_parameters(preset, published, ne
     assert [parameters(e) for e in model.encoders] == [11_176_512] * model.config.n_cameras
 
 
+def test_published_settings():
+    for name, cameras in (("droid", 1), ("aloha", 3)):
+        config, recipe = Config(**PRESETS[name]), dit_policy.RECIPES[name]
+        assert (config.n_groups, config.n_heads, config.dropout, config.token_dropout) == (16, 8, 0.1, 0.1)
+        assert (config.state_dropout, config.proprioception, config.n_cameras) == (0.2, "token", cameras)
+        assert (config.n_diffusion_steps, config.sampler_steps, config.spacing) == (100, 8, "leading")
+        assert config.prediction_type == "eps" and config.clip_x0 == 1 and not config.train_on_padding
+        assert (recipe["lr"], recipe["betas"], recipe["weight_decay"]) == (3e-4, (0.95, 0.999), 1e-6)
+        assert (recipe["steps"], recipe["batch_size"], recipe["warmup"]) == (150_000, 150, 2000)
+
+
 def test_a_published_size_has_49_tokens_per_camera_or_one():
     for pool, cells in ((False, 49), (True, 1)):
         with torch.device("meta"):
@@ -235,7 +250,7 @@ def noise_like(batch, seed=1):
 
 def stand_in(model, predict):
     """Replace the noise network by predict(x_t, t), t as the modulation was asked for it."""
-    model.noise_net.modulation = lambda summaries, t: [[t[:, 0] if t.ndim > 1 else t]]
+    model.noise_net.condition = lambda summaries, t: [[t[:, 0] if t.ndim > 1 else t]]
     model.noise_net.forward = lambda x_t, modulation: predict(x_t, modulation[0][0])
 
 
@@ -243,7 +258,7 @@ def stand_in(model, predict):
 
 
 def test_the_schedule_is_the_squared_cosine():
-    got, K = dit_policy.cosine_alpha_bar(100), 100
+    got, K = ALPHA_BAR, 100
     f = [math.cos((i / K + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(K + 1)]
     want = [f[i + 1] / f[0] for i in range(K)]
     assert torch.allclose(got[:-1].double(), torch.tensor(want[:-1]).double(), rtol=1e-5)
@@ -257,7 +272,7 @@ def test_the_noised_chunk_and_the_loss(kind):
     noise, t = noise_like(batch), torch.tensor([0, 40, 99])
     stand_in(model, lambda x, t: (seen.append(x), torch.zeros_like(x))[1])
     result = model.loss(batch, noise=noise, t=t)
-    a = model.alpha_bar[t].view(3, 1, 1).double()
+    a = ALPHA_BAR[t].view(3, 1, 1).double()
     assert torch.allclose(seen[0].double(), a.sqrt() * batch["actions"] + (1 - a).sqrt() * noise, atol=1e-6)
     target = noise if kind == "eps" else batch["actions"]
     assert torch.allclose(result["loss"], (target ** 2).mean())
@@ -289,7 +304,7 @@ def test_sampling_leads_to_the_data_when_the_network_knows_it(kind):
     c, levels, trace = batch["actions"], [], []
 
     def known(x, t):
-        a = model.alpha_bar[t]
+        a = ALPHA_BAR[t]
         levels.append(int(t))
         return (x - a.sqrt() * c) / (1 - a).sqrt() if kind == "eps" else c
 
@@ -297,7 +312,7 @@ def test_sampling_leads_to_the_data_when_the_network_knows_it(kind):
     chunk = model.sample(batch, steps=8, noise=noise, trace=trace)
     assert levels == [84, 72, 60, 48, 36, 24, 12, 0]
     assert torch.allclose(chunk, c, atol=1e-5) and len(trace) == 8 and trace[-1] is chunk
-    a0, a1 = model.alpha_bar[84], model.alpha_bar[72]
+    a0, a1 = ALPHA_BAR[84], ALPHA_BAR[72]
     eps = (noise - a0.sqrt() * c) / (1 - a0).sqrt()
     assert torch.allclose(trace[0], a1.sqrt() * c + (1 - a1).sqrt() * eps, atol=1e-5)
     levels.clear()
@@ -311,7 +326,7 @@ def test_gaussian_data_come_back():
     model, m, s = small(prediction_type="eps", horizon=4), 0.3, 0.15
 
     def best(x, t):
-        a = model.alpha_bar[t]
+        a = ALPHA_BAR[t]
         return (1 - a).sqrt() * (x - a.sqrt() * m) / (a * s ** 2 + 1 - a)
 
     stand_in(model, best)
@@ -328,7 +343,7 @@ def test_the_estimate_of_x0_is_clipped_and_eps_is_not():
     batch, noise, trace = small_batch(model.config), torch.full((3, 5, 2), 3.0), []
     stand_in(model, lambda x, t: torch.full_like(x, 0.5))
     model.sample(batch, steps=8, noise=noise, trace=trace)
-    a, prev = model.alpha_bar[84], model.alpha_bar[72]
+    a, prev = ALPHA_BAR[84], ALPHA_BAR[72]
     assert ((3 - (1 - a).sqrt() * 0.5) / a.sqrt()) > 1
     assert torch.allclose(trace[0], (prev.sqrt() + (1 - prev).sqrt() * 0.5).expand(3, 5, 2))
 
@@ -367,9 +382,9 @@ def test_the_block_is_adaln_zero_with_a_plain_scale():
     net = small().noise_net
     block, x, c = net.decoder[0], torch.randn(2, 5, 24), torch.randn(2, 24)
     with torch.no_grad():
-        m = block.modulation(F.silu(c))
+        m = block.prepare(F.silu(c))
         scale1, shift1, gate1, scale2, shift2, gate2 = (
-            F.silu(c)[:, None] @ linear.weight.T + linear.bias for linear in block.modulate)
+            F.silu(c)[:, None] @ linear.weight.T + linear.bias for linear in block.modulation)
         h = F.layer_norm(x, (24,), block.norm1.weight, block.norm1.bias) * scale1 + shift1
         want = x + gate1 * official_attention(block.attn)(h, h, h)[0]
         h = F.layer_norm(want, (24,), block.norm2.weight, block.norm2.bias) * scale2 + shift2
@@ -382,7 +397,7 @@ def test_a_fresh_block_is_the_identity_and_the_gates_are_exactly_zero():
     batch, net, t = small_batch(model.config), model.noise_net, torch.tensor([3, 50, 97])
     noise = noise_like(batch)
     with torch.no_grad():
-        modulation = net.modulation(model.encode(batch), t)
+        modulation = net.condition(model.encode(batch), t)
         for block, m in zip(net.decoder, modulation):
             x = torch.randn(3, 5, 24)
             assert torch.equal(block(x, m), x)
@@ -406,8 +421,8 @@ def test_initial_weights_follow_the_original():
         assert (layer.attn.in_proj.bias == 0).all() and (layer.attn.out_proj.bias == 0).all()
         assert (layer.mlp.fc1.bias != 0).any()
     for i in (0, 1, 3, 4):
-        assert 0.95 < bound(net.decoder[0].modulate[i].weight) <= 1
-        assert (net.decoder[0].modulate[i].bias == 0).all()
+        assert 0.95 < bound(net.decoder[0].modulation[i].weight) <= 1
+        assert (net.decoder[0].modulation[i].bias == 0).all()
     limit = math.sqrt(6 / (48 * (1 + 64)))                      # fans of a (64, 1, 48) tensor
     assert 0.9 * limit < net.positions.abs().max() <= limit
     assert all(torch.equal(a, b) for a, b in zip(*(e.parameters() for e in model.encoders)))
@@ -418,10 +433,10 @@ def test_block_i_takes_the_mean_of_layer_i_and_the_final_layer_that_of_the_last(
     net, t = model.noise_net, torch.tensor([20, 30])
     summaries = [torch.randn(2, 24) for _ in range(3)]
     with torch.no_grad():
-        before = net.modulation(summaries, t)
+        before = net.condition(summaries, t)
         for i in range(3):
             other = [s + 1 if j == i else s for j, s in enumerate(summaries)]
-            changed = [not torch.equal(a[0], b[0]) for a, b in zip(before, net.modulation(other, t))]
+            changed = [not torch.equal(a[0], b[0]) for a, b in zip(before, net.condition(other, t))]
             assert changed == [i == 0, i == 1, i == 2, i == 2]
         batch = small_batch(model.config)
         outputs = net.encode(model.tokens(batch))
@@ -429,7 +444,7 @@ def test_block_i_takes_the_mean_of_layer_i_and_the_final_layer_that_of_the_last(
         e = net.time_mlp(torch.stack([torch.cat([torch.cos(k * w), torch.sin(k * w)]) for k in (20.0, 30.0)
                                       for w in [10000 ** (-torch.arange(8) / 7)]]))
         for block, s, m in zip(net.decoder, summaries, before):
-            want = block.modulate[1](F.silu(s + e))
+            want = block.modulation[1](F.silu(s + e))
             assert torch.allclose(m[1], want, atol=1e-5)
 
 
@@ -456,7 +471,7 @@ def test_documented_shapes():
     assert chunk.shape == (4, 5, 2) and [x.shape for x in trace] == [chunk.shape] * 3
     result = model.loss(batch)
     assert result["loss"].shape == () and result["per_sample"].shape == (4,) == result["t"].shape
-    modulation = net.modulation(model.encode(batch), torch.tensor([[7], [0]]))
+    modulation = net.condition(model.encode(batch), torch.tensor([[7], [0]]))
     assert [m.shape for m in modulation[0]] == [(2, 4, 24)] * 6 and len(modulation) == 3
 
 
@@ -467,9 +482,9 @@ def test_the_sampler_equals_a_loop_that_computes_everything_anew():
     got = model.sample(batch, steps=4, noise=noise)
     with torch.no_grad():
         for t, s in ((75, 50), (50, 25), (25, 0), (0, None)):
-            modulation = model.noise_net.modulation(model.encode(batch), torch.full((3,), t))
+            modulation = model.noise_net.condition(model.encode(batch), torch.full((3,), t))
             eps = model.noise_net(x, modulation)
-            a, b = model.alpha_bar[t], torch.tensor(1.0) if s is None else model.alpha_bar[s]
+            a, b = ALPHA_BAR[t], torch.tensor(1.0) if s is None else ALPHA_BAR[s]
             x = b.sqrt() * ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1) + (1 - b).sqrt() * eps
     assert torch.allclose(got, x, atol=1e-5)
 
@@ -546,7 +561,7 @@ def test_given_embeddings():
         a, b = (model.sample(batch | {"text_embedding": e}, noise=noise_like(batch))
                 for e in (batch["text_embedding"], -batch["text_embedding"]))
     assert not torch.allclose(a, b, atol=1e-3)
-    with pytest.raises(ValueError, match="shape .5,. per item, but text_dim is 6"):
+    with pytest.raises(ValueError, match="shape .5,. per item, text_dim is 6"):
         model.sample(batch | {"text_embedding": torch.randn(3, 5)})
     with pytest.raises(ValueError, match="no 'text_embedding'"):
         model.loss({k: v for k, v in batch.items() if k != "text_embedding"})
@@ -633,7 +648,7 @@ def test_crops():
 def test_images_are_normalised_as_imagenet():
     model = small()
     batch = small_batch(model.config)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in dit_policy.IMAGENET)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     scaled = batch | {"images": (batch["images"] / 255 - mean) / std}
     with torch.no_grad():
         assert torch.allclose(model.tokens(batch), model.tokens(scaled), atol=1e-5)
@@ -658,6 +673,206 @@ def test_a_generator_repeats_a_chunk_and_bfloat16_stays_close():
     assert fast.dtype == torch.float32 and (fast - chunks[0]).abs().max() < 0.15
 
 
+def test_the_levels_that_are_visited():
+    leading, trailing = (lambda *a, s=s: dit_policy.timetable(*a, s) for s in ("leading", "trailing"))
+    assert leading(100, 8) == [84, 72, 60, 48, 36, 24, 12, 0] and leading(100, 51)[0] == 50
+    assert trailing(100, 8) == [99, 87, 74, 61, 49, 37, 24, 11] and trailing(100, 10)[:2] == [99, 89]
+    assert trailing(100, 100) == leading(100, 100) == list(range(99, -1, -1)) and leading(1, 1) == [0]
+    assert [trailing(100, n)[0] for n in (1, 7, 51, 99)] == [99] * 4
+    assert leading(100, (7, 3, 0)) == [7, 3, 0]
+    for steps in ((3, 5), (5, 5), (100, 1), (5, -1), ()):
+        with pytest.raises(ValueError, match="must fall from at most 99 to at least 0"):
+            leading(100, steps)
+
+
+def test_the_sampler_visits_the_levels_it_is_given():
+    for fields, steps, want in (
+            ({"spacing": "trailing"}, 4, [99, 74, 49, 24]), ({}, [80, 33, 2], [80, 33, 2]),
+            ({"sampler_steps": 2, "spacing": "trailing"}, None, [99, 49])):
+        model, seen = small(**fields), []
+        batch = small_batch(model.config)
+        stand_in(model, lambda x, t: (seen.append(int(t)), torch.zeros_like(x))[1])
+        model.sample(batch, steps=steps, noise=noise_like(batch))
+        assert seen == want
+
+
+def test_the_clip_is_a_field():
+    for clip in (2.0, 0.5, 0.0):
+        model, trace = small(clip_x0=clip), []
+        batch, noise = small_batch(model.config), torch.full((3, 5, 2), 3.0)
+        stand_in(model, lambda x, t: torch.full_like(x, 1.5))
+        got = model.sample(batch, steps=8, noise=noise, trace=trace)
+        assert torch.allclose(got, torch.full_like(got, min(1.5, clip or 1.5)))
+
+
+def test_padding_is_trained_on_when_asked_for():
+    model = small(train_on_padding=True)
+    batch, noise, t = small_batch(model.config), torch.randn(3, 5, 2), torch.tensor([5, 50, 90])
+    want = model.loss(batch, noise=noise, t=t)
+    batch["action_mask"][0, 2:] = False
+    got = model.loss(batch, noise=noise, t=t)
+    assert torch.equal(got["loss"], want["loss"]) and torch.equal(got["per_sample"], want["per_sample"])
+    assert batch["action_mask"].sum() == 12, "the batch stays as it is"
+
+
+def test_one_level_of_noise():
+    model = small(n_diffusion_steps=1, sampler_steps=1)
+    batch = small_batch(model.config)
+    result = model.loss(batch)
+    assert (result["t"] == 0).all() and torch.isfinite(result["loss"])
+    assert torch.isfinite(model.sample(batch)).all()
+
+
+def test_draws_and_masks_are_ragged_and_keep_their_order():
+    """Draw j of item i stands at place 3 j + i, with the mask, text and pictures of item i."""
+    model = small(n_obs_steps=2)
+    batch = small_batch(model.config)
+    for item, real in enumerate((5, 2, 3)):
+        batch["action_mask"][item, real:] = False
+    noise, t = torch.randn(6, 5, 2), torch.tensor([3, 40, 80, 95, 20, 60])
+    result = model.loss(batch, noise=noise, t=t)
+    sums = 0
+    for place in range(6):
+        item = slice(place % 3, place % 3 + 1)
+        alone = model.loss({k: v[item] for k, v in batch.items()}, noise[place:place + 1], t[place:place + 1])
+        assert torch.allclose(result["per_sample"][place], alone["loss"], rtol=1e-4)
+        assert torch.allclose(alone["per_sample"], alone["loss"])
+        sums = sums + alone["loss"] * batch["action_mask"][item].sum()
+    assert torch.allclose(result["loss"], sums / 20, rtol=1e-4), "every real step weighs alike"
+
+
+@pytest.mark.parametrize("fields", [
+    {"n_obs_steps": 2}, {"pool": True, "share_encoder": True}, {"text_dim": 6}, {"proprioception": "pad"}])
+def test_a_batch_equals_its_items_one_by_one(fields):
+    """Three items, three instructions."""
+    model = small(**fields)
+    batch = small_batch(model.config) | {"text_embedding": torch.randn(3, 6)}
+    noise = noise_like(batch)
+    together = model.sample(batch, noise=noise)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = model.sample({k: v[one] for k, v in batch.items()}, noise=noise[one])
+        assert torch.allclose(together[one], alone, atol=1e-4)
+        other = batch | {k: v.roll(1, 0) for k, v in batch.items() if k.startswith("text")}
+    assert not torch.allclose(model.sample(other, noise=noise), together, atol=1e-3)
+
+
+def test_the_generator_decides_every_draw():
+    model = small()
+    batch, chunks = small_batch(model.config), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        chunks.append(model.sample(batch, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(*chunks)
+    start = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(model.sample(batch, noise=start), chunks[0])
+
+
+def test_every_dropout_is_applied_and_in_training_only():
+    model = small(dropout=0.5)
+    net, x, positions = model.noise_net, torch.randn(2, 7, 24), torch.randn(7, 24)
+    layer, block = net.encoder[0], net.decoder[0]
+    given = block.prepare(torch.randn(2, 24))
+    calls = {"attention": lambda: layer.attn(x), "mlp": lambda: layer.mlp(x),
+             "block": lambda: block(x, given), "layer": lambda: layer(x, positions)}
+    with torch.no_grad():
+        for name, call in calls.items():
+            model.eval()
+            assert torch.equal(call(), call()), name
+            model.train()
+            assert not torch.equal(call(), call()), name
+        for part in (layer, block):                                   # both branches before they are added
+            dropped = []
+            part.dropout.register_forward_hook(lambda module, args, out: dropped.append((args[0], out)))
+            calls["layer" if part is layer else "block"]()
+            assert len(dropped) == 2
+            assert all(0.2 < ((out == 0) & (inp != 0)).float().mean() < 0.8 for inp, out in dropped)
+        q = torch.randn(2, 3, 50, 8)
+        ones = torch.ones(2, 3, 50, 1)
+        kept = dit_policy.attention(q, q, ones, 0.5)
+        assert kept.mean().item() == pytest.approx(1, abs=0.1) and kept.std() > 0.05
+
+
+def test_resnets_start_as_those_of_torchvision_and_cameras_alike():
+    """kaiming_normal, fan_out: standard deviation sqrt(2 / (C_out k k))."""
+    model = small(randomize=False, resnet_widths=(32, 64), n_cameras=2)
+    for encoder in model.encoders:
+        convolutions = [m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert len(convolutions) == 1 + 4 + 4 + 1
+        for conv in convolutions:
+            want = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
+            assert conv.weight.std().item() == pytest.approx(want, rel=0.1) and conv.bias is None
+        for m in encoder.modules():
+            if isinstance(m, dit_policy.FilmBlock):
+                assert (m.film.weight == 0).all() and (m.film.bias == 0).all()
+            if isinstance(m, torch.nn.GroupNorm):
+                assert (m.weight == 1).all() and (m.bias == 0).all() and m.eps == 1e-5
+    first, second = (list(encoder.parameters()) for encoder in model.encoders)
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(first, second))
+
+
+# -- devices and precision
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts what is copied from the CPU to the meta device, which stands for a GPU: a value that is read
+    back raises there, and so does a tensor that was left on the CPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sources = {x.device.type for x in args if isinstance(x, torch.Tensor)}
+        self.count += "cpu" in sources and isinstance(out, torch.Tensor) and out.is_meta
+        return out
+
+
+@pytest.mark.parametrize("preset, fields", [("tiny", {}), ("tiny", {"crop_size": (60, 60), "text_dim": 7}),
+                                            ("droid", {}), ("aloha", {"spacing": "trailing"})])
+def test_no_step_waits_for_the_device(preset, fields):
+    """Loss, backward pass, clipping, optimiser, average; sampling."""
+    config = Config(**PRESETS[preset] | fields)
+    with torch.device("meta"):
+        model = DiTPolicy(config).train()
+        batch = {"actions": torch.empty(2, config.horizon, config.action_dim),
+                 "action_mask": torch.ones(2, config.horizon, dtype=torch.bool),
+                 "state": torch.empty(2, 1, config.state_dim),
+                 "images": torch.zeros(2, 1, config.n_cameras, 3, *config.image_size, dtype=torch.uint8),
+                 "text": torch.zeros(2, config.text_len, dtype=torch.long),
+                 "text_embedding": torch.empty(2, config.text_dim)}
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.param_groups(0.0))
+    for step in range(2):
+        with HostCopies() as copies:
+            loss = model.loss(batch)["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.1)
+            assert model.sample(batch).shape == batch["actions"].shape
+    assert loss.is_meta and copies.count == 0, "what the second step needs is kept"
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0"])
+def test_bfloat16_and_autocast(kind):
+    exact = small(prediction_type=kind)
+    batch, noise, t = small_batch(exact.config), torch.randn(3, 5, 2), torch.tensor([9, 50, 90])
+    want, loss = exact.sample(batch, noise=noise), exact.loss(batch, noise=noise, t=t)["loss"]
+    for cast in (True, False):
+        model = small(prediction_type=kind)
+        model = model.to(torch.bfloat16) if cast else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=not cast):
+            got = model.loss(batch, noise=noise, t=t)
+            got["loss"].backward()
+            chunk = model.sample(batch, noise=noise)
+        assert chunk.dtype == got["loss"].dtype == got["per_sample"].dtype == torch.float32
+        assert got["loss"].item() == pytest.approx(loss.item(), rel=0.03)
+        assert (chunk - want).abs().max() < 0.15
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 # -- what a user can get wrong
 
 
@@ -673,15 +888,27 @@ def test_a_generator_repeats_a_chunk_and_bfloat16_stays_close():
     ({"sampler_steps": 101}, "sampler steps 101 must lie in 1..n_diffusion_steps = 100"),
     ({"sampler_steps": 0}, "sampler steps 0"),
     ({"crop_size": (65, 10)}, "crop_size .65, 10. is larger than image_size .64, 64."),
-    ({"resnet_widths": (16, 30)}, "n_groups = 4 groups"),
+    ({"resnet_widths": (16, 30)}, "multiples of n_groups = 4"),
     ({"resnet_widths": ()}, "resnet_widths"),
     ({"prediction_type": "v"}, "prediction_type 'v' is not known: choose one of eps, x0"),
     ({"proprioception": "early"}, "choose one of token, pad, none"),
     ({"obs": "images"}, "choose one of lowdim, image"),
     ({"dropout": 1.0}, "dropout 1.0 must lie in"),
-    ({"text_len": -1}, "must not be negative"),
+    ({"text_len": -1}, "text_len -1 must be at least 0"),
     ({"n_cameras": 0}, "set text_len=0"),
-    ({"n_cameras": 0, "text_len": 0, "proprioception": "pad"}, "leaves no token"),
+    ({"clip_x0": -1.0}, "clip_x0 -1.0 must be at least 0"), ({"clip_x0": math.nan}, "clip_x0 nan"),
+    ({"spacing": "even"}, "spacing 'even' is not known: choose one of leading, trailing"),
+    ({"dropout": math.nan}, "dropout nan"), ({"state_dropout": -0.1}, "state_dropout -0.1"),
+    ({"token_dropout": 1.0}, "token_dropout 1.0"),
+    ({"crop_size": (0, 5)}, "crop_size .0, 5. must be at least 1"),
+    ({"crop_size": (5,)}, "two numbers each"), ({"image_size": (64,)}, "two numbers each"),
+    ({"image_size": (0, 64)}, "image_size .0, 64. must be at least 1"),
+    ({"resnet_widths": (0, 16)}, "resnet_widths .0, 16. must be at least 1"), ({"time_dim": 2}, "time_dim 2"),
+    ({"n_cameras": -1}, "n_cameras -1 must be at least 0"), ({"text_dim": -1}, "text_dim -1"),
+    *(({name: 0}, f"{name} 0 must be at least 1") for name in (
+        "action_dim", "state_dim", "n_action_steps", "text_width", "n_groups", "width", "n_heads", "mlp",
+        "n_diffusion_steps")),
+    ({"n_cameras": 0, "text_len": 0, "proprioception": "pad"}, "the only token"),
 ])
 def test_bad_configurations_are_named_in_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as error:
