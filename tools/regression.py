@@ -13,7 +13,8 @@ class Regression(dp_cnn.DiffusionPolicyCNN):
     def predict(self, batch):
         cond, _, known = self.condition(batch)
         nothing = cond.new_zeros(len(cond), *known.shape)
-        return self.unet(nothing, self.unet.film_of_step(cond.new_zeros(len(cond))), self.unet.film_of_obs(cond))
+        step = self.unet.film_of_step(cond.new_zeros(len(cond)))
+        return self.unet(nothing, step, self.unet.film_of_obs(cond))
 
     def loss(self, batch, noise=None, t=None):
         error = ((self.predict(batch) - batch["actions"]) ** 2).mean(-1) * batch["action_mask"]
