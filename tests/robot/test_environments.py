@@ -180,7 +180,8 @@ class Pusher:
     places = None
 
     def __init__(self, state_keys, camera_keys=(), action_dim=2):
-        self.description = {"state_keys": state_keys, "camera_keys": list(camera_keys), "action_dim": action_dim}
+        self.description = {"state_keys": state_keys, "camera_keys": list(camera_keys),
+                            "action_dim": action_dim}
 
     def reset(self):
         self.history, self.seen = [], []
@@ -200,7 +201,8 @@ class Pusher:
     ("plain", {"pos": 2}, [], None, {"pos": [5, 1]}),
     ("nested", {"agent_pos": 2}, ["top"], {"agent_pos": "agent.pos", "top": "pixels.top"},
      {"agent_pos": [5, 1], "top": PICTURE}),
-    ("dotted", {"observation.state": 2, "eef-pos": 2}, [], None, {"observation.state": [5, 1], "eef-pos": [5, 1]}),
+    ("dotted", {"observation.state": 2, "eef-pos": 2}, [], None,
+     {"observation.state": [5, 1], "eef-pos": [5, 1]}),
     ("keypoints", {"keypoints": 6}, [], None, {"keypoints": [5, 1, 6, 2, 4, 0]}),
     ("scalar", {"width": 1, "pos": 2}, [], None, {"width": [5], "pos": [5, 1]}),
     ("array", {"pos": 1}, [], {"pos": "state[1:2]"}, {"pos": [1]}),
@@ -228,7 +230,8 @@ def test_success_is_what_the_environment_says_and_unknown_where_it_is_silent(poi
         closed_loop(Pusher({"pos": 2}), spec | {"success": "graspd"}, 2, seed=0)
 
 
-@pytest.mark.parametrize("how", [{"renders": "none"}, {"renders": "no screen"}, {"takes_mode": False}], ids=str)
+@pytest.mark.parametrize("how", [{"renders": "none"}, {"renders": "no screen"}, {"takes_mode": False}],
+                         ids=str)
 def test_an_evaluation_does_not_die_of_a_picture(how, point, capsys):
     say_once.cache_clear()
     result = closed_loop(Pusher({"pos": 2}), point(**how), 2, seed=0)
@@ -250,7 +253,7 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(point):
             (point(), Pusher({"pos": 2}, action_dim=7), "the data have 7 numbers"),
             (point(name="B-v0") | {"idd": 1}, Pusher({"pos": 2}), "did you mean 'id'"),
             ({"id": "other_package:B-v0"}, Pusher({"pos": 2}), "other_package"),
-            (point(name="C-v0") | {"obs": {"pos": "poss"}}, Pusher({"pos": 2}), r"'poss' is not in .*\(pos\)")):
+            (point(name="C-v0") | {"obs": {"pos": "poss"}}, Pusher({"pos": 2}), r"'poss' .*\(pos\)")):
         with pytest.raises(UserError, match=named) as error:
             rehearse(policy, spec)
         assert len(str(error.value)) < 400

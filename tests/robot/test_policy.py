@@ -144,7 +144,8 @@ def test_observations_that_do_not_fit_are_named(change, named):
 
 @pytest.mark.parametrize("change, named", [
     ({"a": np.array([np.nan])}, "'a' is not finite"), ({"b": np.array([np.inf, 0])}, "'b' is not finite"),
-    ({"a": np.array(["x"])}, "'a' is .*not numbers"), ({"instruction": None}, "add 'instruction'.*'red block'"),
+    ({"a": np.array(["x"])}, "'a' is .*not numbers"),
+    ({"instruction": None}, "add 'instruction'.*'red block'"),
     ({"instruction": ["x", "y"]}, "'instruction' must be a text"), ({"instruction": 3}, "must be a text"),
     ({"camera": np.zeros((4, 6, 3), np.float32)}, "'camera' is float32"),
     ({"camera": np.zeros((6, 4, 3), np.uint8)}, r"'camera' is uint8 \(6, 4, 3\).*\(4, 6, 3\)")])
@@ -163,7 +164,8 @@ def test_values_far_outside_the_training_data_are_said_once(capsys):
     say_once.cache_clear()
     policy = recorder()
     policy.normalizer.stats["state"] = {"min": torch.tensor([-1.0, 0, 0]), "max": torch.tensor([1.0, 2, 2])}
-    policy.act({"a": np.array([2.9]), "b": np.array([3.9, -1.9])})  # as far outside as the data are wide: fine
+    # As far outside as the data are wide: fine.
+    policy.act({"a": np.array([2.9]), "b": np.array([3.9, -1.9])})
     assert not capsys.readouterr().err
     for _ in range(3):
         policy.act({"a": np.array([0.0]), "b": np.array([57.3, 1.0])})
