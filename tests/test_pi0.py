@@ -71,7 +71,7 @@ def official_batch(case, **inputs):
     cameras = range(case.config["n_cams"])
     return {
         "images": torch.stack([inp[f"image_{v}"] for v in cameras], dim=1)[:, None],
-        "image_mask": torch.stack([inp[f"image_mask_{v}"] for v in cameras], dim=1),
+        "image_mask": torch.stack([inp[f"image_mask_{v}"] for v in cameras], dim=1)[:, None],
         "text": inp["lang_tokens"],
         "text_mask": inp["lang_mask"],
         "state": inp["state"][:, None],
@@ -451,7 +451,7 @@ def test_who_sees_whom():
 def test_a_masked_camera_and_padded_text_cannot_change_anything():
     model = small()
     batch, noise = small_batch(model.config), torch.randn(3, 5, 2)
-    batch["image_mask"] = torch.tensor([[True, False]] * 3)
+    batch["image_mask"] = torch.tensor([[[True, False]]] * 3)
     base = model.sample(batch, noise=noise)
     junk = batch | {"images": batch["images"].clone()}
     junk["images"][:, :, 1] = 255 - junk["images"][:, :, 1]
@@ -463,7 +463,7 @@ def test_a_masked_camera_and_padded_text_cannot_change_anything():
     model.config.n_cameras = 1
     less = batch | {
         "images": batch["images"][:, :, :1],
-        "image_mask": torch.ones(3, 1, dtype=torch.bool),
+        "image_mask": torch.ones(3, 1, 1, dtype=torch.bool),
         "text": batch["text"][:, :8],
     }
     assert torch.allclose(model.sample(less, noise=noise), base, atol=1e-5)
@@ -639,8 +639,8 @@ def test_a_tokenizer_file_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"n_cameras": 4}, "4 cameras.*1 to 3"),
-        ({"n_cameras": 0}, "0 cameras"),
+        ({"n_cameras": 4}, "4 cameras.*room for 3"),
+        ({"n_cameras": 0}, "n_cameras 0 must be at least 1"),
         ({"n_obs_steps": 2}, "no history"),
         ({"padded_dim": 1}, "action_dim 2 is above padded_dim 1"),
         ({"padded_dim": 2}, "state_dim 3 is above padded_dim 2"),
@@ -652,7 +652,7 @@ def test_a_tokenizer_file_that_is_not_there_is_named():
         ({"vit_heads": 3}, "vit_heads 3"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"n_draws": 0}, "n_draws 0"),
-        ({"sampler_steps": 0}, "sampler steps 0"),
+        ({"sampler_steps": 0}, "sampler_steps 0"),
     ],
 )
 def test_impossible_configurations_are_refused_in_one_line(change, words):
