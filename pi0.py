@@ -130,6 +130,7 @@ class Config:
         sizes = [f.name for f in fields(self) if f.type in (int, tuple) and f.name != "padded_dim"]
         check_at_least(self, 1, *sizes)
         check_at_least(self, 0, "padded_dim", "text_weight")
+        check_at_least(self, 1e-6, "text_share", "qk_init", "image_init")
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: pi0 has no history")
         if self.n_action_steps > self.horizon:
@@ -149,11 +150,10 @@ class Config:
                 raise ValueError(f"{name} {a} must be a multiple of {part} {b}")
         if self.head_dim % 2 or self.expert_width % 2:
             raise ValueError(f"head_dim {self.head_dim} and expert_width {self.expert_width} must be even")
-        if not (0 < self.text_share <= 1 and self.qk_init > 0 and self.image_init > 0):
-            raise ValueError(f"text_share {self.text_share} must lie in (0, 1], qk_init {self.qk_init} and "
-                             f"image_init {self.image_init} above 0")
+        if self.text_share > 1:
+            raise ValueError(f"text_share {self.text_share} must be at most 1")
 
-    # What loads the data asks: actions of a chunk, the step of its first one (0 = now), observed steps.
+    # Asked by the data: actions of a chunk, the step of its first one (0 = now), observed steps.
     pred_horizon = property(lambda self: self.horizon)
     first_action = property(lambda self: 0)
     n_obs_loaded = property(lambda self: self.n_obs_steps)
@@ -188,10 +188,9 @@ class Config:
 def tokenizer(path):
     try:
         import sentencepiece
+        return sentencepiece.SentencePieceProcessor(model_file=path)
     except ImportError:
         raise ValueError("tokenizer_path needs a package: pip install sentencepiece") from None
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as e:
         raise ValueError(f"tokenizer_path {path} cannot be read ({' '.join(str(e).split())})") from None
 
@@ -205,7 +204,6 @@ def check_at_least(config, least, *fields):
 
 
 # ---------------------------------------------------------------- SigLIP: patches of pictures become tokens
-
 
 def fit_images(images, size):
     """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size) in [-1, 1]: as large as fits, the rest black. As in
@@ -270,14 +268,6 @@ class Siglip(nn.Module):
 MASKED = -2.3819763e38
 
 
-def product_dtype(x):
-    """The type that matrix products of x have: autocast's where it is on. A mask in another type would be
-    converted, and the result kept for the backward pass, in every layer anew."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else x.dtype
-
-
 def attention(q, k, v, bias=None):
     """softmax(q k' / sqrt(d) + bias) v over the last two axes: (..., N, d), (..., M, d) -> (..., N, d)."""
     if q.device.type != "cpu":
@@ -289,6 +279,13 @@ def attention(q, k, v, bias=None):
 
 
 # ---------------------------------------------------------------- Gemma: PaliGemma's, and the action expert
+
+def product_dtype(x):
+    """The type that matrix products of x have: autocast's where it is on. A mask in another type would be
+    converted, and the result kept for the backward pass, in every layer anew."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 class GemmaNorm(nn.Module):
@@ -379,7 +376,6 @@ class Gemma(nn.Module):
 
 
 # ---------------------------------------------------------------- masks, times, draws
-
 
 def block_mask(valid, starts, first=0):
     """Who may see whom: valid (B, N) bool, starts (N,) with 1 where a block begins -> (B, N - first, N) bool,
@@ -645,8 +641,6 @@ class Pi0(nn.Module):
         return model
 
 
-# ---------------------------------------------------------------- released weights
-
 # What PaliGemma does not have.
 ACTION_PARTS = ("expert", "state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out",
                 "action_out_proj")
@@ -719,7 +713,6 @@ RECIPES = {
 
 
 # ---------------------------------------------------------------- a toy task
-
 
 def two_lamps(B, config, generator):
     """Scenes with a red and a blue square, one left, one right; "r" or "b" asks for one of them, and the

@@ -94,6 +94,7 @@ def official_batch(case, **inputs):
     return {
         "actions": inp["action"],
         "action_valid": inp["action_mask"][:, 0],
+        "state_valid": inp["action_mask"][:, 0],  # the original has one mask for both
         "state": inp["state"],
         "action_mask": torch.ones(inp["action"].shape[:2], dtype=torch.bool),
         "control_hz": inp["ctrl_freq"],
@@ -130,7 +131,7 @@ def test_golden(case):
         case.check(f"grad_in/{name}", inputs[name].grad)
 
     assert (
-        rdt.solver_times(config.n_diffusion_steps, config.sampler_steps).tolist()
+        rdt.solver_times(config.n_diffusion_steps, config.sampler_steps)
         == case.out["sample_timesteps"].tolist()
     )
     trace = []
@@ -149,15 +150,15 @@ def test_golden(case):
 def test_golden_solver(case):
     c = case.config
     assert c["_model_output"] == "tanh(x) * cos(2*t/1000) + 0.1" and c["prediction_type"] == "sample"
-    trace, outputs, times = [], [], []
+    outputs, times = [], []
 
     def denoise(x, t):
         times.append(t)
         outputs.append(torch.tanh(x) * math.cos(2 * t / 1000) + 0.1)
         return outputs[-1]
 
-    alpha_bar = cosine_alpha_bar(c["num_train_timesteps"])
-    dpm_solver(denoise, case.inp["init"], alpha_bar, c["_steps"], trace)
+    alpha_bar = cosine_alpha_bar(c["num_train_timesteps"], "cpu")
+    trace = list(dpm_solver(denoise, case.inp["init"], alpha_bar.tolist(), c["_steps"]))
     assert times == case.out["timesteps"].tolist()
     case.check("out/trace", torch.stack(trace))
     case.check("out/model_outputs", torch.stack(outputs))
@@ -255,7 +256,7 @@ def test_published_sizes(preset, n):
 def test_released_weights_load_on_the_meta_device(preset, name):
     official, n = meta(name)
     model = RDT.from_official({f"module.{k}": v for k, v in official.items()}, Config(**PRESETS[preset]))
-    assert parameters(model) == n and model.alpha_bar.device.type == "cpu"
+    assert parameters(model) == n
     # Beside them SigLIP with its pooling head and T5, whose embedding has two names.
     whole = official | meta("siglip_so400m_patch14_384_vision")[0] | meta("t5_v1_1_xxl_encoder")[0]
     config = Config(**PRESETS[preset] | {"encoders": "frozen"})
@@ -366,7 +367,7 @@ class KnownNetwork:
 
 
 def test_the_schedule_is_the_squared_cosine():
-    alpha_bar = cosine_alpha_bar(1000)
+    alpha_bar = cosine_alpha_bar(1000, "cpu")
     f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     for t in (0, 10, 500, 900, 990):
         assert alpha_bar[t].item() == pytest.approx(f((t + 1) / 1000) / f(0), rel=2e-3)
@@ -379,7 +380,7 @@ def test_the_ends_of_the_path_are_nearly_data_and_noise_and_between_lies_the_sch
     known = KnownNetwork(model, lambda x, t: torch.zeros_like(x))
     model.loss(batch, noise=noise, t=torch.tensor([0, 500, 999]))
     ((x_t, _),) = known.seen
-    x0, alpha_bar = pack(batch["actions"], slots(model.config.action_names)), cosine_alpha_bar(1000)
+    x0, alpha_bar = pack(batch["actions"], slots(model.config.action_names)), cosine_alpha_bar(1000, "cpu")
     assert (x_t[0] - x0[0]).abs().max() < 0.05 and (x_t[2] - noise[2]).abs().max() < 1e-3
     middle = alpha_bar[500].sqrt() * x0[1] + (1 - alpha_bar[500]).sqrt() * noise[1]
     assert torch.allclose(x_t[1], middle, atol=1e-6)
@@ -413,20 +414,21 @@ def test_the_released_loss_counts_all_dimensions():
 
 
 def test_solver_times():
-    assert rdt.solver_times(1000, 5).tolist() == [999, 799, 599, 400, 200]
-    assert rdt.solver_times(1000, 1).tolist() == [999]
+    assert rdt.solver_times(1000, 5) == [999, 799, 599, 400, 200]
+    assert rdt.solver_times(1000, 1) == [999]
 
 
 def test_a_network_that_knows_the_answer_is_believed_after_one_step_or_many():
     answer = torch.randn(2, 3)
     for steps in (1, 2, 5, 20):
-        end = dpm_solver(lambda x, t: answer, torch.randn(2, 3), cosine_alpha_bar(1000), steps)
+        alpha_bar = cosine_alpha_bar(1000, "cpu").tolist()
+        *_, end = dpm_solver(lambda x, t: answer, torch.randn(2, 3), alpha_bar, steps)
         assert torch.allclose(end, answer, atol=1e-6)
 
 
 def test_the_solver_is_of_second_order_on_gaussian_data():
     """For data N(m, s^2) the best x0 is linear in x_t; the exact flow keeps (x_t - alpha m) / deviation."""
-    m, s, alpha_bar = 0.4, 0.3, cosine_alpha_bar(1000).double()
+    m, s, alpha_bar = 0.4, 0.3, cosine_alpha_bar(1000, "cpu").double()
 
     def best(x, t):
         a, v = alpha_bar[t].sqrt(), 1 - alpha_bar[t]
@@ -435,7 +437,8 @@ def test_the_solver_is_of_second_order_on_gaussian_data():
     start = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = m + s * start  # alpha at the start is as good as 0
     errors = {
-        n: (dpm_solver(best, start, alpha_bar, n) - exact).abs().mean().item() for n in (10, 20, 40, 80)
+        n: ([*dpm_solver(best, start, alpha_bar.tolist(), n)][-1] - exact).abs().mean().item()
+        for n in (10, 20, 40, 80)
     }
     # The last step, from t = 1000 / n to clean data, is of first order; before it errors fall as 1 / n^2.
     assert errors[10] > 1.8 * errors[20] > 3.2 * errors[40] and errors[80] < 0.01
@@ -467,16 +470,13 @@ def test_sampling_starts_from_the_given_noise_and_visits_the_times():
 
 
 def test_the_two_norms():
-    x, w = torch.randn(4, 8) + 3, torch.rand(8)
-    assert torch.allclose(
-        rdt.rms_norm(x, w), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w, atol=1e-6
-    )
-    assert torch.allclose(
-        rdt.released_norm(x, w), x / (x.std(-1, keepdim=True) ** 2 + 1e-6).sqrt() * w, atol=1e-5
-    )
+    x, true, released = torch.randn(4, 8) + 3, rdt.Norm(8), rdt.Norm(8, "released")
+    w = true.weight.data = released.weight.data = torch.rand(8)
+    assert torch.allclose(true(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w, atol=1e-6)
+    assert torch.allclose(released(x), x / (x.std(-1, keepdim=True) ** 2 + 1e-6).sqrt() * w, atol=1e-5)
     flat = torch.full((1, 8), 2.0)  # without variance the released one blows up
-    assert rdt.rms_norm(flat, w).abs().max() <= 1.001 and rdt.released_norm(flat, w).abs().max() > 100
-    assert rdt.released_norm(x.bfloat16(), w).dtype == torch.bfloat16
+    assert true(flat).abs().max() <= 1.001 and released(flat).abs().max() > 100
+    assert released(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["attn", "cross_attn"])
@@ -535,7 +535,7 @@ def test_fourier_features_are_the_papers_and_the_release_has_none():
 
 
 def test_sinusoids_have_cosines_first():
-    s = rdt.sinusoid(torch.tensor([0.0, 3.0]))
+    s = rdt.time_embedding(torch.tensor([0.0, 3.0]))
     assert s[0].tolist() == [1.0] * 128 + [0.0] * 128
     assert s[1, [0, 128]].tolist() == pytest.approx([math.cos(3), math.sin(3)])
     assert s[1, 64].item() == pytest.approx(math.cos(3 / 100))
@@ -715,7 +715,7 @@ def test_training_hides_each_modality_with_its_own_draw():
         "state": hidden["state"][:, 0, 0] == 0,
         "hz": hidden["control_hz"] == 0,
         "text": hidden["text"][:, 0] == 0,
-        "mask": ~hidden["told"][:, 0],
+        "mask": ~hidden["masks_shown"][:, 0, 0],
         **{f"image {i}": ~hidden["image_mask"].flatten(1)[:, i] for i in range(4)},
     }
     draws = torch.stack(list(gone.values())).float()
@@ -866,7 +866,7 @@ def test_two_robots_in_one_batch_are_each_alone():
         ({"state_names": ("zzz", "eef_pos_x", "gripper_open")}, "'zzz' is no name.*UNIFIED"),
         ({"action_names": ("eef_pos_x", "right_eef_pos_x", "gripper_open")}, "shares place 30"),
         ({"action_dim": 7}, "actions have 7 dimensions, action_names names 3"),
-        ({"state_names": ()}, "packed states have unified_dim = 128 dimensions, not 3"),
+        ({"state_names": ()}, "states have 3 dimensions, state_names names 0.*packed states have 128"),
         ({"unified_dim": 20}, "unified_dim 20 has no room"),
         ({"n_cameras": 4, "max_cameras": 3}, "4 cameras.*room for 3"),
         ({"n_obs_steps": 0}, "n_obs_steps 0"),
@@ -881,7 +881,7 @@ def test_two_robots_in_one_batch_are_each_alone():
         ({"n_draws": 0}, "n_draws 0"),
         ({"mask_prob": 1.0}, "mask_prob 1.0"),
         ({"time_alpha": 0.0}, "time_alpha 0.0"),
-        ({"sampler_steps": 0}, "sampler steps 0"),
+        ({"sampler_steps": 0}, "sampler_steps 0"),
         ({"sampler_steps": 1000}, "sampler steps 1000"),
     ],
 )
@@ -896,16 +896,14 @@ def test_batches_that_do_not_fit_are_refused():
     batch = small_batch(model.config)
     without = {k: v for k, v in batch.items() if k not in ("text", "images")}
     cases = [
-        (batch | {"images": batch["images"][:, :, :1]}, "1 cameras given.*n_cameras = 2.*image_mask"),
-        (batch | {"images": batch["images"][:, :1]}, "images of 1 steps.*n_obs_steps = 2"),
+        (batch | {"images": batch["images"][:, :, :1]}, r"images \(3, 2, 1\).*\(3, 2, 2\) = \(B, n_obs_steps, n_cameras\)"),
+        (batch | {"images": batch["images"][:, :1]}, r"images \(3, 1, 2\).*\(3, 2, 2\)"),
         (batch | {"text": torch.ones(3, 10, dtype=torch.int64)}, "text_len = 9"),
         (
             without | {"images": batch["images"], "lang_embeds": torch.ones(3, 4, 20)},
-            "20 wide, t5_width = 16",
+            r"lang_embeds \(4, 20\) given, \(4, 16\) expected",
         ),
         (without | {"text": batch["text"], "image_embeds": torch.ones(3, 7, 16)}, r"\(16, 16\) expected"),
-        (batch | {"control_hz": torch.tensor([10.0, 0.0, 5.0])}, "above 0, not 0 Hz"),
-        (batch | {"control_hz": torch.tensor([10.0, -3.0, 5.0])}, "above 0, not -3 Hz"),
     ]
     for wrong, words in cases:
         with pytest.raises(ValueError, match=words):
@@ -1043,7 +1041,6 @@ def test_the_full_size_samples_a_chunk_on_a_cpu():
         torch.nn.init.normal_(model.decoder.fc2.weight, std=0.02)
     finally:
         torch.set_default_dtype(torch.float32)
-    model.prepare()
     print(f"\nbuilt in {time.perf_counter() - began:.1f} s, {torch.get_num_threads()} threads")
     batch = {
         "state": torch.zeros(1, 2, 14),
