@@ -670,7 +670,7 @@ class RDT(nn.Module):
         grid = len(batch["state"]), c.n_obs_steps, c.n_cameras                  # (B, To, V)
         if c.n_cameras:
             images = batch["images"]                                            # (B, To, V, 3, H, W)
-            mask = batch.get("image_mask", images[..., 0, 0, 0] >= 0)
+            mask = batch.get("image_mask", images.new_ones(images.shape[:3]))
             if images.shape[:3] != grid or mask.shape != grid:
                 raise ValueError(f"images {tuple(images.shape[:3])}, image_mask {tuple(mask.shape)} given, "
                                  f"{grid} = (B, n_obs_steps, n_cameras) expected; mask what is missing")
