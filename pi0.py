@@ -533,8 +533,7 @@ class Pi0(nn.Module):
         (B, 1, V), text_mask (B, L), of bool or of 0 and 1. noise (n B, Tp, padded A), t (n B,), all items
         once, then again: drawn when not given. Time: t = 1 is noise, t = 0 data (paper: tau = 1 - t). Padded
         dimensions count, as in openpi.
-        -> {"loss": (), "flow": (), "text": (), "per_sample": (n B,) of the flow, "t": (n B,)}
-        """
+        -> {"loss": (), "flow": (), "text": (), "per_sample": (n B,) of the flow, "t": (n B,)}"""
         x0, mask = self.pad(batch["actions"]), batch["action_mask"]             # (B, Tp, A), (B, Tp)
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         B, n = len(x0), self.config.n_draws if noise is None else len(noise) // len(x0)
@@ -592,11 +591,9 @@ class Pi0(nn.Module):
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
-
-        batch: state, images, text as in `loss`. steps: Euler steps, default config.sampler_steps. noise (B,
-        Tp, padded A): where to start, drawn from `generator` when not given. trace: receives (B, Tp, A) after
-        every step.
-        """
+        batch: as in `loss`, without actions. steps: of Euler, default config.sampler_steps. noise (B, Tp,
+        padded A): where to start, drawn from `generator` when not given. trace: receives (B, Tp, A) after
+        every step."""
         A = self.config.action_dim
         steps = self.config.sampler_steps if steps is None else steps
         if steps < 1:
@@ -621,12 +618,9 @@ class Pi0(nn.Module):
     @classmethod
     def from_official(cls, state_dict, config):
         """A policy with released weights: pi0 in openpi's PyTorch layout or LeRobot's (now or early 2025), or
-        PaliGemma alone, beside which the action expert starts fresh.
-
-        config must describe it (PRESETS["pi0"]). The tensors become the parameters as they are, nothing is
-        copied. Strict: one ValueError names what is missing, left over or has another shape. Not read: the
-        expert's unused text head, and the other name of the tied embedding.
-        """
+        PaliGemma alone, beside which the action expert starts fresh. config must describe it:
+        PRESETS["pi0"]. The tensors become the parameters as they are, nothing is copied. Not read: the
+        expert's unused text head, and the other name of the tied embedding."""
         weights = convert_official(state_dict)
         with torch.device("meta"):
             model = cls(config)
@@ -701,8 +695,8 @@ PRESETS = {
             "mlp": 16384, "expert_width": 1024, "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0,
             "n_draws": 1, "text_weight": 0.0, "train_on_padding": True},
 }
-# Options of train.py. ema_max: it keeps an average of the weights over many steps, which is what acts: single
-# steps leave them noisy, the more so as every batch draws its own noise and times.
+# What acts is an average of the weights, up to ema_max: every batch draws its own noise and times, so the
+# weights of a single step are noisy.
 RECIPES = {
     "tiny": {"steps": 4000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
