@@ -513,8 +513,8 @@ def position_table(at, dim):
 @functools.lru_cache
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
-    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0. Differs
-    from the other policies': the product is taken in float32, as where the released weights were trained."""
+    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0. It
+    differs from the other policies': the product is in float32, as where the released weights were trained."""
     u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
@@ -622,7 +622,7 @@ class RDT(nn.Module):
             for m in self.t5.modules():
                 if isinstance(m, nn.Linear):
                     m.weight.normal_(std=m.in_features ** -0.5)
-            for layer in self.t5.layers:  # T5 divides here by what others divide the logits by
+            for layer in self.t5.layers:  # in place of the logits, which T5 does not divide by sqrt(d)
                 layer.q.weight.mul_(c.t5_head_dim ** -0.5)
             self.t5.embed.weight.normal_()
             self.t5.relative.weight.normal_()  # so that heads differ in where they look from the start
