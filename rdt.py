@@ -514,7 +514,7 @@ def position_table(at, dim):
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
     would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0. It
-    differs from the other policies': the product is in float32, as where the released weights were trained."""
+    differs from the other policies': the product is in float32, as it was for the released weights."""
     u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
