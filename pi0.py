@@ -4,27 +4,33 @@
     "pi0: A Vision-Language-Action Flow Model for General Robot Control", arXiv:2410.24164
     official code: github.com/Physical-Intelligence/openpi, and its port in github.com/huggingface/lerobot
 
-p(A | o): a chunk A of Tp actions, given o = (images, instruction, proprioception). A pretrained
-vision-language model (PaliGemma = SigLIP + Gemma) reads images and instruction. Beside it stands a smaller
-transformer, the action expert, with weights of its own for the state and the noised actions. The two meet in
+Modelled is p(x0 | o): a chunk x0 of the next Tp actions, given an observation o = (images, instruction, and
+state, the robot's own pose). Not p(x0, o): nobody needs pictures generated, and what is only read stays the
+same while a chunk is denoised.
+
+A pretrained vision-language model (PaliGemma = SigLIP + Gemma) reads images and instruction. Beside it stands
+a smaller transformer, the action expert, with weights of its own for state and noised actions. They meet in
 the attention of every layer: each token is projected by the weights of its own model, and all of them share
-one attention.
+one attention. Which query (row) sees which key (column):
 
-    keys ->          images  text  | state | a_1 ... a_Tp
-    images, text        x      x   |   .   |      .         PaliGemma's weights. Nothing here sees the state
-    -----------------------------------------------------   or the actions: computed once, kept as keys and
-    state               x      x   |   x   |      .         values [6]
-    a_1 ... a_Tp        x      x   |   x   |      x         the expert's; actions see each other both ways
+                     images  text | state | a_1 ... a_Tp
+    images, text        x      x  |   .   |      .        PaliGemma's weights. Nothing here sees the state or
+    ----------------------------------------------------  the actions: computed once, kept as keys and values
+    state               x      x  |   x   |      .        the expert's weights
+    a_1 ... a_Tp        x      x  |   x   |      x        ... actions see each other in both directions
 
-Masked are missing cameras and text padding; such tokens count in no position either.
+Cameras that a robot lacks and padding behind the text are masked: nothing sees them, and the positions of [7]
+are counted without them.
 
 TIME runs as in openpi, against the paper; released weights depend on it:
-    here      t = 1 noise .. 0 data    x_t = t eps + (1-t) x0            dx/dt = eps - x0, t goes down
-    paper     tau = 1 - t              A^tau = tau A + (1-tau) eps       dA/dtau = A - eps, tau goes up
-The paper prints the target as eps - A and yet integrates upwards with a plus: one of its two signs is ours.
+    here      t = 1 noise .. 0 data    x_t = t eps + (1 - t) x0            dx/dt = eps - x0, t goes down
+    paper     tau = 1 - t              x_tau = tau x0 + (1 - tau) eps      dx/dtau = x0 - eps, tau goes up
+The paper prints the target eps - x0 and adds it while tau goes up, which would lead away from the data: that
+target belongs to time as it runs here.
 
-Axes: B items, P prefix tokens, S = 1 + Tp suffix tokens, N queries, M keys, L text codes, V cameras, A action
-dimensions.
+Axes: B items; To = 1 observed, Tp predicted, Ta executed steps; A, S numbers of an action, of a state; V
+cameras; H, W pixels; L text codes; P prefix tokens (images and text); N queries, M keys of an attention; D
+width, d width of a head; n draws of noise and time per observation.
 
     [1]  t = 0.001 + 0.999 b,   b ~ Beta(1.5, 1): density growing as sqrt(b), more practice at noisy times
     [2]  x_t = t eps + (1 - t) x0,   eps ~ N(0, I)                                             noising
@@ -36,29 +42,33 @@ dimensions.
     [8]  GeGLU: W_down (gelu(W_gate x) * W_up x)
     [9]  action token = W_2 silu(W_1 [W_in x_t, sin, cos of 2 pi t / period]): time enters here alone
 
+Ten steps are enough because [2] is a straight line along which u_t does not change. Where o leaves one chunk
+only, a single Euler step would land on it; paths bend only where several chunks are still possible.
+
 Map: Config | Siglip | Gemma | block_mask, time | Pi0: loss, text, sample, from_official | PRESETS | main.
 
 Differs from the original:
  1. The one attention is computed in two parts, prefix first, in training as in sampling. The numbers are the
-    same, since the prefix does not look at the suffix, and several draws of noise and time (n_draws) can
-    share a prefix. Its last layer stops at its keys and values: no action reads more.
- 2. Steps past the end of an episode are left out of the loss; openpi trains on a repeated last action.
- 3. openpi's code trains no text. L_text needs a text that is read forwards only, the flow one that is read
-    both ways. So it is a second pass, over a share of the batch: images both ways, text causal (the prefix-LM
-    mask of PaliGemma). The text is shifted by one; code 0, which elsewhere is padding, begins and ends it.
- 4. Images are not augmented. A camera that a robot lacks is left out, which equals filling and masking it.
+    same, since the prefix does not see the suffix (state and actions), and n draws of noise and time can
+    share a prefix. Its last layer ends with keys and values: the suffix reads nothing else of it.
+ 2. Steps past the end of an episode are left out of the loss. openpi trains on the last action, repeated, so
+    that the policy learns to stay: `train_on_padding`.
+ 3. openpi's code trains no text. Here L_text is a second pass over a share of the batch: for the flow the
+    instruction is read in both directions, for L_text forwards only, with the mask that PaliGemma was trained
+    with (a code sees the images and the codes before it). Code 0, padding elsewhere, begins and ends a text.
+ 4. Images are not augmented. A camera that a robot lacks can be left out, which equals masking it.
  5. pi0.5 is left out: it drops the state token and moves time into every norm, an `if` in every block.
- 6. "tiny" is the published architecture with other numbers: sizes; bytes for text; larger initial queries and
-    keys, patches and positions (else attention starts so even that a few letters and a small block drown
-    among the tokens, and the colour that is asked for is not found); two heads of keys and values; state
-    and actions not padded; 4 draws per observation.
+ 6. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values, state
+    and actions without padding, 4 draws per observation, and larger initial queries, keys, patches and
+    positions. Without these attention starts nearly even, the few tokens that matter (some letters, a small
+    block) are lost among the rest, and the colour that is asked for is not found.
 
 Run alone: `python pi0.py` learns to obey a one-letter instruction, in half a minute on two CPU cores.
 """
 import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -69,125 +79,87 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Config:
     # -- the data; train.py fills these in
-    # length of one action vector
-    action_dim: int = 3
-    # length of the proprioception
-    state_dim: int = 3
-    # number of cameras, all through one encoder
-    n_cameras: int = 2
-    # height, width of every camera image, pixels
-    image_size: tuple = (64, 64)
+    action_dim: int = 3         # A, numbers of one action
+    state_dim: int = 3          # S, numbers of the state
+    n_cameras: int = 2          # V, all through one encoder
+    image_size: tuple = (64, 64)  # H, W of every camera image, pixels
     # -- the timeline, in control steps: the chunk starts now
-    # Tp, predicted steps (paper: H)
-    horizon: int = 16
-    # To, observed steps; pi0 sees the present only
-    n_obs_steps: int = 1
-    # Ta, executed steps
-    n_action_steps: int = 8
+    horizon: int = 16           # Tp, predicted steps (paper: H)
+    n_obs_steps: int = 1        # To, observed steps; pi0 sees the present only
+    n_action_steps: int = 8     # Ta, executed steps
     # -- what the weights are made for
-    # state and actions are padded to this with zeros, so that robots share weights; 0 = no padding
-    padded_dim: int = 0
-    # more cameras than this are refused
-    max_cameras: int = 3
-    # L, longest instruction in codes
-    text_len: int = 24
-    # number of codes; 257 = bytes + 1, 0 is padding
-    vocab_size: int = 257
-    # SentencePiece model file; "" = bytes
-    tokenizer_path: str = ""
+    padded_dim: int = 0         # zeros pad state and actions to this, so that robots share weights; 0 = none
+    max_cameras: int = 3        # more cameras than this are refused
+    text_len: int = 24          # L, longest instruction in codes
+    vocab_size: int = 257       # number of codes; 257 = bytes + 1, 0 is padding
+    tokenizer_path: str = ""    # SentencePiece model file; "" = bytes
     # -- SigLIP, the image encoder
-    # side of the square that images are fitted into, pixels
-    vit_size: int = 48
-    # side of a patch, pixels
-    patch_size: int = 12
-    # its width
-    vit_width: int = 128
-    # ... layers
-    vit_depth: int = 1
-    # ... hidden width of the MLPs
-    vit_mlp: int = 256
-    # ... and heads
-    vit_heads: int = 4
-    # -- Gemma (prefix) and the action expert (suffix); what meets in the attention is common to both
-    # layers
-    depth: int = 4
-    # query heads
-    n_heads: int = 4
-    # heads of keys and values, each shared by n_heads / n_kv_heads queries
+    vit_size: int = 48          # side of the square that images are fitted into, pixels
+    patch_size: int = 12        # side of a patch, pixels
+    vit_width: int = 128        # its width
+    vit_depth: int = 1          # ... layers
+    vit_mlp: int = 256          # ... hidden width of the MLPs
+    vit_heads: int = 4          # ... heads
+    # -- Gemma (prefix) and the action expert (suffix). Depth and heads are common: they meet in the attention
+    depth: int = 4              # layers
+    n_heads: int = 4            # heads of queries
+    # heads of keys and values, each shared by n_heads / n_kv_heads heads of queries: what is kept of a prefix
+    # shrinks by that factor, and every step of the sampler reads all of it
     n_kv_heads: int = 2
-    # width of a head
-    head_dim: int = 32
-    # width of Gemma
-    width: int = 128
-    # ... and hidden width of its MLPs
-    mlp: int = 256
-    # width of the action expert
-    expert_width: int = 96
-    # ... and hidden width of its MLPs
-    expert_mlp: int = 192
-    # factor on the initial weights of queries and keys; more than 1: attention that starts focused
+    head_dim: int = 32          # d, width of a head
+    width: int = 128            # D of Gemma
+    mlp: int = 256              # ... hidden width of its MLPs
+    expert_width: int = 96      # D of the action expert
+    expert_mlp: int = 192       # ... hidden width of its MLPs
+    # factor on the initial weights of queries and keys. More than 1: attention starts focused, not even
     qk_init: float = 3.0
-    # ... on those of SigLIP's patches and positions, and its root on the projector's; more than 1: picture
-    # tokens that differ, among each other and from scene to scene, as much as words do
+    # factor on the initial weights of SigLIP's patches and positions; its square root on the projector's.
+    # More than 1: tokens of different places and scenes differ as much from each other as words do
     image_init: float = 5.0
     # -- training
-    # draws of noise and time per observation
-    n_draws: int = 4
-    # w, weight of the text loss [4]; 0 = flow matching only
-    text_weight: float = 0.1
-    # share of the batch's observations in the text loss
-    text_share: float = 0.125
-    # True: SigLIP and Gemma stay as they are, the expert learns
-    freeze_vlm: bool = False
-    # True: recompute every layer in the backward pass instead of keeping its activations
-    checkpointing: bool = False
+    n_draws: int = 4            # n, draws of noise and time per observation
+    text_weight: float = 0.1    # w, weight of the text loss [4]; 0 = flow matching only
+    text_share: float = 0.125   # share of the batch's observations in the text loss
+    freeze_vlm: bool = False    # True: SigLIP and Gemma stay as they are, the expert learns
+    train_on_padding: bool = False  # True: steps past an episode's end are trained on, as openpi does
+    checkpointing: bool = False  # True: each layer is computed again in the backward pass instead of kept
     # -- sampling
-    # Euler steps
-    sampler_steps: int = 10
+    sampler_steps: int = 10     # Euler steps
 
     def __post_init__(self):
+        sizes = [f.name for f in fields(self) if f.type in (int, tuple) and f.name != "padded_dim"]
+        check_at_least(self, 1, *sizes)
+        check_at_least(self, 0, "padded_dim", "text_weight")
+        check_at_least(self, 1e-6, "text_share", "qk_init", "image_init")
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: pi0 has no history")
-        if not 1 <= self.n_action_steps <= self.horizon:
+        if self.n_action_steps > self.horizon:
             raise ValueError(f"n_action_steps {self.n_action_steps} must lie in 1..horizon = {self.horizon}")
-        if not 1 <= self.n_cameras <= self.max_cameras:
-            raise ValueError(f"{self.n_cameras} cameras, but there is room for 1 to {self.max_cameras}: name "
+        if self.n_cameras > self.max_cameras:
+            raise ValueError(f"{self.n_cameras} cameras, but there is room for {self.max_cameras}: name "
                              "those to use in shape_meta, or raise max_cameras")
         for name in ("action_dim", "state_dim"):
             if 0 < self.padded_dim < getattr(self, name):
                 raise ValueError(f"{name} {getattr(self, name)} is above padded_dim {self.padded_dim}: no "
                                  "room in released weights; from scratch, set padded_dim=0")
-        if self.text_len < 1 or not self.tokenizer_path and self.vocab_size < 257 and self.text_weight:
-            raise ValueError(f"text_len {self.text_len} must be at least 1, and vocab_size {self.vocab_size} "
-                             "at least 257 for bytes")
+        if not self.tokenizer_path and self.vocab_size < 257 and self.text_weight:
+            raise ValueError(f"vocab_size {self.vocab_size} must be at least 257 for bytes")
         for name, part in (("vit_size", "patch_size"), ("vit_width", "vit_heads"), ("n_heads", "n_kv_heads")):
             a, b = getattr(self, name), getattr(self, part)
             if a % b:
                 raise ValueError(f"{name} {a} must be a multiple of {part} {b}")
         if self.head_dim % 2 or self.expert_width % 2:
             raise ValueError(f"head_dim {self.head_dim} and expert_width {self.expert_width} must be even")
-        if self.n_draws < 1 or not 0 < self.text_share <= 1:
-            raise ValueError(f"n_draws {self.n_draws} must be at least 1, text_share {self.text_share} in "
-                             "(0, 1]")
-        check_euler_steps(self.sampler_steps)
+        if self.text_share > 1:
+            raise ValueError(f"text_share {self.text_share} must be at most 1")
 
-    @property
-    def pred_horizon(self):
-        """Number of actions in a batch and in a sampled chunk."""
-        return self.horizon
-
-    @property
-    def first_action(self):
-        """Step of the chunk's first action, counted from now."""
-        return 0
-
-    @property
-    def n_obs_loaded(self):
-        """Observed steps in a training batch."""
-        return self.n_obs_steps
+    # Asked by the data: actions of a chunk, the step of its first one (0 = now), observed steps.
+    pred_horizon = property(lambda self: self.horizon)
+    first_action = property(lambda self: 0)
+    n_obs_loaded = property(lambda self: self.n_obs_steps)
 
     def encode_text(self, text):
-        """An instruction as codes, int64 (text_len,), 0 = padding: its UTF-8 bytes + 1, or the pieces of
+        """An instruction as codes, int64 (L,), 0 = padding: its UTF-8 bytes + 1, or the pieces of
         tokenizer_path in the form PaliGemma was trained on, with a beginning and a line end."""
         if self.tokenizer_path:
             pieces, text = tokenizer(self.tokenizer_path), text.strip().replace("_", " ").replace("\n", " ")
@@ -203,49 +175,51 @@ class Config:
         return torch.tensor(codes + [0] * (self.text_len - len(codes)))
 
     def decode_text(self, codes):
-        """The text of one row of codes; what is no text (padding, half a character) is dropped."""
+        """The text of one row of codes. What is no text is dropped: padding, half a character, codes that the
+        table has and the text does not use."""
         codes = [int(c) for c in codes if c > 0]
         if self.tokenizer_path:
-            return tokenizer(self.tokenizer_path).decode(codes)
-        return bytes(c - 1 for c in codes).decode(errors="ignore")
+            pieces = tokenizer(self.tokenizer_path)
+            return pieces.decode([c for c in codes if c < pieces.vocab_size()])
+        return bytes(c - 1 for c in codes if c <= 256).decode(errors="ignore")
 
 
 @functools.lru_cache
 def tokenizer(path):
     try:
         import sentencepiece
+        return sentencepiece.SentencePieceProcessor(model_file=path)
     except ImportError:
         raise ValueError("tokenizer_path needs a package: pip install sentencepiece") from None
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as e:
         raise ValueError(f"tokenizer_path {path} cannot be read ({' '.join(str(e).split())})") from None
 
 
-def check_euler_steps(steps):
-    if steps < 1:
-        raise ValueError(f"sampler steps {steps} must be at least 1")
+def check_at_least(config, least, *fields):
+    """Each of these fields, or every number of it if it is a tuple, is at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        if not all(x >= least for x in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field} {value} must be at least {least}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# SigLIP: a vision transformer whose patches become words
-
+# ---------------------------------------------------------------- SigLIP: patches of pictures become tokens
 
 def fit_images(images, size):
     """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size) in [-1, 1]: as large as fits, the rest black. As in
     openpi's PyTorch code: bilinear, no antialiasing, an odd row or column of black at the bottom or right."""
     H, W = images.shape[-2:]
     ratio = max(H, W) / size
-    h, w = int(H / ratio), int(W / ratio)
+    h, w = max(1, int(H / ratio)), max(1, int(W / ratio))
     if (h, w) != (H, W):
         images = F.interpolate(images, (h, w), mode="bilinear", align_corners=False)
     top, left = (size - h) // 2, (size - w) // 2
     return F.pad(images, (left, size - w - left, top, size - h - top)) * 2 - 1
 
 
-def run(layer, recompute, *inputs):
-    """layer(*inputs); recompute: its activations are not kept for the gradient but computed again."""
-    if recompute and torch.is_grad_enabled():
+def checkpointed(layer, on, *inputs):
+    """layer(*inputs). on: its activations are not kept for the backward pass but computed again there."""
+    if on and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)
     return layer(*inputs)
 
@@ -262,10 +236,9 @@ class SiglipLayer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
 
     def forward(self, x):
-        B, N, D = x.shape
         h = self.norm1(x)
         q, k, v = (f(h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        h = attention(q, k, v)                                                  # (B, H, N, d)
+        h = attention(q, k, v)                                                  # (B, heads, N, d)
         x = x + self.out(h.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
@@ -282,18 +255,16 @@ class Siglip(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
-        x = self.patch(images).flatten(2).transpose(1, 2)                       # (B, N, D)
-        x = x + self.position
+        x = self.patch(images).flatten(2).transpose(1, 2) + self.position       # (B, N, D)
         for layer in self.layers:
-            x = run(layer, self.checkpointing, x)
+            x = checkpointed(layer, self.checkpointing, x)
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Gemma: the same class is PaliGemma's language model and, narrower, the action expert
+# ---------------------------------------------------------------- attention
 
-# Added to logits of masked keys. Finite, so that a row in which everything is masked (a padded query, which
-# nobody reads) is even and not NaN.
+# Added to the logits of masked keys. Finite, in bfloat16 too: a query all of whose keys are masked (padding,
+# whose output nobody reads) weighs them evenly. With -inf it would be NaN.
 MASKED = -2.3819763e38
 
 
@@ -305,6 +276,16 @@ def attention(q, k, v, bias=None):
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     logits = logits if bias is None else logits + bias.to(logits.dtype)
     return torch.softmax(logits, dim=-1, dtype=logits.dtype) @ v
+
+
+# ---------------------------------------------------------------- Gemma: PaliGemma's, and the action expert
+
+def product_dtype(x):
+    """The type that matrix products of x have: autocast's where it is on. A mask in another type would be
+    converted, and the result kept for the backward pass, in every layer anew."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 class GemmaNorm(nn.Module):
@@ -319,14 +300,14 @@ class GemmaNorm(nn.Module):
 
 
 def rope_angles(positions, head_dim):
-    """(cos, cos) and (-sin, sin) of the angles in [7] at positions (B, N), each (B, N, 1, head_dim)."""
+    """(cos, cos) and (-sin, sin) of the angles in [7] at positions (B, N), each (B, N, 1, d)."""
     frequency = 10000 ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angle = positions[:, :, None, None] * frequency                             # (B, N, 1, d / 2)
     return torch.cat([angle.cos(), angle.cos()], dim=-1), torch.cat([-angle.sin(), angle.sin()], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + d/2) of x (B, N, H, d). Other code bases pair neighbours, (2i, 2i + 1)."""
+    """Turn the pairs (i, i + d/2) of x (B, N, heads, d). Other code bases pair neighbours, (2i, 2i + 1)."""
     x32 = x.float()
     return (x32 * cos + x32.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)  # [7]
 
@@ -336,35 +317,32 @@ class GemmaLayer(nn.Module):
 
     def __init__(self, width, mlp, config):
         super().__init__()
-        H, K, d = config.n_heads, config.n_kv_heads, config.head_dim
-        self.n_kv_heads, self.head_dim = K, d
+        heads, kv_heads, d = config.n_heads, config.n_kv_heads, config.head_dim
+        self.n_kv_heads, self.head_dim = kv_heads, d
         self.norm1 = GemmaNorm(width)
-        self.q = nn.Linear(width, H * d, bias=False)
-        self.k = nn.Linear(width, K * d, bias=False)
-        self.v = nn.Linear(width, K * d, bias=False)
-        self.o = nn.Linear(H * d, width, bias=False)
+        self.q = nn.Linear(width, heads * d, bias=False)
+        self.k, self.v = (nn.Linear(width, kv_heads * d, bias=False) for _ in range(2))
+        self.o = nn.Linear(heads * d, width, bias=False)
         self.norm2 = GemmaNorm(width)
-        self.gate = nn.Linear(width, mlp, bias=False)
-        self.up = nn.Linear(width, mlp, bias=False)
+        self.gate, self.up = (nn.Linear(width, mlp, bias=False) for _ in range(2))
         self.down = nn.Linear(mlp, width, bias=False)
 
     def keys_values(self, h, rope):
-        """Normed tokens (B, N, D) -> k, v, each (B, K, N, d)."""
+        """Normed tokens (B, N, D) -> k, v, each (B, kv heads, N, d)."""
         k, v = (f(h).unflatten(-1, (-1, self.head_dim)) for f in (self.k, self.v))
         return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, rope, bias, past=None):
-        B, N, D = x.shape
+        N = x.shape[1]
         h = self.norm1(x)
-        k, v = self.keys_values(h, rope)                                        # (B, K, N, d)
+        k, v = self.keys_values(h, rope)                                        # (B, kv heads, N, d)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, K, M, d)
-        q = rotate(self.q(h).unflatten(-1, (-1, self.head_dim)), *rope)         # (B, N, H, d)
-        # Grouped queries: H / K heads share a key-value head. They are lined up as if they were more
-        # queries of it, so that keys and values are never copied.
-        q = q.unflatten(2, (self.n_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, K, H/K N, d)
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, kv heads, M, d)
+        q = rotate(self.q(h).unflatten(-1, (-1, self.head_dim)), *rope)         # (B, N, heads, d)
+        # g = heads / kv heads share their keys: as g N queries of one head they need no copies of these.
+        q = q.unflatten(2, (self.n_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, kv heads, gN, d)
         h = attention(q, k, v, bias)                                            # [6]
-        h = h.unflatten(2, (-1, N)).permute(0, 3, 1, 2, 4).flatten(2)           # (B, N, H d)
+        h = h.unflatten(2, (-1, N)).permute(0, 3, 1, 2, 4).flatten(2)           # (B, N, heads d)
         x = x + self.o(h)
         h = self.norm2(x)
         x = x + self.down(F.gelu(self.gate(h), approximate="tanh") * self.up(h))  # [8]
@@ -372,6 +350,8 @@ class GemmaLayer(nn.Module):
 
 
 class Gemma(nn.Module):
+    """A stack of layers: PaliGemma's language model, and narrower the action expert."""
+
     def __init__(self, width, mlp, config):
         super().__init__()
         self.head_dim, self.group = config.head_dim, config.n_heads // config.n_kv_heads
@@ -383,21 +363,19 @@ class Gemma(nn.Module):
         """x (B, N, D); mask (B, N, M) bool, True = query may see key; positions (B, N); past: keys and values
         of every layer, which stand before x's own. cache_only: nobody reads the output, only the cache.
         -> ((B, N, D) or None, keys and values of every layer, `past` included)"""
-        B, N, D = x.shape
         rope = rope_angles(positions, self.head_dim)
-        bias = torch.where(mask, 0.0, MASKED).to(x.dtype)                       # (B, N, M)
-        bias = bias[:, None].repeat(1, 1, self.group, 1)                        # (B, 1, H/K N, M)
+        bias = torch.where(mask, 0.0, MASKED).to(product_dtype(x))              # (B, N, M)
+        bias = bias[:, None].repeat(1, 1, self.group, 1)                        # (B, 1, gN, M)
         cache = []
         for i, layer in enumerate(self.layers):
             if cache_only and i + 1 == len(self.layers):
                 return None, cache + [layer.keys_values(layer.norm1(x), rope)]
-            x, keys_values = run(layer, self.checkpointing, x, rope, bias, past[i] if past else None)
+            x, keys_values = checkpointed(layer, self.checkpointing, x, rope, bias, past[i] if past else None)
             cache.append(keys_values)
         return self.norm(x), cache
 
 
-# ----------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- masks, times, draws
 
 def block_mask(valid, starts, first=0):
     """Who may see whom: valid (B, N) bool, starts (N,) with 1 where a block begins -> (B, N - first, N) bool,
@@ -408,18 +386,19 @@ def block_mask(valid, starts, first=0):
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t in [0, 1], (B,) -> (B, dim) float32, sines first: periods from 0.004 to 4, which
-    differs from ddpm.py's. In float64, as the released code: with a period that short the last bit of a
-    float32 angle is seen in the result."""
-    exact = torch.float32 if t.device.type == "mps" else torch.float64
-    period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0, 1, dim // 2, dtype=exact, device=t.device)
-    angle = t[:, None].to(exact) * (2 * math.pi / period)                               # [9]
+    """Sinusoids of t in [0, 1], (B,) -> (B, dim) float32, sines first; differs from the diffusion models' in
+    its periods, 0.004 to 4. In float64 as in the release: with so short a period the last bit of a float32
+    angle is seen in the result. (mps has no float64.)"""
+    dtype = torch.float32 if t.device.type == "mps" else torch.float64
+    period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0, 1, dim // 2, dtype=dtype, device=t.device)
+    angle = t[:, None].to(dtype) * (2 * math.pi / period)                       # [9]
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
-def sample_time(n, device):
-    """n times of [1]. Beta(1.5, 1) has the distribution function b^1.5, which is inverted here."""
-    return 0.001 + 0.999 * torch.rand(n, device=device) ** (1 / 1.5)            # [1]
+def sample_time(count, device):
+    """So many times of [1]. Beta(1.5, 1) has the distribution function b^1.5, which is inverted here. Noisy
+    times come more often: there images and text must decide what is meant; near the data x_t shows it."""
+    return 0.001 + 0.999 * torch.rand(count, device=device) ** (1 / 1.5)        # [1]
 
 
 def randn(shape, generator, device):
@@ -428,7 +407,14 @@ def randn(shape, generator, device):
     return torch.randn(shape, generator=generator, device=source).to(device)
 
 
+def draws(x, n):
+    """n draws of noise and time share an observation: (B, ...) -> (n B, ...), all items once, then again."""
+    return x if n == 1 else x.repeat(n, *[1] * (x.ndim - 1))
+
+
 class Pi0(nn.Module):
+    """The policy. batch: see `loss`."""
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -453,8 +439,8 @@ class Pi0(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, module):
-        """Set every weight inside `module`: as torch does by itself, but for what has no rule of its own, for
-        queries and keys, and for what makes tokens of a picture."""
+        """Set every weight inside `module`: by torch's own rule where it has one; times qk_init in queries
+        and keys, and image_init in what makes the tokens of a picture."""
         for m in module.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
                 m.reset_parameters()
@@ -475,38 +461,47 @@ class Pi0(nn.Module):
                 m.projector.weight.mul_(self.config.image_init ** 0.5)
 
     def embed_images(self, batch):
-        """-> tokens of all cameras (B, V n, D), which of them are real (B, V n)."""
+        """-> tokens of all cameras (B, V patches, D), which of them are real (B, V patches)."""
         images = batch["images"]                                                # (B, 1, V, 3, H, W)
         B, To, V = images.shape[:3]
         if V != self.config.n_cameras:
             raise ValueError(f"images of {V} cameras given, n_cameras = {self.config.n_cameras} expected")
+        seen = batch.get("image_mask", torch.ones(B, To, V, device=images.device))
+        if seen.shape != (B, To, V):
+            raise ValueError(f"image_mask {tuple(seen.shape)} given, (B, To, V) = {(B, To, V)} expected")
         images = images[:, -1].flatten(0, 1)                                    # (B V, 3, H, W)
-        if not images.is_floating_point():  # float images are taken as fitted and scaled already
+        if not images.is_floating_point():
             images = fit_images(images.float() / 255, self.config.vit_size)
-        x = self.vision(images.to(self.projector.weight.dtype))                 # (B V, n, D_vit)
-        x = self.projector(x).unflatten(0, (B, V))                              # (B, V, n, D)
-        seen = batch.get("image_mask", torch.ones(B, V, dtype=torch.bool, device=x.device))
-        return x.flatten(1, 2), seen.repeat_interleave(x.shape[2], dim=1)
+        x = self.vision(images.to(self.projector.weight.dtype))                 # (B V, patches, D_vit)
+        x = self.projector(x).unflatten(0, (B, V))                              # (B, V, patches, D)
+        return x.flatten(1, 2), seen[:, -1].bool().repeat_interleave(x.shape[2], dim=1)
 
     def embed_text(self, text):
-        """(B, L) -> (B, L, D). Gemma scales its words by sqrt(D); image tokens come unscaled."""
+        """Codes (B, L) -> (B, L, D), scaled by sqrt(D) as in Gemma; image tokens are not, and ports of
+        PaliGemma have this wrong at times. Tokens sqrt(D) times too small are drowned by what the first layer
+        adds to them; too large, they hardly change from layer to layer."""
         if text.shape[1] > self.config.text_len:
             raise ValueError(f"text of {text.shape[1]} codes given, at most text_len = "
                              f"{self.config.text_len} expected")
         return self.embed(text) * self.config.width ** 0.5
 
+    def read_text(self, batch):
+        """-> codes of the instruction (B, L), 0 where they are padding; which of them are real (B, L)."""
+        real = batch.get("text_mask", batch["text"] > 0).bool()
+        return batch["text"] * real, real
+
     def encode(self, batch, images, seen):
-        """What an observation leaves for the actions to attend to: keys and values of every layer, and which
-        prefix tokens are real, (B, P)."""
-        text = batch["text"]                                                    # (B, L)
+        """What the suffix reads of an observation: keys and values of every layer, and which prefix tokens
+        are real, (B, P)."""
+        text, real = self.read_text(batch)
         x = torch.cat([images, self.embed_text(text)], dim=1)                   # (B, P, D)
-        valid = torch.cat([seen, batch.get("text_mask", text > 0)], dim=1)      # (B, P)
+        valid = torch.cat([seen, real], dim=1)                                  # (B, P)
         mask = block_mask(valid, torch.zeros(x.shape[1], dtype=torch.int, device=x.device))  # one block
         _, cache = self.vlm(x, mask, valid.cumsum(1) - 1, cache_only=True)
         return cache, valid
 
     def embed_suffix(self, state, x_t, t):
-        """State token and action tokens: (B, S_dim), (B, Tp, A), (B,) -> (B, 1 + Tp, D)."""
+        """State token and action tokens: (B, S), (B, Tp, A), (B,) -> (B, 1 + Tp, D)."""
         dtype = self.action_in_proj.weight.dtype
         state = self.state_proj(state.to(dtype))[:, None]                       # (B, 1, D)
         h = self.action_in_proj(x_t.to(dtype))                                  # (B, Tp, D)
@@ -516,13 +511,12 @@ class Pi0(nn.Module):
 
     def velocity(self, cache, valid, state, x_t, t):
         """v_theta: the expert reads what `encode` kept and its own tokens. -> (B, Tp, A) float32"""
-        x = self.embed_suffix(state, x_t, t)                                    # (B, S, D)
-        B, S, D = x.shape
-        P = valid.shape[1]
-        starts = torch.zeros(P + S, dtype=torch.int, device=x.device)
+        x = self.embed_suffix(state, x_t, t)                                    # (B, N, D), N = 1 + Tp
+        P, N = valid.shape[1], x.shape[1]
+        starts = torch.zeros(P + N, dtype=torch.int, device=x.device)
         starts[P:P + 2] = 1  # the state begins a block, the first action begins the last one
-        mask = block_mask(F.pad(valid, (0, S), value=True), starts, first=P)    # (B, S, P + S)
-        positions = valid.sum(1, keepdim=True) + torch.arange(S, device=x.device)
+        mask = block_mask(F.pad(valid, (0, N), value=True), starts, first=P)    # (B, N, P + N)
+        positions = valid.sum(1, keepdim=True) + torch.arange(N, device=x.device)
         x, _ = self.expert(x, mask, positions, past=cache)
         return self.action_out_proj(x[:, 1:]).float()
 
@@ -533,23 +527,24 @@ class Pi0(nn.Module):
     def loss(self, batch, noise=None, t=None):
         """Flow matching on the actions that are real, plus the weighted cross-entropy of the instruction.
 
-        batch: actions (B, Tp, A), action_mask (B, Tp), state (B, 1, S), images (B, 1, V, 3, H, W), text (B,
-        L); and where not every camera and every code above 0 is real, image_mask (B, V), text_mask (B, L).
-        noise (n B, Tp, padded A) and t (n B,), all items once, then again: drawn when not given. Time: t = 1
-        is noise, t = 0 data (paper: tau = 1 - t). Padded dimensions count, as in openpi.
-        -> {"loss": (), "flow": (), "text": (), "per_sample": (n B,) of the flow, "t": (n B,)}
-        """
+        batch: actions (B, Tp, A); action_mask (B, Tp), False past an episode's end, where the data repeat the
+        last action; state (B, 1, S); images (B, 1, V, 3, H, W), uint8, or floats already fitted to vit_size
+        and scaled to [-1, 1]; text (B, L). Where not every camera and every code above 0 is real: image_mask
+        (B, 1, V), text_mask (B, L), of bool or of 0 and 1. noise (n B, Tp, padded A), t (n B,), all items
+        once, then again: drawn when not given. Time: t = 1 is noise, t = 0 data (paper: tau = 1 - t). Padded
+        dimensions count, as in openpi.
+        -> {"loss": (), "flow": (), "text": (), "per_sample": (n B,) of the flow, "t": (n B,)}"""
         x0, mask = self.pad(batch["actions"]), batch["action_mask"]             # (B, Tp, A), (B, Tp)
+        mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         B, n = len(x0), self.config.n_draws if noise is None else len(noise) // len(x0)
-        draws = lambda x: x if n == 1 else x.repeat(n, *[1] * (x.ndim - 1))     # (B, ...) -> (n B, ...)
-        x0, mask = draws(x0), draws(mask)
+        x0, mask = draws(x0, n), draws(mask, n)
         noise = torch.randn_like(x0) if noise is None else noise
         t = sample_time(n * B, x0.device) if t is None else t
 
         images, seen = self.embed_images(batch)
         cache, valid = self.encode(batch, images, seen)
-        cache, valid = [(draws(k), draws(v)) for k, v in cache], draws(valid)
-        state = draws(self.pad(batch["state"][:, -1]))
+        cache, valid = [(draws(k, n), draws(v, n)) for k, v in cache], draws(valid, n)
+        state = draws(self.pad(batch["state"][:, -1]), n)
         x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * x0            # [2]
         u_t = noise - x0
         v_t = self.velocity(cache, valid, state, x_t, t)
@@ -559,12 +554,13 @@ class Pi0(nn.Module):
                   "per_sample": error.detach().sum(1) / mask.sum(1).clamp(min=1)}
         if self.config.text_weight and not self.config.freeze_vlm:
             few = math.ceil(B * self.config.text_share)
-            text = self.text_loss(images[:few], seen[:few], batch["text"][:few])
+            text = self.text_loss(images[:few], seen[:few], self.read_text(batch)[0][:few])
             result |= {"loss": flow + self.config.text_weight * text, "text": text.detach()}  # [4]
         return result
 
     def text_logits(self, images, seen, text):
-        """What code j of the text (B, L) may be, by images and the codes before it: (B, L, vocab) float32."""
+        """Logits of code j of the text (B, L), for every j, given the images and codes 0 .. j - 1 alone:
+        (B, L, vocab) float32."""
         L, P = text.shape[1], images.shape[1]
         x = torch.cat([images, self.embed_text(F.pad(text[:, :-1], (1, 0)))], dim=1)  # (B, P + L, D)
         valid = F.pad(seen, (0, L), value=True)
@@ -595,21 +591,20 @@ class Pi0(nn.Module):
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
-
-        batch: state, images, text as in `loss`. steps: Euler steps, default config.sampler_steps. noise (B,
-        Tp, padded A): where to start, drawn from `generator` when not given. trace: receives (B, Tp, A) after
-        every step.
-        """
+        batch: as in `loss`, without actions. steps: of Euler, default config.sampler_steps. noise (B, Tp,
+        padded A): where to start, drawn from `generator` when not given. trace: receives (B, Tp, A) after
+        every step."""
         A = self.config.action_dim
         steps = self.config.sampler_steps if steps is None else steps
-        check_euler_steps(steps)
+        if steps < 1:
+            raise ValueError(f"sampler steps {steps} must be at least 1")
         cache, valid = self.encode(batch, *self.embed_images(batch))
         state = self.pad(batch["state"][:, -1])
         B, device = len(state), state.device
         shape = (B, self.config.horizon, self.config.padded_dim or A)
         x_t = randn(shape, generator, device) if noise is None else noise.float()
         for k in range(steps):
-            # Counted from the step's number; a time that is summed up drifts by enough to be seen (see [9]).
+            # Not t - dt again and again: rounding adds up, which with the short periods of [9] can be seen.
             t = torch.full((B,), 1 - k / steps, device=device)
             x_t = x_t - 1 / steps * self.velocity(cache, valid, state, x_t, t)  # [5]
             if trace is not None:
@@ -623,16 +618,12 @@ class Pi0(nn.Module):
     @classmethod
     def from_official(cls, state_dict, config):
         """A policy with released weights: pi0 in openpi's PyTorch layout or LeRobot's (now or early 2025), or
-        PaliGemma alone, beside which the action expert starts fresh.
-
-        config must describe it (PRESETS["pi0"]). The tensors become the parameters as they are, nothing is
-        copied. Strict: one ValueError names every key that is missing, left over or has another shape. Not
-        read: the expert's unused text head, and the other name of the tied embedding.
-        """
+        PaliGemma alone, beside which the action expert starts fresh. config must describe it:
+        PRESETS["pi0"]. The tensors become the parameters as they are, nothing is copied. Not read: the
+        expert's unused text head, and the other name of the tied embedding."""
         weights = convert_official(state_dict)
         with torch.device("meta"):
             model = cls(config)
-        want = model.state_dict()
         if "embed.weight" in weights and not any(k.startswith(ACTION_PARTS) for k in weights):
             # PaliGemma alone; the last rows of its table are spare.
             like = weights["embed.weight"] = weights["embed.weight"][:config.vocab_size]
@@ -640,13 +631,7 @@ class Pi0(nn.Module):
                 part = getattr(model, name).to_empty(device=like.device).to(like.dtype)
                 model.init_weights(part)
                 weights |= {f"{name}.{k}": v for k, v in part.state_dict().items()}
-        problems = [f"missing {k}" for k in want if k not in weights]
-        problems += [f"left over {k}" for k in weights if k not in want]
-        problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
-                     for k in want if k in weights and weights[k].shape != want[k].shape]
-        if problems:
-            raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems)}")
-        model.load_state_dict(weights, assign=True)
+        load_strictly(model, weights)
         return model
 
 
@@ -684,6 +669,19 @@ def convert_official(state_dict):
     return weights if head is None else {"embed.weight": head} | weights
 
 
+def load_strictly(model, weights):
+    """Put `weights` into a model that stands on the meta device. One ValueError names what does not fit."""
+    want = model.state_dict()
+    problems = [f"missing {k}" for k in want if k not in weights]
+    problems += [f"left over {k}" for k in weights if k not in want]
+    problems += [f"{k} is {tuple(weights[k].shape)} and should be {tuple(want[k].shape)}"
+                 for k in want if k in weights and weights[k].shape != want[k].shape]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems[:6])}{more}")
+    model.load_state_dict(weights, assign=True)
+
+
 Model = Pi0
 
 PRESETS = {
@@ -695,8 +693,10 @@ PRESETS = {
             "vit_size": 224, "patch_size": 14, "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304,
             "vit_heads": 16, "depth": 18, "n_heads": 8, "n_kv_heads": 1, "head_dim": 256, "width": 2048,
             "mlp": 16384, "expert_width": 1024, "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0,
-            "n_draws": 1, "text_weight": 0.0},
+            "n_draws": 1, "text_weight": 0.0, "train_on_padding": True},
 }
+# What acts is an average of the weights, up to ema_max: every batch draws its own noise and times, so the
+# weights of a single step are noisy.
 RECIPES = {
     "tiny": {"steps": 4000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
@@ -706,23 +706,22 @@ RECIPES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- a toy task
 
-
-def two_lamps(n, config, generator):
-    """n scenes with a red and a blue square, one left, one right; "r" or "b" asks for one of them, and the
-    actions go there. -> batch, the side that is asked for (n,): -1 left, 1 right"""
-    red_side, colour = torch.randint(2, (2, n), generator=generator)
-    images = torch.zeros(n, 1, 1, 3, 16, 16, dtype=torch.uint8)
+def two_lamps(B, config, generator):
+    """Scenes with a red and a blue square, one left, one right; "r" or "b" asks for one of them, and the
+    actions go there. -> batch, the side that is asked for (B,): -1 left, 1 right"""
+    red_side, colour = torch.randint(2, (2, B), generator=generator)
+    images = torch.zeros(B, 1, 1, 3, 16, 16, dtype=torch.uint8)
     for side in (0, 1):
         channel = torch.where(red_side == side, 0, 2)
-        images[torch.arange(n), 0, 0, channel, 4:12, 8 * side + 2:8 * side + 6] = 255
+        images[torch.arange(B), 0, 0, channel, 4:12, 8 * side + 2:8 * side + 6] = 255
     side = torch.where(colour == 0, red_side, 1 - red_side) * 2.0 - 1
     texts = torch.stack([config.encode_text(letter) for letter in "rb"])
     s = torch.linspace(0, 1, config.horizon)
-    batch = {"images": images, "text": texts[colour], "state": torch.zeros(n, 1, 1),
-             "actions": torch.stack([side[:, None] * s, s.expand(n, -1)], dim=-1),
-             "action_mask": torch.ones(n, config.horizon, dtype=torch.bool)}
+    batch = {"images": images, "text": texts[colour], "state": torch.zeros(B, 1, 1),
+             "actions": torch.stack([side[:, None] * s, s.expand(B, -1)], dim=-1),
+             "action_mask": torch.ones(B, config.horizon, dtype=torch.bool)}
     return batch, side
 
 

@@ -1,5 +1,6 @@
 """pi0.py against the official implementation, against closed forms, and against what its docstring says."""
 
+import dataclasses
 import math
 import os
 import re
@@ -8,7 +9,9 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_cases import GOLDEN_DIR, Case, golden, manifest
+from golden_cases import golden, manifest
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pi0
 from pi0 import PRESETS, Config, Pi0, block_mask, convert_official
@@ -71,7 +74,7 @@ def official_batch(case, **inputs):
     cameras = range(case.config["n_cams"])
     return {
         "images": torch.stack([inp[f"image_{v}"] for v in cameras], dim=1)[:, None],
-        "image_mask": torch.stack([inp[f"image_mask_{v}"] for v in cameras], dim=1),
+        "image_mask": torch.stack([inp[f"image_mask_{v}"] for v in cameras], dim=1)[:, None],
         "text": inp["lang_tokens"],
         "text_mask": inp["lang_mask"],
         "state": inp["state"][:, None],
@@ -451,7 +454,7 @@ def test_who_sees_whom():
 def test_a_masked_camera_and_padded_text_cannot_change_anything():
     model = small()
     batch, noise = small_batch(model.config), torch.randn(3, 5, 2)
-    batch["image_mask"] = torch.tensor([[True, False]] * 3)
+    batch["image_mask"] = torch.tensor([[[True, False]]] * 3)
     base = model.sample(batch, noise=noise)
     junk = batch | {"images": batch["images"].clone()}
     junk["images"][:, :, 1] = 255 - junk["images"][:, :, 1]
@@ -463,7 +466,7 @@ def test_a_masked_camera_and_padded_text_cannot_change_anything():
     model.config.n_cameras = 1
     less = batch | {
         "images": batch["images"][:, :, :1],
-        "image_mask": torch.ones(3, 1, dtype=torch.bool),
+        "image_mask": torch.ones(3, 1, 1, dtype=torch.bool),
         "text": batch["text"][:, :8],
     }
     assert torch.allclose(model.sample(less, noise=noise), base, atol=1e-5)
@@ -639,8 +642,8 @@ def test_a_tokenizer_file_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"n_cameras": 4}, "4 cameras.*1 to 3"),
-        ({"n_cameras": 0}, "0 cameras"),
+        ({"n_cameras": 4}, "4 cameras.*room for 3"),
+        ({"n_cameras": 0}, "n_cameras 0 must be at least 1"),
         ({"n_obs_steps": 2}, "no history"),
         ({"padded_dim": 1}, "action_dim 2 is above padded_dim 1"),
         ({"padded_dim": 2}, "state_dim 3 is above padded_dim 2"),
@@ -652,7 +655,7 @@ def test_a_tokenizer_file_that_is_not_there_is_named():
         ({"vit_heads": 3}, "vit_heads 3"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"n_draws": 0}, "n_draws 0"),
-        ({"sampler_steps": 0}, "sampler steps 0"),
+        ({"sampler_steps": 0}, "sampler_steps 0"),
     ],
 )
 def test_impossible_configurations_are_refused_in_one_line(change, words):
@@ -721,6 +724,311 @@ def test_every_equation_of_the_docstring_is_tagged_in_the_code():
 
 def test_main_learns_to_read_one_letter():
     assert pi0.main(steps=200) > 0.9
+
+
+# -- nothing waits for the device, nothing is kept for nothing
+
+
+class HostCopies(TorchDispatchMode):
+    """Collects what takes a tensor of the CPU to the meta device. That has no numbers: reading one back, or
+    leaving a tensor behind on the CPU, raises by itself."""
+
+    def __enter__(self):
+        self.found = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        if devices == {"cpu", "meta"} or func is torch.ops.aten.lift_fresh.default and "meta" in devices:
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("changes", [{}, {"padded_dim": 4, "text_weight": 0.0}, {"checkpointing": True}])
+def test_loss_and_sample_never_wait_for_the_device(changes, monkeypatch):
+    config = Config(**SMALL | {"n_draws": 2} | changes)
+    batch = {k: v.to("meta") for k, v in small_batch(config).items()}
+    with torch.device("meta"):
+        model = Pi0(config).train()
+    monkeypatch.setattr(torch, "tensor", None)  # a list of Python's is on the CPU too
+    with HostCopies() as copies:
+        model.loss(batch)["loss"].backward()
+        model.sample(batch)
+    assert not copies.found
+
+
+class Casts(TorchDispatchMode):
+    """Collects the shapes of all tensors that change their type."""
+
+    def __enter__(self):
+        self.found = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype != args[0].dtype:
+            self.found.append(tuple(out.shape))
+        return out
+
+
+def test_masks_are_cast_once_and_not_in_every_layer():
+    """Under autocast embeddings are float32 and products are not: a mask in the embeddings' type would be
+    converted, and kept, once per layer."""
+    model = small(depth=6, text_weight=0.0)
+    batch = small_batch(model.config)
+    P, N, group = 2 * 4 + 9, 1 + 5, 2
+    masks = {(3, P, P), (3, 1, group * P, P), (3, N, P + N), (3, 1, group * N, P + N)}
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        model.loss(batch)
+    assert 1 <= sum(shape in masks for shape in casts.found) <= 2
+
+
+@pytest.mark.parametrize("half", ["weights", "autocast"])
+def test_bfloat16_trains_and_samples(half):
+    model = small(n_draws=2)
+    batch, noise, t = small_batch(model.config), torch.randn(6, 5, 2), torch.rand(6)
+    want, chunk = model.loss(batch, noise=noise, t=t)["loss"], model.sample(batch, noise=noise[:3])
+    if half == "weights":
+        model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+        loss, got = model.loss(batch, noise=noise, t=t)["loss"], model.sample(batch, noise=noise[:3])
+    loss.backward()
+    assert loss.dtype == got.dtype == torch.float32
+    assert loss.item() == pytest.approx(want.item(), rel=0.05)
+    assert (got - chunk).abs().max() < 0.15 and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+# -- masks and draws
+
+
+def ragged(batch, config):
+    lengths = torch.tensor([2, 5, 3])
+    return batch | {"action_mask": torch.arange(config.horizon) < lengths[:, None]}
+
+
+def test_draws_and_masks_stand_in_one_order():
+    """Masks of different lengths: one loss of n draws is n losses of one, and each item's is its own."""
+    model = small(n_draws=3, text_weight=0.0)
+    batch = ragged(small_batch(model.config), model.config)
+    batch["image_mask"] = torch.tensor([[[1, 1]], [[0, 1]], [[1, 0]]]).bool()
+    noise, t = torch.randn(9, 5, 2), torch.rand(9)
+    shared = model.loss(batch, noise=noise, t=t)
+    parts = [model.loss(batch, noise=noise[i : i + 3], t=t[i : i + 3]) for i in (0, 3, 6)]
+    assert torch.allclose(shared["per_sample"], torch.cat([p["per_sample"] for p in parts]), rtol=1e-4)
+    assert shared["loss"].item() == pytest.approx(sum(p["loss"].item() for p in parts) / 3, rel=1e-5)
+    for i in range(3):
+        one = {k: v[i : i + 1] for k, v in batch.items()}
+        alone = model.loss(one, noise=noise[i::3], t=t[i::3])["per_sample"]
+        assert torch.allclose(alone, shared["per_sample"][i::3], rtol=1e-4), i
+
+
+def test_padding_is_left_out_or_trained_on():
+    config = Config(**SMALL)
+    batch = ragged(small_batch(config), config)
+    noise, past = torch.randn(3, 5, 2), ~batch["action_mask"][..., None]
+    for on in (False, True):
+        model = small(train_on_padding=on, text_weight=0.0)
+        KnownVelocity(model, lambda x, t: noise - batch["actions"] + 2.0 * past)  # wrong past the end only
+        result = model.loss(batch, noise=noise)
+        want = 4.0 * 5 / 15 if on else 0.0  # 3 + 0 + 2 of 15 steps
+        assert result["loss"].item() == pytest.approx(want, abs=1e-6)
+        want = [4 * 0.6, 0, 4 * 0.4] if on else [0, 0, 0]
+        assert result["per_sample"].tolist() == pytest.approx(want, abs=1e-6)
+    assert PRESETS["pi0"]["train_on_padding"] and not Config().train_on_padding
+
+
+def test_masks_may_be_numbers():
+    model = small()
+    batch = ragged(small_batch(model.config), model.config)
+    batch["image_mask"] = torch.tensor([[[1, 1]], [[0, 1]], [[1, 0]]]).bool()
+    batch["text_mask"] = batch["text"] > 0
+    noise, t = torch.randn(3, 5, 2), torch.rand(3)
+    want = model.loss(batch, noise=noise, t=t)
+    for dtype in (torch.int64, torch.uint8, torch.float32):
+        numbers = {k: v.to(dtype) if v.dtype == torch.bool else v for k, v in batch.items()}
+        got = model.loss(numbers, noise=noise, t=t)
+        assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_an_image_mask_of_another_shape_is_refused():
+    model = small()
+    batch = small_batch(model.config)
+    for shape in ((3, 2), (3, 2, 2), (3, 1, 3)):
+        with pytest.raises(ValueError, match=r"image_mask \(3, .* \(B, To, V\) = \(3, 1, 2\)") as error:
+            model.loss(batch | {"image_mask": torch.ones(shape)})
+        assert "\n" not in str(error.value)
+
+
+def test_the_text_loss_heeds_both_masks():
+    """What stands behind the end of a text, and pictures of cameras that are missing, change nothing."""
+    model = small(text_share=1.0)
+    batch = small_batch(model.config)
+    batch |= {"text_mask": batch["text"] > 0, "image_mask": torch.tensor([[[True, False]]] * 3)}
+    loss = lambda batch: model.loss(batch, noise=torch.ones(3, 5, 2), t=torch.full((3,), 0.5))["text"]
+    base, junk = loss(batch), batch | {"images": batch["images"].clone()}
+    junk["text"] = torch.where(batch["text_mask"], batch["text"], 77)
+    assert torch.equal(loss(junk), base)
+    junk["images"][:, :, 1] = 255 - junk["images"][:, :, 1]
+    assert torch.equal(loss(junk), base)
+    junk["images"][:, :, 0] = 255 - junk["images"][:, :, 0]
+    assert (loss(junk) - base).abs() > 1e-5
+    plain = {k: v for k, v in batch.items() if k != "text_mask"}
+    assert torch.equal(loss(plain), base)
+
+
+# -- pictures, generators, groups
+
+
+def test_pictures_in_bytes_are_fitted_and_scaled_and_floats_are_that_already():
+    model = small()
+    batch = small_batch(model.config)
+    tokens, _ = model.embed_images(batch)
+    fitted = pi0.fit_images(batch["images"].flatten(0, 2) / 255, 16).view(3, 1, 2, 3, 16, 16)
+    assert torch.allclose(model.embed_images(batch | {"images": fitted})[0], tokens, atol=1e-6)
+    seen = []
+    model.vision.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    for byte, value in ((0, -1.0), (51, -0.6), (255, 1.0)):
+        model.embed_images(batch | {"images": torch.full((3, 1, 2, 3, 16, 16), byte, dtype=torch.uint8)})
+        assert torch.allclose(seen[-1], torch.tensor(value))
+    assert pi0.fit_images(torch.ones(1, 3, 1, 1000), 16).shape == (1, 3, 16, 16)  # at least one row
+
+
+def test_a_batch_is_its_items_one_by_one():
+    """Three texts and three states; text loss and flow."""
+    model = small(text_share=1.0, n_draws=2)
+    batch = ragged(small_batch(model.config), model.config)
+    noise, t = torch.randn(6, 5, 2), torch.rand(6)
+    together = model.loss(batch, noise=noise, t=t)
+    ones = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+    alone = [model.loss(one, noise=noise[i::3], t=t[i::3]) for i, one in enumerate(ones)]
+    for i in range(3):
+        assert torch.allclose(together["per_sample"][i::3], alone[i]["per_sample"], rtol=1e-4), i
+    codes = torch.tensor([4.0, 9.0, 1.0])  # "red" and its end, "the blue" and its end, the end
+    want = sum(n * a["text"] for n, a in zip(codes, alone)) / codes.sum()
+    assert together["text"].item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_the_share_of_the_text_loss_is_the_batchs_first_items():
+    model, asked = small(text_share=0.5), []
+    batch = small_batch(model.config)
+    model.text_loss = lambda images, seen, text: asked.append(text) or images.sum() * 0
+    model.loss(batch)
+    assert torch.equal(asked[0], batch["text"][:2])
+
+
+def test_the_generator_decides_every_draw_of_a_sample():
+    model = small()
+    batch, draw = small_batch(model.config), lambda seed: torch.Generator().manual_seed(seed)
+    torch.manual_seed(1)
+    first = model.sample(batch, generator=draw(3))
+    torch.manual_seed(2)
+    assert torch.equal(model.sample(batch, generator=draw(3)), first)
+    assert not torch.equal(model.sample(batch, generator=draw(4)), first)
+    assert torch.equal(model.sample(batch, noise=torch.randn(3, 5, 2, generator=draw(3))), first)
+    assert first.std(0).min() > 0  # each item its own noise
+
+
+def test_each_draw_of_each_item_has_its_own_time_and_noise():
+    model = small(n_draws=400)
+    known = KnownVelocity(model, lambda x, t: torch.zeros_like(x))
+    batch = small_batch(model.config)
+    torch.manual_seed(0)
+    result = model.loss(batch)
+    ((x_t, t),) = known.seen
+    assert torch.equal(result["t"], t) and len(set(t.tolist())) > 1100
+    t = t[:, None, None]
+    noise = (x_t - (1 - t) * batch["actions"].repeat(400, 1, 1)) / t
+    noise = noise[t.flatten() > 0.1]
+    assert noise.std().item() == pytest.approx(1, rel=0.02) and noise.mean().abs() < 0.02
+    assert noise.std(0).min() > 0.9
+
+
+def test_training_mode_changes_nothing():
+    """There is no dropout: what a policy learns with is what it acts with."""
+    model = small()
+    batch, noise, t = small_batch(model.config), torch.randn(3, 5, 2), torch.rand(3)
+    want = model.loss(batch, noise=noise, t=t)["loss"]
+    assert torch.equal(model.train().loss(batch, noise=noise, t=t)["loss"], want)
+
+
+def test_every_parameter_that_learns_is_decayed_alike():
+    for freeze in (False, True):
+        model = small(freeze_vlm=freeze)
+        (group,) = model.param_groups(0.07)
+        assert group["weight_decay"] == 0.07
+        frozen = ("vision.", "projector.", "embed.", "vlm.") if freeze else ()
+        want = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
+        assert [id(p) for p in group["params"]] == [id(p) for p in want]
+
+
+def test_constants_are_the_published_ones():
+    model = small()
+    text = torch.tensor([[5, 7]])
+    assert torch.allclose(model.embed_text(text), model.embed(text) * 5.656854)  # sqrt(32)
+    assert pi0.MASKED == pytest.approx(-2.3819763e38)
+    embedding = pi0.time_embedding(torch.tensor([0.5]), 4)[0]  # periods 0.004 and 4
+    want = [f(2 * math.pi * 0.5 / period) for f in (math.sin, math.cos) for period in (0.004, 4)]
+    assert embedding.tolist() == pytest.approx(want, abs=1e-6)
+    norm, x = pi0.GemmaNorm(2), torch.tensor([[3.0, 4.0]])
+    norm.weight.data[:] = torch.tensor([0.0, 1.0])
+    assert torch.allclose(norm(x), x / math.sqrt(12.5) * torch.tensor([1.0, 2.0]))
+    angle = pi0.rope_angles(torch.tensor([[3]]), 4)[0][0, 0, 0]  # frequencies 1 and 1 / 100
+    assert angle[:2].tolist() == pytest.approx([math.cos(3), math.cos(0.03)])
+    c, recipe = Config(**PRESETS["pi0"]), pi0.RECIPES["pi0"]
+    assert (c.horizon, c.sampler_steps, c.padded_dim, c.text_len, c.n_kv_heads) == (50, 10, 32, 48, 1)
+    assert (recipe["lr"], recipe["ema_max"], recipe["weight_decay"]) == (2.5e-5, 0.99, 1e-10)
+
+
+# -- ranges
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config) if f.type in (int, float)])
+@pytest.mark.parametrize("value", [0, -1, math.nan])
+def test_no_number_ends_in_a_traceback(field, value):
+    """Refused in one line that names the field, or built and trained."""
+    try:
+        model = Pi0(Config(**SMALL | {field: value}))
+    except ValueError as e:
+        assert "\n" not in str(e) and field in str(e)
+        return
+    assert value == 0, f"{field} = {value} was taken"
+    assert torch.isfinite(model.loss(small_batch(model.config))["loss"])
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"image_size": (0, 64)}, r"image_size \(0, 64\) must be at least 1"),
+    ({"expert_width": 25}, "expert_width 25 must be even"),
+    ({"text_share": 1.5}, "text_share 1.5"),
+    ({"n_heads": 2, "n_kv_heads": 4}, "n_heads 2 must be a multiple of n_kv_heads 4"),
+])
+def test_ranges(change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Config(**SMALL | change)
+    assert "\n" not in str(error.value)
+
+
+def test_codes_that_are_no_text_are_dropped(monkeypatch):
+    assert Config().decode_text(torch.tensor([104, 300, 106, 0, 256, 257])) == "gi"
+
+    class Pieces:
+        def vocab_size(self):
+            return 9
+
+        def decode(self, codes):
+            return "-".join(map(str, codes))
+
+    monkeypatch.setattr(pi0, "tokenizer", lambda path: Pieces())
+    assert Config(tokenizer_path="any", vocab_size=20).decode_text(torch.tensor([3, 0, 9, 8, 15])) == "3-8"
+
+
+def test_what_does_not_fit_is_told_in_bounded_length():
+    with pytest.raises(ValueError, match=r"missing .*; and \d+ more$") as error:
+        Pi0.from_official({"expert.extra": torch.zeros(1)}, Config(**SMALL))
+    assert len(str(error.value)) < 400 and str(error.value).count("missing") == 6
+
+
+# -- the full size
 
 
 @pytest.mark.skipif(not os.environ.get("PI0_FULL"), reason="set PI0_FULL=1: takes 8 GB and minutes on a CPU")
