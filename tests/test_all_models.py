@@ -1,5 +1,5 @@
-"""What holds for all eight model files alike, in every preset: nothing waits for the device, bfloat16 works, no
-value of a field ends in a traceback, a batch is its items, every draw has its generator.
+"""What holds for all eight model files alike: no preset waits for the device, bfloat16 works, no value of a
+field ends in a traceback, a batch is its items, every draw has its generator.
 
 Needs the model files, torch, numpy and pytest. The files are those beside this folder, or in MODELS_ROOT.
 """
@@ -40,7 +40,7 @@ def load(name):
     return module
 
 
-# ---------------------------------------------------------------- small models that use every part of their file
+# ---------------------------------------------------------------- small models that use every part of a file
 POINTS = dict(n_classes=3, width=16, depth=2)
 PIXELS = dict(data_shape=(3, 8, 8), n_classes=3, channels=8, channel_mult=(1, 2), attn_resolutions=(4,),
               norm_groups=4)
@@ -56,11 +56,13 @@ DIT_POLICY = CHUNK | CHAIN | dict(
     n_cameras=2, image_size=(32, 40), n_obs_steps=2, text_len=6, text_width=8, resnet_widths=(8, 16),
     n_groups=4, crop_size=(24, 32), width=16, depth=2, n_heads=2, mlp=32, time_dim=16, n_draws=2)
 VIT = dict(vit_size=16, patch_size=8, vit_width=16, vit_depth=1, vit_mlp=32, vit_heads=2)
-RDT = CHAIN | VIT | dict(horizon=8, n_action_steps=4, image_size=(20, 24), text_len=6, t5_width=16, t5_depth=1,
-                         t5_heads=2, t5_head_dim=8, t5_mlp=32, width=16, depth=2, n_heads=2, n_draws=2)
+RDT = CHAIN | VIT | dict(
+    horizon=8, n_action_steps=4, image_size=(20, 24), text_len=6, t5_width=16, t5_depth=1, t5_heads=2,
+    t5_head_dim=8, t5_mlp=32, width=16, depth=2, n_heads=2, n_draws=2)
 PACKED = dict(action_names=(), state_names=(), action_dim=128, state_dim=128)
-PI0 = CHUNK | VIT | dict(image_size=(20, 24), text_len=6, depth=2, n_heads=2, n_kv_heads=1, head_dim=8, width=16,
-                         mlp=32, expert_width=12, expert_mlp=24, n_draws=2, sampler_steps=4, text_share=0.5)
+PI0 = CHUNK | VIT | dict(
+    image_size=(20, 24), text_len=6, depth=2, n_heads=2, n_kv_heads=1, head_dim=8, width=16, mlp=32,
+    expert_width=12, expert_mlp=24, n_draws=2, sampler_steps=4, text_share=0.5)
 
 CASES = {
     "ddpm-points": POINTS | CHAIN | dict(sampler="ddim", prediction_type="v"),
@@ -83,7 +85,8 @@ CASES = {
     "dit-in_context": DIT | dict(conditioning="in_context", learn_variance=False),
     "dit-adaln": DIT | dict(conditioning="adaln"),
     "dit_policy-images": DIT_POLICY,
-    "dit_policy-embedding": DIT_POLICY | dict(text_dim=5, text_len=0, share_encoder=True, prediction_type="eps"),
+    "dit_policy-embedding": DIT_POLICY | dict(text_dim=5, text_len=0, share_encoder=True,
+                                              prediction_type="eps"),
     "dit_policy-lowdim": DIT_POLICY | dict(obs="lowdim", n_cameras=0, text_len=0, crop_size=()),
     "rdt-images": RDT,
     "rdt-packed": RDT | PACKED | dict(masked=False, norm="released", max_cameras=3),
@@ -129,20 +132,19 @@ def make_batch(config, B, seed=0, device="cpu"):
     batch = {"actions": uniform(B, Tp, config.action_dim), "state": uniform(B, n, config.state_dim),
              "action_mask": torch.arange(Tp) < (Tp - 3 * items % Tp)[:, None]}
     embedded = get("encoders") == "none"
+    L = max(1, get("text_len"))
+    written = torch.arange(L) < (L - items % L)[:, None]
     if config.n_cameras and not embedded:
         shape = (B, n, config.n_cameras, 3, *config.image_size)
         batch["images"] = torch.randint(256, shape, generator=g, dtype=torch.uint8)
     if get("text_dim"):
         batch["text_embedding"] = uniform(B, config.text_dim)
     elif get("text_len") and not embedded:
-        L = config.text_len
-        codes = torch.randint(1, 257, (B, L), generator=g)
-        batch["text"] = codes * (torch.arange(L) < (L - items % L)[:, None])
+        batch["text"] = torch.randint(1, 257, (B, config.text_len), generator=g) * written
     if embedded:
         N = config.n_obs_steps * config.cameras * config.tokens_per_image
         batch["image_embeds"] = uniform(B, N, config.vit_width)
-        batch["lang_embeds"] = uniform(B, config.text_len, config.t5_width)
-        batch["lang_mask"] = torch.arange(config.text_len) < (config.text_len - items % config.text_len)[:, None]
+        batch["lang_embeds"], batch["lang_mask"] = uniform(B, L, config.t5_width), written
     if hasattr(config, "unified_dim"):
         batch["control_hz"] = 10.0 + 5 * items
         if not config.action_names:
@@ -181,7 +183,8 @@ def make_noise(config, B, seed=2):
 
 def observed(batch):
     """The batch of a robot, or of someone who asks for pictures."""
-    return {k: v for k, v in batch.items() if k not in ("actions", "action_mask", "x")} or {"n": len(batch["x"])}
+    seen = {k: v for k, v in batch.items() if k not in ("actions", "action_mask", "x")}
+    return seen or {"n": len(batch["x"])}
 
 
 def rows(batch, i):
@@ -192,11 +195,12 @@ def rows(batch, i):
 # ---------------------------------------------------------------- nothing waits for the device
 class Waits(TorchDispatchMode):
     """Lists in `found` where the host would wait for a GPU, with the meta device in its place: values read
-    back, copies from the host. What is read back is made up, so that one run finds all of them."""
+    back, copies from the host. What is read back is made up, so that one run finds all of them. `wide`: where
+    float64 is on the device, which some (MPS) do not have."""
 
     def __init__(self):
         super().__init__()
-        self.found, self.calls = [], Calls(self)
+        self.found, self.wide, self.calls = [], [], Calls(self)
 
     def __enter__(self):
         self.calls.__enter__()
@@ -207,14 +211,17 @@ class Waits(TorchDispatchMode):
         self.calls.__exit__(*exception)
 
     def note(self, kind):
+        self.found.append(f"{kind}: {self.place()}")
+
+    def place(self):
+        """The innermost line of a model file that is being executed."""
         frame = sys._getframe(1)
-        while frame and not frame.f_code.co_filename.startswith(str(ROOT)) or "test" in frame.f_code.co_filename:
+        while frame and Path(frame.f_code.co_filename) not in [ROOT / f"{name}.py" for name in FILES]:
             frame = frame.f_back
-            if frame is None:
-                self.found.append(f"{kind} (not in a model file)")
-                return
+        if frame is None:
+            return "outside of the model files"
         path, line = frame.f_code.co_filename, frame.f_lineno
-        self.found.append(f"{Path(path).name}:{line}: {kind}: {linecache.getline(path, line).strip()}")
+        return f"{Path(path).name}:{line}: {linecache.getline(path, line).strip()}"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -236,7 +243,11 @@ class Waits(TorchDispatchMode):
                 self.note("copy from the host")
         elif x is not None and op is aten._to_copy and str(kwargs.get("device")) == "meta":
             self.note("copy from the host")
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        made = [y for y in tree_leaves(out) if isinstance(y, torch.Tensor) and y.is_meta]
+        if any(y.dtype == torch.float64 for y in made):
+            self.wide.append(self.place())
+        return out
 
 
 class Calls(TorchFunctionMode):
@@ -274,7 +285,8 @@ def on_meta(name, preset):
     for part in model.modules():
         for key, value in list(vars(part).items()):
             if isinstance(value, torch.Tensor):
-                setattr(part, key, torch.linspace(0.9, 0.1, value.numel(), dtype=value.dtype).view(value.shape))
+                some = torch.linspace(0.9, 0.1, value.numel(), dtype=value.dtype).view(value.shape)
+                setattr(part, key, some)
     if name == "dit":  # the autoencoder of the released sizes is loaded, that of "tiny" is trained already
         model.set_extra_state(torch.tensor(config.vae_steps + 1))
     return model
@@ -301,6 +313,7 @@ def test_training_does_not_wait_for_the_device(name, preset):
     with Waits() as waits:
         model.loss(batch)["loss"].backward()
     assert not waits.found, "\n".join(["", *waits.found])
+    assert name == "pi0" or not waits.wide, "\n".join(["float64", *waits.wide])  # pi0 asks for the device
 
 
 @each_preset
@@ -315,6 +328,7 @@ def test_sampling_waits_once_at_most(name, preset):
     with Waits() as waits:
         model.sample(batch, steps=steps)
     assert len(waits.found) <= 1, "\n".join(["", *waits.found])
+    assert name == "pi0" or not waits.wide, "\n".join(["float64", *waits.wide])
 
 
 def test_dit_training_its_autoencoder_does_not_wait_for_the_device():
@@ -353,9 +367,11 @@ def test_the_list_of_waits_is_complete():
     x, index = torch.zeros(4, 3, device="meta"), torch.arange(4)
     waiting = [lambda: x.sum().item(), lambda: bool((x > 0).all()), lambda: x.tolist(), lambda: x.unique(),
                lambda: x[[0, 1]], lambda: x[index], lambda: index.to("meta"), lambda: x.cpu(),
-               lambda: torch.tensor([1.0], device="meta"), lambda: x.new_tensor([1.0]), lambda: x[0].copy_(index[:3])]
-    free = [lambda: x[0], lambda: x[:, 1:].sum(), lambda: torch.where(x > 0, 0.0, 1.0), lambda: x * torch.tensor(2.0),
-            lambda: x[x.new_zeros(2, dtype=torch.long)], lambda: torch.full((2,), 3.0, device="meta")]
+               lambda: torch.tensor([1.0], device="meta"), lambda: x.new_tensor([1.0]),
+               lambda: x[0].copy_(index[:3])]
+    free = [lambda: x[0], lambda: x[:, 1:].sum(), lambda: torch.where(x > 0, 0.0, 1.0),
+            lambda: x * torch.tensor(2.0), lambda: x[x.new_zeros(2, dtype=torch.long)],
+            lambda: torch.full((2,), 3.0, device="meta")]
     for call in waiting + free:
         with Waits() as waits:
             call()
@@ -376,7 +392,7 @@ def close(a, b, share, what):
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_bfloat16(case, how):
     model = make_model(case).eval()
-    batch, draws, noise = make_batch(model.config, 4), make_draws(model.config, 4), make_noise(model.config, 4)
+    batch, draws, noise = (make(model.config, 4) for make in (make_batch, make_draws, make_noise))
     exact, sample = model.loss(batch, **draws), model.sample(observed(batch), **noise)
     exact["loss"].backward()
     trained = {key for key, p in model.named_parameters() if p.grad is not None}
@@ -396,6 +412,9 @@ def test_bfloat16(case, how):
 # ---------------------------------------------------------------- fields of Config
 SWEPT = ("ddpm-points", "ddpm-images", "flow_matching-points", "flow_matching-images", "dp_cnn-images",
          "dp_transformer-images", "dit-latents", "dit_policy-images", "rdt-images", "pi0-images")
+# Probabilities and other parts of a whole.
+SHARES = ("label_dropout", "dropout", "embed_dropout", "state_dropout", "token_dropout", "mask_prob", "eta",
+          "text_share")
 INTEGERS, FLOATS = (0, -1, 1, 2, 3, 5, 33), (0.0, -1.0, 0.5, 1.0, 7.0, math.nan, math.inf, -math.inf)
 
 
@@ -412,25 +431,29 @@ def values(now):
     texts = any(isinstance(x, str) for x in now)
     bad = [("no such thing",), tuple(now[:1]) * 2] if texts else [
         (0,), (-1,), (1,), (3,), *(now[:i] + (v,) + now[i + 1:] for i in range(len(now)) for v in (0, -1, 7))]
-    return [(), *bad]
+    return list(dict.fromkeys([(), *bad]))
 
 
 def fault(case, field, value):
-    """None if Config(field=value) is refused in one line or works, else what went wrong."""
+    """None if Config(field=value) is refused in one line or works, else what went wrong. No number may be
+    nan, none that counts something may be negative."""
     module = load(case.split("-")[0])
     try:
         config = module.Config(**CASES[case] | {field: value})
         if value == 10**9:                      # what it would build does not fit into memory
             return None
-        if isinstance(value, float) and math.isnan(value):
-            return "nan is accepted"
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if not isinstance(x, str)]
+        if field in SHARES and not 0 <= value <= 1 or any(
+                math.isnan(x) or x < 0 and isinstance(x, int) for x in numbers):
+            return "is accepted"
         model, batch = module.Model(config), make_batch(config, 2)
         if hasattr(config, "encode_text") and "text" in batch:
             batch["text"] = config.encode_text("ab").expand(2, -1)
         loss = model.loss(batch)["loss"]
         assert loss.shape == ()
     except ValueError as e:
-        return None if "\n" not in str(e) and 0 < len(str(e)) <= 400 else f"message of {len(str(e))} characters"
+        one_line = "\n" not in str(e) and 0 < len(str(e)) <= 400
+        return None if one_line else f"a message of {len(str(e))} characters"
     except Exception as e:
         return f"{type(e).__name__}: {' '.join(str(e).split())[:110]}"
 
@@ -515,8 +538,7 @@ def test_every_input_counts_for_its_own_item(case):
 
 
 # ---------------------------------------------------------------- pictures
-PICTURES = [case for case in CASES if CASES[case].get("n_cameras", 2 if case == "rdt-images" else 0)
-            and case in ("dp_cnn-images", "dp_transformer-images", "dit_policy-images", "rdt-images", "pi0-images")]
+PICTURES = [f"{name}-images" for name in POLICIES]
 # What a number of 0..255 becomes in each channel: (value - mean) / deviation.
 SCALES = {"dit_policy": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))}
 SYMMETRIC = ((127.5,) * 3, (127.5,) * 3)
@@ -596,7 +618,7 @@ def test_without_a_generator_the_seed_decides(case):
 @each_case
 def test_what_is_given_is_not_drawn(case):
     model = make_model(case).eval()
-    batch, draws, noise = make_batch(model.config, 2), make_draws(model.config, 2), make_noise(model.config, 2)
+    batch, draws, noise = (make(model.config, 2) for make in (make_batch, make_draws, make_noise))
     state = torch.get_rng_state()
     if case != "dit-latents":                   # its z0 is drawn
         model.loss(batch, **draws)
@@ -621,6 +643,10 @@ def test_every_draw_has_a_time_and_a_noise_of_its_own(case):
 
 
 # ---------------------------------------------------------------- training mode
+def config_is_of_points(config):
+    return len(getattr(config, "data_shape", "   ")) == 1
+
+
 def random_parts():
     for case in CASES:
         config = make_config(case)
@@ -629,11 +655,7 @@ def random_parts():
         for field in names:
             on = CASES[case].get("crop_size", ()) if field == "crop_size" else 0.5
             off = {other: () if other == "crop_size" else 0.0 for other in names if other != field}
-            cameras = getattr(config, "n_cameras", 0)
-            if field == "crop_size" and not cameras or field == "dropout" and case in ("ddpm-points", "ddpm-ancestral",
-                                                                                       "flow_matching-points"):
-                continue
-            if case == "dit-latents":
+            if not on or field == "dropout" and config_is_of_points(config) or case == "dit-latents":
                 continue
             yield pytest.param(case, field, on, off, id=f"{case}-{field}")
 
@@ -659,8 +681,8 @@ def decayed(name, model):
     if name in ("dp_cnn", "dit_policy", "rdt", "pi0"):
         return everything
     kernels = (nn.Linear,) if name == "dp_transformer" else (nn.Linear, nn.Conv2d)
-    parts = model.transformer.named_modules(prefix="transformer") if name == "dp_transformer" else model.named_modules()
-    return {f"{key}.weight" for key, m in parts if isinstance(m, kernels)} & everything
+    matrices = {f"{key}.weight" for key, m in model.named_modules() if isinstance(m, kernels)}
+    return {key for key in matrices & everything if name != "dp_transformer" or key.startswith("transformer.")}
 
 
 @each_case
@@ -760,12 +782,14 @@ def kept(model, B, steps):
 
 
 @each_case
-def test_sampling_keeps_nothing_of_past_steps(case):
+def test_sampling_keeps_nothing_of_past_steps(case, monkeypatch):
     """More steps may need more memory, for tables, but none that grows with the batch."""
     if case.startswith("dit_policy"):
         pytest.skip("its modulation of all steps is computed before the loop (difference 6)")
     model = make_model(case, n_diffusion_steps=50) if "n_diffusion_steps" in CASES[case] else make_model(case)
     model.eval()
+    # dit computes ahead of its loop for as many steps as this allows.
+    monkeypatch.setattr(load(case.split("-")[0]), "MODULATION_LIMIT", 1, raising=False)
     grown = {B: kept(model, B, 11) - kept(model, B, 3) for B in (2, 18)}
     state = 4 * math.prod(noise_shape(model.config))
     per_item = (grown[18] - grown[2]) / 16
@@ -820,7 +844,7 @@ def test_section_heads_have_one_form(name):
 
 # What a thing was called in some file -> its name in all.
 OLD_NAMES = {"check_name": "check_choice", "step_embedding": "time_embedding", "Step": "Coefficients",
-             "chain": "coefficients", "pick": "at", "sinusoid": "time_embedding"}
+             "pick": "at"}
 
 
 @each_file
@@ -828,7 +852,8 @@ def test_one_thing_has_one_name(name):
     module = load(name)
     old = {was: now for was, now in OLD_NAMES.items() if was in vars(module)}
     assert not old, old
-    assert callable(vars(module).get("check_choice"))
+    if name != "pi0":                           # it offers no choice
+        assert callable(vars(module).get("check_choice"))
     if name != "flow_matching":                 # it has no released weights
         assert callable(vars(module).get("load_strictly"))
 
@@ -840,8 +865,8 @@ def test_what_has_one_name_in_two_files_is_the_same_or_says_how_it_differs():
         for node in ast.parse(text).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name not in ("Config", "main"):
                 part = ast.get_source_segment(text, node)
-                files, _ = versions.setdefault(node.name, {}).setdefault(part, ([], ast.get_docstring(node) or ""))
-                files.append(name)
+                texts = versions.setdefault(node.name, {})
+                texts.setdefault(part, ([], ast.get_docstring(node) or ""))[0].append(name)
     silent = {part: [" ".join(files) for files, docstring in found.values() if "differ" not in docstring]
               for part, found in versions.items()}
     silent = [f"{part}: {' | '.join(files)}" for part, files in silent.items() if len(files) > 1]
