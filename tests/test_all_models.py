@@ -643,28 +643,26 @@ def test_every_draw_has_a_time_and_a_noise_of_its_own(case):
 
 
 # ---------------------------------------------------------------- training mode
-def config_is_of_points(config):
-    return len(getattr(config, "data_shape", "   ")) == 1
+# Without label dropout there is no guidance.
+GUIDED = {case: {"guidance": 1.0} for case in CASES if case.startswith(("ddpm", "flow", "dit-"))}
 
 
 def random_parts():
-    for case in CASES:
+    """Each field of each case that makes training random, how it is switched on, and all others off."""
+    for case in (case for case in CASES if case != "dit-latents"):
         config = make_config(case)
-        names = [f.name for f in dataclasses.fields(config)
-                 if "dropout" in f.name or f.name in ("crop_size", "mask_prob", "state_noise")]
-        for field in names:
-            on = CASES[case].get("crop_size", ()) if field == "crop_size" else 0.5
-            off = {other: () if other == "crop_size" else 0.0 for other in names if other != field}
-            if not on or field == "dropout" and config_is_of_points(config) or case == "dit-latents":
-                continue
-            yield pytest.param(case, field, on, off, id=f"{case}-{field}")
+        off = {f.name: type(getattr(config, f.name))() for f in dataclasses.fields(config)
+               if re.search("dropout|flip", f.name) or f.name in ("crop_size", "mask_prob", "state_noise")}
+        points = len(getattr(config, "data_shape", "CHW")) == 1
+        for field, none in off.items():
+            on = getattr(config, field) if field == "crop_size" else True if none is False else 0.5
+            if on and not (points and re.search("^dropout|flip", field)):
+                yield pytest.param(case, field, off | {field: on}, id=f"{case}-{field}")
 
 
-@pytest.mark.parametrize("case, field, on, off", list(random_parts()))
-def test_training_is_random_and_evaluation_is_not(case, field, on, off):
-    if case.startswith("dit-") and field != "label_dropout":
-        off = off | {"guidance": 1.0}
-    model = make_model(case, **off | {field: on})
+@pytest.mark.parametrize("case, field, changes", list(random_parts()))
+def test_training_is_random_and_evaluation_is_not(case, field, changes):
+    model = make_model(case, **changes | ({} if changes.get("label_dropout", 1) else GUIDED.get(case, {})))
     batch, draws = make_batch(model.config, 8), make_draws(model.config, 8)
     loss = lambda model: model.loss(batch, **draws)["per_sample"].detach()
     torch.manual_seed(0)
