@@ -85,7 +85,8 @@ def load_model(path, device="cpu", module=None, replay=True):
             error = (output - recorded["output"]).abs().max().item()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
         raise UserError(f"{path} does not fit {module.__name__}, which has changed since it was trained (a "
-                        f"class of your own needs Policy.load(..., module=...)): {one_line(e)[:180]}") from None
+                        f"class of your own needs Policy.load(..., module=...)): {one_line(e)[:180]}"
+                        ) from None
     if not error <= 1e-2:
         raise UserError(f"{path}: the recorded input gives another output than when it was saved (by "
                         f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained; if that "
