@@ -3,13 +3,13 @@
 Reads demonstrations (or a generated set) through data.py, trains the model file that is named, and leaves in
 --out
 
-    checkpoint.pt   weights, EMA, optimiser, step, configuration, normaliser; replaced whole
+    checkpoint.pt   weights, EMA, optimiser, configuration, normaliser; replaced whole
     metrics.jsonl   one JSON object per logged step and per evaluation
     result.json     the final figures
     report.html     curves, samples forming out of noise, rollouts
 
-Everything random in step k (which windows, noise, t, crops, dropout) is a function of (seed, k, rank). A run
-that is resumed needs the step and nothing else, and on a CPU it equals the uninterrupted run bit for bit.
+Everything random in step k (windows, noise, t, crops, dropout) is a function of (seed, k, rank): a run that is
+resumed needs the step and nothing else, and on a CPU it equals the uninterrupted one bit for bit.
 
 Map: schedules | prepare | loop, after_steps | evaluate, finish | train, main. Read `train` and `loop` first.
 Saving, resuming and signals are in tools/runs.py. Several GPUs: `torchrun --nproc_per_node 4 train.py ...`
@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from robot import tabletop
+from robot.environments import ENVIRONMENTS
 from robot.errors import UserError, one_line, run_command, write_json, written_aside
 from robot.models import load_module, pick_device
 from robot.normalizer import Normalizer
@@ -230,7 +230,7 @@ def arenas(options):
     found = {None: options.env or options.data or "tabletop"}
     if options.robots:
         found = {name: spec.get("data", name) for name, spec in options.robots.items()}
-    return {name: env for name, env in found.items() if isinstance(env, dict) or env in tabletop.ROBOTS}
+    return {name: env for name, env in found.items() if isinstance(env, dict) or env in ENVIRONMENTS}
 
 
 def evaluate(run, acting):
@@ -252,8 +252,8 @@ def evaluate(run, acting):
 
 def rehearse_all(run):
     """Every environment is opened, reset and stepped once: what is wrong with it costs no training."""
-    for robot, environment in arenas(run.options).items() if run.normalizer and run.options.episodes else ():
-        rehearse(Policy(run.shown, run.normalizer, run.description, robot=robot), environment)
+    for robot, world in arenas(run.options).items() if run.normalizer and run.options.episodes else ():
+        rehearse(Policy(run.shown, run.normalizer, run.description, robot=robot), world)
 
 
 def evaluations_due(run):
@@ -298,7 +298,7 @@ def announce(run):
     """Print what is going to be trained on what, and begin metrics.jsonl."""
     print(json.dumps({"options": dataclasses.asdict(run.options), "config": dataclasses.asdict(run.config)}))
     print(f"{run.options.model}: {n_parameters(run.shown):,} parameters, {len(run.items):,} training and "
-          f"{len(run.held_out):,} held-out items, {run.device.type}, {str(run.dtype).removeprefix('torch.')}")
+          f"{len(run.held_out):,} held-out items, {run.device.type}, {str(run.dtype)[6:]}")
     if run.normalizer is not None:
         print(run.normalizer.summary())
     with written_aside(run.out / "metrics.jsonl") as aside:
@@ -329,11 +329,13 @@ def carry_out(run):
         evaluate_on_the_way(run)  # what was interrupted after its checkpoint and before this
     try:
         loop(run, stream)
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"step {run.step + 1} needs more memory than {run.device} has ({one_line(e)[:120]}): "
+                        f"lower --batch_size and raise --grad_accum") from None
     except RuntimeError as e:  # torch notices it at any place of the loop
         if "DataLoader worker" not in str(e):
             raise
-        raise UserError(f"a worker process died ({one_line(e)[:120]}): go on with --resume, with less "
-                        f"--workers if memory was short") from None
+        raise UserError(f"a worker process died ({one_line(e)[:120]}): go on with --resume") from None
     release_signals()  # all is saved: from here on an interruption costs the evaluation only
     return finish(run)
 

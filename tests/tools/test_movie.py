@@ -6,10 +6,9 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 import torch
+from helpers import command, refused, scaled, write_demos
 from test_compare import CNN, SMALL
 from test_report import browser  # noqa: F401
-from test_sample import scaled
-from test_train import as_before, command, refused, write_demos  # noqa: F401
 
 import train
 from robot import tabletop
