@@ -41,6 +41,7 @@ from tools.quality import compare_samples, validate
 from tools.runs import (Run, catch_signals, collect, keep_best, locked, log, n_parameters, prepare_out,
                         release_signals, save, stop_status)
 from tools.starting import build, earlier_run, resume
+from tools.words import about
 
 # ----------------------------------------------------------------------------------------------------------
 # Schedules
@@ -285,9 +286,10 @@ def finish(run):
         result.pop("loss_t", None)  # drawn as a curve
         write_json(run.out / "result.json", result)
         shown = pictures(run.shown, run.held_out if len(run.held_out) else run.items, run.normalizer,
-                         run.description, options.seed)
+                         run.description, options.seed, arenas(options))
         report.write(run.out / "report.html", f"{options.model} ({options.preset})", run.rows, result,
-                     dataclasses.asdict(run.config), rollouts=rollouts, **shown)
+                     dataclasses.asdict(run.config), rollouts=rollouts, about=about(run.description),
+                     **shown)
         print(json.dumps(result))
         print(f"wrote checkpoint.pt, metrics.jsonl, result.json and report.html to {run.out}")
     distributed.leave()
