@@ -77,7 +77,7 @@ def kept_states(trace, bytes_of_one):
 
 
 def ends_of(*parts):
-    """(values, tail), ... -> [lowest, highest] value; a share `tail` at either end of each may lie outside."""
+    """(values, tail), ... -> [lowest, highest]; a share `tail` at either end of each may lie outside."""
     parts = [(np.asarray(values, np.float64), tail) for values, tail in parts]
     parts = [(values[np.isfinite(values)], tail) for values, tail in parts]
     ends = [np.quantile(values, [tail, 1 - tail]) for values, tail in parts if values.size] or [[0, 1]]
@@ -96,15 +96,13 @@ def view_of(*parts):
     return [end for d in (0, 1) for end in axis(*[(points[..., d], tail) for points, tail in parts])]
 
 
-def view_of_picture(extent, finished):
-    """The picture fills the window. Only finished chunks that leave it make the window larger."""
-    view = []
-    for d in (0, 1):
-        first, last = extent[2 * d:2 * d + 2]
-        low, high = ends_of((np.array([first, last]), 0), (finished[..., d], 0.01))
-        # An axis may run the other way, such as the rows of a picture.
-        view += [high, low] if first > last else [low, high]
-    return view
+def share_outside(points, extent):
+    """Share of points (..., 2) that a picture with this extent does not show."""
+    left, right, bottom, top = extent
+    x, y = points[..., 0], points[..., 1]
+    inside = ((x >= min(left, right)) & (x <= max(left, right)) & (y >= min(bottom, top))
+              & (y <= max(bottom, top)))
+    return float(1 - inside.mean())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -160,15 +158,14 @@ def chunks_for_page(chunks, beside):
     else:
         xy = list(xy)
         trace, names, units = trace[..., xy], [names[d] for d in xy], [units[d] for d in xy]
-        ends = [np.asarray(other["trace"])[-1][..., xy] for other in beside]
-        if on_picture:
-            out["view"] = view_of_picture(extent, np.concatenate([e.reshape(-1, 2) for e in ends]))
+        if on_picture:  # it fills the frame; what leaves it is counted, or a poor run would shrink the rest
+            out |= {"view": list(extent), "outside": share_outside(trace[-1], extent)}
         else:
             # All finished chunks are in sight, but only nine tenths of the noise: its tails would shrink the
             # rest. So would the outliers of a run that has learned little, in those beside it.
             tail = 0.02 if len(beside) > 1 else 0
-            noise = [np.asarray(other["trace"])[0][..., xy] for other in beside]
-            out["view"] = view_of(*[(x, tail) for x in ends], *[(x, 0.05) for x in noise])
+            out["view"] = view_of(*[(np.asarray(other["trace"])[k][..., xy], t) for other in beside
+                                    for k, t in ((-1, tail), (0, 0.05))])
     return out | {"trace": pack(trace), "names": names, "units": units}
 
 

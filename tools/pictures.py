@@ -42,7 +42,8 @@ def chunks_of(model, windows, normalizer, description, generator, environments, 
     demos, episode = windows.demos, windows.episodes[windows.item_episode[items[chosen]].item()]
     robot = demos.robots[demos.robot[episode]] if description.get("robots") else None
     body = description | description.get("robots", {}).get(robot, {})
-    raw = lambda x: normalizer.unnormalize("actions", x.float().cpu()).numpy()[..., places_of(body)]
+    own = places_of(body, "actions")
+    raw = lambda x: normalizer.unnormalize("actions", x.float().cpu()).numpy()[..., own]
     states = raw(torch.stack(trace))                                            # (S, n, Tp, A)
     demonstrated = raw(batch["actions"][0])                                     # (Tp, A)
     demonstrated[~batch["action_mask"][0].cpu().numpy()] = float("nan")         # past the end of the episode
@@ -60,9 +61,9 @@ def chunks_of(model, windows, normalizer, description, generator, environments, 
     return chunks | {"cameras": cameras}
 
 
-def places_of(body):
+def places_of(body, kind):
     """Where the robot's own numbers stand in a vector that several robots share."""
-    return body["places"]["actions"] if "places" in body else slice(None)
+    return body["places"][kind] if "places" in body else slice(None)
 
 
 def frame_of_chunks(config, body, environment):
@@ -84,6 +85,6 @@ def frame_of_chunks(config, body, environment):
 def seen_from_above(model, batch, normalizer, body):
     """The tabletop's picture of what a policy sees as numbers."""
     state = normalizer.unnormalize("state", batch["state"][:1, model.config.n_obs_steps - 1].cpu())
-    parts = state.split(list(body["state_keys"].values()), dim=1)
+    parts = state[:, places_of(body, "state")].split(list(body["state_keys"].values()), dim=1)
     named = {k: v.numpy() for k, v in zip(body["state_keys"], parts)}
     return tabletop.render(named, 96)["agentview_image"][0]

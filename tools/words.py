@@ -232,5 +232,6 @@ def failure_table(result):
             said = f"{robot}: " * bool(robot) + f"{n} of {total} {name}"
             share = f"{100 * n / total:.3g}"
             rows += (f"<tr><th scope=row>{html.escape(said)}</th><td>{share} %</td>"
-                     f"<td class=bar aria-hidden=true><span><i style='width:{share}%'></i></span></td></tr>\n")
+                     f"<td class=bar aria-hidden=true><span><i style='width:{share}%'></i></span></td>"
+                     "</tr>\n")
     return rows

@@ -118,7 +118,8 @@ def other_content(seed=0):
 def test_one_file_that_loads_nothing(tmp_path):
     page, _ = write(tmp_path, **content())
     structure = Structure(page)
-    assert structure.ids == "about result failures chunks samples rollouts training charts config data".split()
+    ids = "about result failures chunks samples rollouts training charts config data"
+    assert structure.ids == ids.split()
     assert structure.loads == ["data:,"]  # the empty icon
     assert not re.search(r"https?://|//\w+\.\w+/|@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
     assert "default-src 'none'" in page
@@ -133,7 +134,8 @@ def test_empty_report_has_no_sections(tmp_path):
 
 def test_text_is_escaped(tmp_path):
     bad = "</script><b>&\"' {{data}} \\1 <!--result-->"
-    page, data = write(tmp_path, title=bad, config={bad: bad}, result={"outcomes": {bad: 1}}, about={bad: bad},
+    page, data = write(tmp_path, title=bad, config={bad: bad}, result={"outcomes": {bad: 1}},
+                       about={bad: bad},
                        rollouts=[{"path": [[0, 0], [1, 1]], "success": False, "instruction": bad}])
     assert "<b>" not in page
     assert data["rollouts"][0]["instruction"] == bad
@@ -185,12 +187,13 @@ def test_the_view_follows_the_picture_and_ignores_what_diverged(tmp_path):
               "observation": np.zeros((4, 4, 3), np.uint8)}
     _, data = write(tmp_path, chunks=chunks)
     assert data["chunks"][0]["view"] == [0, 512, 512, 0]  # y runs down, as in the picture
+    assert data["chunks"][0]["outside"] == 0.5  # neither NaN nor infinity is in it
     assert np.isnan(unpack(data["chunks"][0]["trace"])[0]).sum() == 6
     noisy = np.random.default_rng(0).normal(0, 1e5, trace.shape)
-    noisy[-1] = 100
-    noisy[-1, 2] = 600  # finished chunks that leave the picture are seen all the same; noise is not
-    wide = write(tmp_path, chunks=chunks | {"trace": noisy})[1]["chunks"][0]["view"]
-    assert wide == [0, 600, 600, 0]
+    noisy[-1] = 512
+    noisy[-1, 2, 1:] = 600  # of 12 finished steps 2 leave the picture, which fills its frame all the same
+    wide = write(tmp_path, chunks=chunks | {"trace": noisy})[1]["chunks"][0]
+    assert wide["view"] == [0, 512, 512, 0] and wide["outside"] == pytest.approx(1 / 6)
     for broken in (np.full((2, 4, 3, 3), np.nan), np.zeros((2, 4, 3, 3))):
         write(tmp_path, chunks=chunks | {"trace": broken, "extent": None})
         write(tmp_path, chunks=chunks | {"trace": broken, "xy": None})
@@ -255,7 +258,8 @@ def test_tables(tmp_path):
 def test_failures_are_shares_of_all_episodes(tmp_path):
     page, _ = write(tmp_path, result={"outcomes": {"success": 98, "wall": 2, "timeout": 0}})
     table = page.split("<section id=\"failures\">")[1].split("</section>")[0]
-    assert re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", table) == [("2 of 100 ended at the wall", "2 %")]
+    cells = re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", table)
+    assert cells == [("2 of 100 ended at the wall", "2 %")]
     assert re.findall(r"width:(.*?)%", table) == ["2"]
     table = words.failure_table({"outcomes": {"success": 3, "lost": 1}, "outcomes_arm": {"a": 1, "b": 4}})
     assert re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", table) == [
@@ -323,6 +327,10 @@ def test_runs_side_by_side(tmp_path):
     assert Structure(page).ids == "tables chunks samples rollouts data".split()
     for section in ("chunks", "samples"):
         assert [one["name"] for one in data[section]] == ["left run", "right run"]
+    assert data["chunks"][0]["view"] == data["chunks"][1]["view"] == [-1, 1, 1, -1]
+    for chunks in given["chunks"]:
+        chunks["extent"] = None
+    data = write(tmp_path, **given)[1]
     assert data["chunks"][0]["view"] == data["chunks"][1]["view"]
     alone = write(tmp_path, chunks=given["chunks"][0])[1]["chunks"][0]["view"]
     assert alone != data["chunks"][0]["view"]
@@ -386,8 +394,9 @@ def test_pictures_of_all_cameras(tmp_path):
 
 def test_files_of_the_page_are_narrow():
     for path in report.PAGE.iterdir():
-        wide = [i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 110]
-        assert not wide, f"{path.name}, lines {wide}"
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        wrong = [i for i, line in lines if len(line) > 110 or line != line.rstrip()]
+        assert not wrong, f"{path.name}, lines {wrong}"
 
 
 def test_the_left_one_of_two_modes_comes_first(tmp_path):
@@ -403,12 +412,14 @@ def test_the_left_one_of_two_modes_comes_first(tmp_path):
 def test_numbers_of_numpy(tmp_path):
     step, loss = np.int64(7), np.float32(0.5)
     metrics = [{"step": step, "loss": loss}, {"step": step + 1, "loss": loss}]
-    page, data = write(tmp_path, metrics=metrics, result={"success": np.float64(0.5), "episodes": np.int64(8)},
+    result = {"success": np.float64(0.5), "episodes": np.int64(8)}
+    page, data = write(tmp_path, metrics=metrics, result=result,
                        config={"betas": np.array([0.9, 0.95])},
                        chunks={"trace": np.zeros((2, 1, 3, 2)), "labels": [0, 1], "xy": np.array([0, 1]),
                                "executed": (np.int64(0), np.int64(2))})
     assert data["charts"][0]["lines"][0]["x"] == [7, 8]
-    assert data["charts"][0]["lines"][0]["y"] == [0.5, 0.5] and "<span>4 of 8 episodes succeeded</span>" in page
+    assert data["charts"][0]["lines"][0]["y"] == [0.5, 0.5]
+    assert "<span>4 of 8 episodes succeeded</span>" in page
     assert data["chunks"][0]["xy"] == [0, 1] and data["chunks"][0]["executed"] == [0, 2]
     assert "<td>50 %</td>" in page and "<td>0.9, 0.95</td>" in page
 

@@ -25,7 +25,7 @@ function drawChart(grid, {title, lines, log, percent, axis = "step"}) {
       trail(pen, [[left, Y(tick)], [width, Y(tick)]]);
       pen.fillText(text(tick), left - 6, Y(tick));
     }
-    for (const tick of last ? ticks(steps[0], steps[last], Math.floor(width / 90)) : steps) {
+    for (const tick of last ? ticks(steps[0], steps[last], Math.floor(width / 55)) : steps) {
       pen.textAlign = X(tick) > width - 20 ? "right" : "center";
       pen.fillText(compact.format(tick), Math.min(X(tick), width), height - 8);
     }

@@ -1,7 +1,7 @@
 // Action chunks at every state of the sampler: on the plane that two of their dimensions span, or, for an
 // arm, every dimension over time.
 
-// Chunk n in state k: dots, and a line that fades in as the chunk takes shape.
+// From the first of the sampler's states to the last: chunks are dots, and lines fade in as they take shape.
 const fade = (from, to, k, states) => from + (to - from) * k / Math.max(1, states - 1);
 const axisName = (name, unit) => unit ? `${name} (${unit})` : name;
 
@@ -25,7 +25,10 @@ function chunksOnPlane(chunks, values) {
       }
     });
   }
-  return {draw, height: heightOf(chunks.view), says: "Large dots: the steps that are executed."};
+  const share = chunks.outside && (100 * chunks.outside).toPrecision(2);
+  const says = "Large dots: the steps that are executed."
+    + (share ? ` ${+share} % of the finished steps lie outside the picture.` : "");
+  return {draw, height: heightOf(chunks.view), says};
 }
 
 function chunksOverTime(chunks, values) {
@@ -47,7 +50,7 @@ function chunksOverTime(chunks, values) {
       for (const n of range(N)) {
         const points = range(T).map(i => [X(time(i)), Y(values[((k * N + n) * T + i) * A + d])]);
         pen.strokeStyle = pen.fillStyle = hue(n, N);
-        pen.globalAlpha = fade(.15, .7, k, S);
+        pen.globalAlpha = fade(0, .7, k ** 3, (S - 1) ** 3 + 1);  // lines of noise would cover the panel
         trail(pen, points);
         pen.globalAlpha = fade(1, .4, k, S);
         for (const [x, y] of points) pen.fillRect(x - 1, y - 1, 2, 2);  // thousands: squares are faster
