@@ -6,7 +6,7 @@ import types
 import h5py
 import numpy as np
 import torch
-from test_train import as_before, command, write_demos  # noqa: F401
+from helpers import command, write_demos
 
 import data
 import train
