@@ -39,8 +39,7 @@ def chunks_of(model, windows, normalizer, description, generator, environments, 
     trace = []
     model.sample(batch, generator=generator, trace=trace)
 
-    demos, episode = windows.demos, windows.episodes[windows.item_episode[items[chosen]].item()]
-    robot = demos.robots[demos.robot[episode]] if description.get("robots") else None
+    robot, instruction = whose(windows, items[chosen])
     body = description | description.get("robots", {}).get(robot, {})
     own = places_of(body, "actions")
     raw = lambda x: normalizer.unnormalize("actions", x.float().cpu()).numpy()[..., own]
@@ -48,8 +47,7 @@ def chunks_of(model, windows, normalizer, description, generator, environments, 
     demonstrated = raw(batch["actions"][0])                                     # (Tp, A)
     demonstrated[~batch["action_mask"][0].cpu().numpy()] = float("nan")         # past the end of the episode
     chunks = {"trace": states, "labels": step_labels(states), "demonstrated": demonstrated,
-              "instruction": demos.instructions[episode],
-              **frame_of_chunks(model.config, body, environments.get(robot))}
+              "instruction": instruction, **frame_of_chunks(model.config, body, environments.get(robot))}
     cameras = {}
     if "images" in batch:
         now = batch["images"][0, -1].permute(0, 2, 3, 1).cpu().numpy()          # (V, H, W, 3)
@@ -61,6 +59,15 @@ def chunks_of(model, windows, normalizer, description, generator, environments, 
     return chunks | {"cameras": cameras}
 
 
+def whose(windows, item):
+    """-> (robot, or None where there is only one; instruction) of the episode that an item is from."""
+    if not hasattr(windows, "demos"):  # a set of single batches has no episodes
+        return None, ""
+    demos, episode = windows.demos, windows.episodes[windows.item_episode[item].item()]
+    robot = demos.robots[demos.robot[episode]] if hasattr(demos, "robots") else None
+    return robot, demos.instructions[episode]
+
+
 def places_of(body, kind):
     """Where the robot's own numbers stand in a vector that several robots share."""
     return body["places"][kind] if "places" in body else slice(None)
@@ -68,12 +75,12 @@ def places_of(body, kind):
 
 def frame_of_chunks(config, body, environment):
     """How chunks of this robot are drawn: on which axes, in which units, which steps are executed."""
-    now, names = -config.first_action, list(body["action_names"] or ())
-    dims = len(body["places"]["actions"]) if "places" in body else body["action_dim"]
+    now, names = -config.first_action, list(body.get("action_names") or ())
+    dims = len(body["places"]["actions"]) if "places" in body else config.action_dim
     own = list(getattr(config, "action_names", ()))
     if not names and len(own) == dims:  # the file does not say, but the Config of rdt does
         names = own
-    frame = {"executed": (now, now + config.n_action_steps), "hz": body["fps"], "names": names,
+    frame = {"executed": (now, now + config.n_action_steps), "hz": body.get("fps"), "names": names,
              "units": units_of(body), "xy": None}
     if body["source"] == "tabletop":  # places on the table, whose picture is seen from above
         frame |= {"xy": (0, 1), "extent": (-1, 1, -1, 1)}

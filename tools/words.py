@@ -112,6 +112,8 @@ def data_in_words(data):
         shape = f"{size}-D points" if len(data["shape"]) == 1 else f"images, {size}"
         classes = f" of {data['n_classes']} classes" if data.get("n_classes") else ""
         return f"{data['source']}: {data['items']:,} training items ({shape}{classes})"
+    if "lengths" not in data:
+        return data["source"]
     said = f"{data['source']}: {len(data['lengths']):,} episodes, {sum(data['lengths']):,} steps"
     if data.get("valid_episodes"):
         said += f", {len(data['valid_episodes'])} of the episodes held out"
@@ -120,7 +122,7 @@ def data_in_words(data):
 
 def actions_in_words(data):
     """Their rate and their units, where these are known."""
-    if "shape" in data:
+    if "action_dim" not in data:
         return ""
     rate = f" at {data['fps']:g} Hz" if data.get("fps") else ""
     units = units_of(data)

@@ -21,7 +21,7 @@ class Guesser:
 
     def __init__(self, horizon, first_action, n_obs_steps=1, n_action_steps=3, undecided=None, **more):
         self.config = types.SimpleNamespace(first_action=first_action, n_obs_steps=n_obs_steps,
-                                            n_action_steps=n_action_steps, **more)
+                                            n_action_steps=n_action_steps, **({"action_dim": 3} | more))
         self.horizon, self.undecided = horizon, undecided
 
     def sample(self, batch, generator=None, trace=None):
@@ -63,7 +63,7 @@ def test_an_arm_over_time_with_what_was_demonstrated(tmp_path):
     normalizer = data.fit_normalizer(demos)
     windows = windows_of(demos, 6, -1, normalizer)
     step = 6  # of nine: the last three of the six actions lie past the end
-    model = Guesser(6, -1, undecided=windows.state[step].clone())
+    model = Guesser(6, -1, action_dim=5, undecided=windows.state[step].clone())
     chosen = pictures(model, windows, normalizer, demos.description(), 3, n=32)["chunks"]
     episode = int(demos.train_episodes[0])
     assert chosen["trace"].shape == (2, 32, 6, 5) and chosen["labels"] == ["step 1", "step 2"]
@@ -94,9 +94,19 @@ def test_places_are_drawn_on_a_plane_and_everything_else_over_time(tmp_path):
     demos = open_demos(str(write_demos(tmp_path / "points.hdf5")))
     normalizer = data.fit_normalizer(demos)
     windows, description = windows_of(demos, 4, 0, normalizer), demos.description()
-    shown = lambda environments: pictures(Guesser(4, 0), windows, normalizer, description, 0, environments)
+    shown = lambda environments: pictures(Guesser(4, 0, action_dim=2), windows, normalizer, description, 0,
+                                          environments)
     assert shown({None: {"id": "gym_pusht/PushT-v0"}})["chunks"]["xy"] == (0, 1)
     assert shown({})["chunks"]["xy"] is None
+
+    class Batches:  # a set that knows of no episodes
+        batch = staticmethod(windows.batch)
+
+        def __len__(self):
+            return 20
+
+    chunks = pictures(Guesser(4, 0, action_dim=2), Batches(), normalizer, {"source": "given"}, 0)["chunks"]
+    assert chunks["names"] == [] and chunks["instruction"] == "" and chunks["trace"].shape[-1] == 2
     fast = open_demos("tabletop_velocity", episodes=3, cache=tmp_path)
     normalizer = data.fit_normalizer(fast)
     chunks = pictures(Guesser(4, 0), windows_of(fast, 4, 0, normalizer), normalizer, fast.description(), 0,

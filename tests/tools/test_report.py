@@ -305,6 +305,7 @@ def test_data_units_command_and_date(monkeypatch):
     points = words.about({"source": "moons", "shape": [2], "n_classes": 2, "items": 18000})
     assert points["Data"] == "moons: 18,000 training items (2-D points of 2 classes)"
     assert "Actions" not in points
+    assert words.about({"source": "given"})["Data"] == "given"
 
 
 def compared(seed=0):
