@@ -210,5 +210,6 @@ def films_for_page(rollouts):
         entry = {key: str(r[key]) for key in shown if r.get(key) is not None}
         entry["outcome"] = OUTCOMES.get(entry.get("outcome"), entry.get("outcome", ""))
         entry |= {"frames": sprite(np.asarray(r["frames"]))} if "frames" in r else {"path": pack(r["path"])}
-        out.append(entry | {"success": bool(r["success"]), "view": view})
+        success = None if r.get("outcome") == "unknown" else bool(r["success"])
+        out.append(entry | {"success": success, "view": view})
     return out

@@ -11,8 +11,8 @@ LABELS = {
     "model": "Model", "preset": "Preset", "parameters": "Parameters", "device": "Device",
     "step": "Optimiser steps", "train_seconds": "Training time",
     "success": "Success", "interval": "95 % interval", "episodes": "Episodes", "score": "Mean score",
-    "latency_ms": "Time to sample a chunk, all episodes at once, median",
-    "latency_p95_ms": "Time to sample a chunk, 95th percentile",
+    "return": "Mean return", "latency_ms": "Time to sample a chunk for one robot, median",
+    "latency_p95_ms": "Time to sample a chunk for one robot, 95th percentile",
     "val_loss": "Validation loss", "action_error": "Mean error of sampled actions",
     "error_of_staying": "Mean error of staying in place", "error_of_mean": "Mean error of the mean action",
     "distance": "Energy distance of samples to held-out data",
@@ -53,15 +53,18 @@ def headlines(result, tables=()):
 
 def success_in_words(result, suffix=""):
     success, n = result[f"success{suffix}"], result.get(f"episodes{suffix}")
+    score, robot = result.get(f"score{suffix}"), f"{suffix[1:]}: " if suffix else ""
+    if success is None:  # no word of the environment on it
+        said = f"mean score {score:.3g}, mean return {result[f'return{suffix}']:.3g} in {n} episodes"
+        return f"{robot}{said}" if robot else said.capitalize()
     count = f"{round(success * n)} of {n}" if n else f"{percent(success)} of the"
     said = f"{count} episodes succeeded"
     if result.get(f"interval{suffix}"):
         low, high = result[f"interval{suffix}"]
         said += f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
-    score = result.get(f"score{suffix}")
     if score is not None and abs(score - success) > 1e-6:
         said += f", mean score {score:.3g}"
-    return f"{suffix[1:]}: {said}" if suffix else said
+    return robot + said
 
 
 def distance_in_words(result):
@@ -161,6 +164,8 @@ def figure(key, value):
     if isinstance(value, (list, tuple)):
         joint = " to " if key.startswith("interval") else ", "
         return joint.join(figure(key, v) for v in value)
+    if value is None:
+        return "unknown"
     if isinstance(value, (float, int)) and key.startswith("train_seconds"):
         return f"{value // 60:.0f} min {value % 60:.0f} s" if value >= 60 else f"{value:.3g} s"
     if isinstance(value, float) and key.startswith("latency"):

@@ -275,6 +275,8 @@ def test_failures_are_shares_of_all_episodes(tmp_path):
      ["0 of 50 episodes succeeded (95 % interval 0 to 7 %), mean score 0.613"]),
     ({"success_a": 0.5, "interval_a": [0.2, 0.8], "episodes_a": 8, "success_b": 1.0, "episodes_b": 8},
      ["a: 4 of 8 episodes succeeded (95 % interval 20 to 80 %)", "b: 8 of 8 episodes succeeded"]),
+    ({"success": None, "interval": None, "episodes": 20, "score": -0.5, "return": -31.25},
+     ["Mean score -0.5, mean return -31.2 in 20 episodes"]),
     ({"distance": 0.01234, "floor": 0.0009}, ["Energy distance to held-out data: 0.0123 (floor 0.0009)"]),
     ({"distance": 2.0, "floor": 1.0, "accuracy_samples": 0.875, "accuracy_real": 0.96},
      ["Energy distance to held-out data: 2 (floor 1)",
@@ -363,6 +365,8 @@ def test_failures_come_first_among_the_films(tmp_path):
     shown = write(tmp_path, rollouts=rollouts)[1]["rollouts"]
     assert [int(r["seed"]) for r in shown] == [7, 9, 0, 1, 2, 3, 4, 5]
     assert shown[0]["outcome"] == "ended at the wall"
+    silent = [{"path": [[0, 0], [1, 1]], "success": False, "outcome": "unknown"}]  # nobody said
+    assert write(tmp_path, rollouts=silent)[1]["rollouts"][0]["success"] is None
 
 
 def test_over_time_the_scale_is_that_of_the_finished_chunks(tmp_path):

@@ -29,7 +29,8 @@ function drawRollouts(section, rollouts) {
     const caption = add(figure, "figcaption", {}, rollout.scene ? "" : rollout.instruction);
     if (rollout.name) add(caption, "b", {}, rollout.name);
     const end = rollout.success ? "\u2713 success" : `\u2717 ${rollout.outcome || "failure"}`;
-    add(caption, "div", {style: `color: var(--${rollout.success ? "first" : "second"})`}, end);
+    const tint = rollout.success ? "first" : "second";
+    if (rollout.success !== null) add(caption, "div", {style: `color: var(--${tint})`}, end);
     if (rollout.seed && !rollout.scene) add(caption, "span", {}, `seed ${rollout.seed}`);
     return play;
   });
