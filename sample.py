@@ -25,6 +25,7 @@ from tools import report
 from tools.options import Parser, parse_set
 from tools.pictures import pictures
 from tools.quality import compare_samples
+from tools.words import about
 
 
 def add_flags(parser):
@@ -117,7 +118,8 @@ def main(argv=None):
         raise UserError(str(e)) from None
     print(json.dumps(result))
     write_json(folder / "evaluation.json", result)
-    report.write(folder / "evaluation.html", title, (), result, checkpoint["config"], **shown)
+    report.write(folder / "evaluation.html", title, (), result, checkpoint["config"],
+                 about=about(checkpoint["data"]), **shown)
     print(f"wrote {folder}/evaluation.json and evaluation.html")
     return result
 

@@ -33,7 +33,7 @@ from robot.models import load_module, pick_device
 from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
-from tools import distributed, report
+from tools import distributed, report, words
 from tools.explain import explain_one_batch
 from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import pictures
@@ -285,9 +285,10 @@ def finish(run):
         result.pop("loss_t", None)  # drawn as a curve
         write_json(run.out / "result.json", result)
         shown = pictures(run.shown, run.held_out if len(run.held_out) else run.items, run.normalizer,
-                         run.description, options.seed)
+                         run.description, options.seed, arenas(options))
         report.write(run.out / "report.html", f"{options.model} ({options.preset})", run.rows, result,
-                     dataclasses.asdict(run.config), rollouts=rollouts, **shown)
+                     dataclasses.asdict(run.config), rollouts=rollouts, about=words.about(run.description),
+                     **shown)
         print(json.dumps(result))
         print(f"wrote checkpoint.pt, metrics.jsonl, result.json and report.html to {run.out}")
     distributed.leave()

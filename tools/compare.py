@@ -24,8 +24,9 @@ from robot.models import load_module, pick_device
 from robot.rollout import EVALUATION_SEEDS, closed_loop, wilson
 from tools import bench, regression, report
 from tools.options import Parser, make_config, parse_options, with_recipe
-from tools.pictures import pictures
+from tools.pictures import frame_of_chunks, pictures, step_labels
 from tools.quality import compare_samples
+from tools.words import about
 
 # ----------------------------------------------------------------------------------------------------------
 # Side by side
@@ -63,7 +64,8 @@ def side_by_side(args):
         print(f"{len(groups)} groups: what has another environment or other data cannot be compared")
     out = Path(args.out or "out/compare")
     write_json(out / "compare.json", dict(tables))
-    report.write(out / "report.html", " | ".join(names), tables=tables, **shown)
+    facts = about(*[checkpoint["data"] for members in groups.values() for _, _, checkpoint in members])
+    report.write(out / "report.html", " | ".join(names), tables=tables, about=facts, **shown)
     print(f"wrote {out}/report.html and compare.json")
     return dict(tables)
 
@@ -129,14 +131,10 @@ def compare_policies(members, where, args):
         policy.generator = torch.Generator().manual_seed(args.seed)
         policy.sample_chunk(copies=32, trace=trace)
         states = policy.normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()
-        now = -model.config.first_action
-        chunks.append({
-            "name": name, "group": where, "trace": states, "xy": (0, 1) if states.shape[-1] >= 2 else None,
-            "labels": [f"step {k + 1}" for k in range(len(states))],
-            "executed": (now, now + model.config.n_action_steps),
-            # The tabletop's actions are places in the picture; of another environment it stands beside, once.
-            "observation": frame if where == "tabletop" or not chunks else None,
-            "extent": (-1, 1, -1, 1) if where == "tabletop" else None})
+        axes = frame_of_chunks(model.config, policy.description, checkpoint["environment"])
+        # Where actions are places in the picture, it lies below them; elsewhere it stands beside, once.
+        chunks.append(axes | {"name": name, "group": where, "trace": states, "labels": step_labels(states),
+                              "observation": frame if "extent" in axes or not chunks else None})
     return rows, {"rollouts": rollouts, "chunks": chunks}
 
 

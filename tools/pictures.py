@@ -2,38 +2,96 @@
 import torch
 
 from robot import tabletop
+from tools.words import units_of
 
 
-def pictures(model, windows, normalizer, description, seed, n=32):
-    """What the report shows of a model: samples forming out of noise. -> keyword arguments of report.write"""
-    trace, generator = [], torch.Generator().manual_seed(seed)
+def pictures(model, windows, normalizer, description, seed, environments=None, n=32):
+    """What the report shows of a model: samples forming out of noise. -> keyword arguments of report.write
+
+    environments: {robot: environment} that the policy acts in, see train.arenas
+    """
+    generator = torch.Generator().manual_seed(seed)
     if normalizer is None:
-        points = len(windows.shape) == 1
-        reference = windows.batch(torch.arange(min(1000 if points else 64, len(windows))))
-        first = {k: v[:500 if points else 25] for k, v in reference.items()}
-        model.sample(first, generator=generator, trace=trace)
-        states = torch.stack(trace).float().cpu().numpy()
-        return {"samples": {"trace": states, "labels": [f"step {k + 1}" for k in range(len(states))],
-                            "data": reference["x"].cpu().numpy()}}
+        return {"samples": samples_of(model, windows, generator)}
+    return {"chunks": chunks_of(model, windows, normalizer, description, generator, environments or {}, n)}
+
+
+def samples_of(model, windows, generator):
+    points, trace = len(windows.shape) == 1, []
+    reference = windows.batch(torch.arange(min(1000 if points else 64, len(windows))))
+    first = {k: v[:500 if points else 25] for k, v in reference.items()}
+    model.sample(first, generator=generator, trace=trace)
+    states = torch.stack(trace).float().cpu().numpy()
+    return {"trace": states, "labels": step_labels(states), "data": reference["x"].cpu().numpy()}
+
+
+def step_labels(states):
+    return [f"step {k + 1}" for k in range(len(states))]
+
+
+def chunks_of(model, windows, normalizer, description, generator, environments, n):
     # Of 16 observations the one whose chunks differ most: there the policy has to choose.
-    batch = windows.batch(torch.randint(len(windows), (16,), generator=generator).repeat_interleave(4))
+    items = torch.randint(len(windows), (16,), generator=generator)
+    batch = windows.batch(items.repeat_interleave(4))
     spread = model.sample(batch, generator=generator).unflatten(0, (16, 4)).std(1).flatten(1).mean(1)
-    batch = {k: v[4 * spread.argmax()].expand(n, *v.shape[1:]) for k, v in batch.items()}
+    chosen = int(spread.argmax())
+    batch = {k: v[4 * chosen].expand(n, *v.shape[1:]) for k, v in batch.items()}
+    trace = []
     model.sample(batch, generator=generator, trace=trace)
-    states = normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()   # (S, n, Tp, A)
-    if "action_valid" in batch:
-        states = states[..., batch["action_valid"][0].cpu().numpy()]
-    now = -model.config.first_action
-    chunks = {"trace": states, "xy": (0, 1) if states.shape[-1] >= 2 else None, "observation": None,
-              "executed": (now, now + model.config.n_action_steps),
-              "labels": [f"step {k + 1}" for k in range(len(trace))]}
+
+    robot, instruction = whose(windows, items[chosen])
+    body = description | description.get("robots", {}).get(robot, {})
+    own = places_of(body, "actions")
+    raw = lambda x: normalizer.unnormalize("actions", x.float().cpu()).numpy()[..., own]
+    states = raw(torch.stack(trace))                                            # (S, n, Tp, A)
+    demonstrated = raw(batch["actions"][0])                                     # (Tp, A)
+    demonstrated[~batch["action_mask"][0].cpu().numpy()] = float("nan")         # past the end of the episode
+    chunks = {"trace": states, "labels": step_labels(states), "demonstrated": demonstrated,
+              "instruction": instruction, **frame_of_chunks(model.config, body, environments.get(robot))}
+    cameras = {}
     if "images" in batch:
-        chunks["observation"] = batch["images"][0, -1, 0].permute(1, 2, 0).cpu().numpy()
-    if description["source"] == "tabletop":  # seen from above, in the units of the actions
-        chunks["extent"] = (-1, 1, -1, 1)
-        if "images" not in batch:
-            state = normalizer.unnormalize("state", batch["state"][:1, model.config.n_obs_steps - 1].cpu())
-            parts = state.split(list(description["state_keys"].values()), dim=1)
-            chunks["observation"] = tabletop.render(
-                {k: v.numpy() for k, v in zip(description["state_keys"], parts)}, 96)["agentview_image"][0]
-    return {"chunks": chunks}
+        now = batch["images"][0, -1].permute(0, 2, 3, 1).cpu().numpy()          # (V, H, W, 3)
+        cameras = dict(zip(body["camera_keys"], now))
+    if "extent" in chunks:
+        first = next(iter(cameras), None)  # seen from above, as the actions are
+        seen = cameras.pop(first) if cameras else seen_from_above(model, batch, normalizer, body)
+        chunks["observation"] = seen
+    return chunks | {"cameras": cameras}
+
+
+def whose(windows, item):
+    """-> (robot, or None where there is only one; instruction) of the episode that an item is from."""
+    if not hasattr(windows, "demos"):  # a set of single batches has no episodes
+        return None, ""
+    demos, episode = windows.demos, windows.episodes[windows.item_episode[item].item()]
+    robot = demos.robots[demos.robot[episode]] if hasattr(demos, "robots") else None
+    return robot, demos.instructions[episode]
+
+
+def places_of(body, kind):
+    """Where the robot's own numbers stand in a vector that several robots share."""
+    return body["places"][kind] if "places" in body else slice(None)
+
+
+def frame_of_chunks(config, body, environment):
+    """How chunks of this robot are drawn: on which axes, in which units, which steps are executed."""
+    now, names = -config.first_action, list(body.get("action_names") or ())
+    dims = len(body["places"]["actions"]) if "places" in body else config.action_dim
+    own = list(getattr(config, "action_names", ()))
+    if not names and len(own) == dims:  # the file does not say, but the Config of rdt does
+        names = own
+    frame = {"executed": (now, now + config.n_action_steps), "hz": body.get("fps"), "names": names,
+             "units": units_of(body), "xy": None}
+    if body["source"] == "tabletop":  # places on the table, whose picture is seen from above
+        frame |= {"xy": (0, 1), "extent": (-1, 1, -1, 1)}
+    elif isinstance(environment, dict) and 2 <= dims <= 3:  # as those of Push-T are
+        frame["xy"] = (0, 1)
+    return frame
+
+
+def seen_from_above(model, batch, normalizer, body):
+    """The tabletop's picture of what a policy sees as numbers."""
+    state = normalizer.unnormalize("state", batch["state"][:1, model.config.n_obs_steps - 1].cpu())
+    parts = state[:, places_of(body, "state")].split(list(body["state_keys"].values()), dim=1)
+    named = {k: v.numpy() for k, v in zip(body["state_keys"], parts)}
+    return tabletop.render(named, 96)["agentview_image"][0]

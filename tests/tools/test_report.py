@@ -1,4 +1,5 @@
-"""report.py: what the file holds, read back without a browser, and what it does in a headless Chromium."""
+"""The report: what the file says and holds, read back without a browser, and what it does in a headless
+Chromium."""
 import base64
 import html.parser
 import json
@@ -15,7 +16,8 @@ import zlib
 import numpy as np
 import pytest
 
-from tools import report
+from robot.errors import UserError
+from tools import charts, drawing, report, words
 
 
 def decode_png(content):
@@ -87,6 +89,7 @@ def content(seed=0):
         "result": {"success": 0.75, "interval": [0.66, 0.82], "episodes": 100,
                    "outcomes": {"success": 75, "stuck at the wall": 20, "wrong block": 5}},
         "config": {"model": "dp_cnn", "train": {"lr": 1e-3}},
+        "about": {"Data": "tabletop: 3 episodes", "Command": "python train.py --model dp_cnn"},
         "chunks": {"trace": r.normal(size=(6, 5, 8, 2)), "xy": (0, 1), "executed": (1, 5),
                    "labels": [f"k = {5 - k}" for k in range(6)],
                    "observation": r.integers(0, 256, (12, 12, 3), np.uint8), "extent": (-1, 1, 1, -1)},
@@ -99,10 +102,14 @@ def content(seed=0):
 
 
 def other_content(seed=0):
-    """The same, with the other kinds of chunks and samples: curves beside a picture, images."""
+    """The same, with the other kinds of chunks and samples: every dimension over time beside the pictures of
+    two cameras, images."""
     r = np.random.default_rng(seed)
     given = content(seed)
-    given["chunks"] |= {"xy": None, "extent": None}
+    cameras = {name: r.integers(0, 256, (8, 12, 3), np.uint8) for name in ("cam_high", "cam_wrist")}
+    given["chunks"] |= {"xy": None, "extent": None, "observation": None, "cameras": cameras, "hz": 10.0,
+                        "demonstrated": r.normal(size=(8, 2)), "names": ["shoulder", "elbow"],
+                        "instruction": "lift the cup"}
     given["samples"] = {"trace": r.uniform(-1, 1, (4, 9, 3, 6, 6)), "labels": list("abcd"),
                         "data": r.uniform(-1, 1, (5, 3, 6, 6))}
     return given
@@ -111,7 +118,8 @@ def other_content(seed=0):
 def test_one_file_that_loads_nothing(tmp_path):
     page, _ = write(tmp_path, **content())
     structure = Structure(page)
-    assert structure.ids == "result failures chunks samples rollouts charts config data".split()
+    ids = "about result failures chunks samples rollouts training charts config data"
+    assert structure.ids == ids.split()
     assert structure.loads == ["data:,"]  # the empty icon
     assert not re.search(r"https?://|//\w+\.\w+/|@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
     assert "default-src 'none'" in page
@@ -127,10 +135,12 @@ def test_empty_report_has_no_sections(tmp_path):
 def test_text_is_escaped(tmp_path):
     bad = "</script><b>&\"' {{data}} \\1 <!--result-->"
     page, data = write(tmp_path, title=bad, config={bad: bad}, result={"outcomes": {bad: 1}},
+                       about={bad: bad},
                        rollouts=[{"path": [[0, 0], [1, 1]], "success": False, "instruction": bad}])
     assert "<b>" not in page
     assert data["rollouts"][0]["instruction"] == bad
-    assert page.count("&lt;/script&gt;&lt;b&gt;&amp;&quot;&#x27; {{data}} \\1 &lt;!--result--&gt;") == 5
+    # The title of the window and of the page, the failure, twice in the configuration, twice above it.
+    assert page.count("&lt;/script&gt;&lt;b&gt;&amp;&quot;&#x27; {{data}} \\1 &lt;!--result--&gt;") == 7
     Structure(page)
 
 
@@ -139,9 +149,9 @@ def test_arrays_and_frames_come_back(tmp_path):
     _, data = write(tmp_path, **given)
     frames = given["rollouts"][0]["frames"]
     for k in range(len(frames)):
-        np.testing.assert_array_equal(cut(data["rollouts"][0]["frames"], k), frames[k])
+        np.testing.assert_array_equal(cut(data["rollouts"][1]["frames"], k), frames[k])  # after the failure
     np.testing.assert_array_equal(cut(data["chunks"][0]["image"], 0), given["chunks"]["observation"])
-    for packed, want in ((data["rollouts"][1]["path"], given["rollouts"][1]["path"]),
+    for packed, want in ((data["rollouts"][0]["path"], given["rollouts"][1]["path"]),
                          (data["samples"][0]["points"], given["samples"]["trace"]),
                          (data["samples"][0]["field"], given["samples"]["field"])):
         np.testing.assert_array_equal(unpack(packed), want.astype("f4"))
@@ -176,9 +186,14 @@ def test_the_view_follows_the_picture_and_ignores_what_diverged(tmp_path):
     chunks = {"trace": trace, "xy": (0, 2), "labels": ["a", "b"], "extent": (0, 512, 512, 0),
               "observation": np.zeros((4, 4, 3), np.uint8)}
     _, data = write(tmp_path, chunks=chunks)
-    left, right, bottom, top = data["chunks"][0]["view"]
-    assert left < 0 and right > 512 and bottom > 512 and top < 0  # y runs down, as in the picture
+    assert data["chunks"][0]["view"] == [0, 512, 512, 0]  # y runs down, as in the picture
+    assert data["chunks"][0]["outside"] == 0.5  # neither NaN nor infinity is in it
     assert np.isnan(unpack(data["chunks"][0]["trace"])[0]).sum() == 6
+    noisy = np.random.default_rng(0).normal(0, 1e5, trace.shape)
+    noisy[-1] = 512
+    noisy[-1, 2, 1:] = 600  # of 12 finished steps 2 leave the picture, which fills its frame all the same
+    wide = write(tmp_path, chunks=chunks | {"trace": noisy})[1]["chunks"][0]
+    assert wide["view"] == [0, 512, 512, 0] and wide["outside"] == pytest.approx(1 / 6)
     for broken in (np.full((2, 4, 3, 3), np.nan), np.zeros((2, 4, 3, 3))):
         write(tmp_path, chunks=chunks | {"trace": broken, "extent": None})
         write(tmp_path, chunks=chunks | {"trace": broken, "xy": None})
@@ -188,7 +203,7 @@ def test_many_states_are_thinned_with_both_ends_kept(tmp_path):
     trace = np.arange(1000.0)[:, None, None].repeat(2, 2)
     _, data = write(tmp_path, samples={"trace": trace, "labels": [str(k) for k in range(1000)]})
     labels = data["samples"][0]["labels"]
-    assert len(labels) == report.MAX_STATES and (labels[0], labels[-1]) == ("0", "999")
+    assert len(labels) == drawing.MAX_STATES and (labels[0], labels[-1]) == ("0", "999")
     assert unpack(data["samples"][0]["points"])[:, 0, 0].tolist() == [float(k) for k in labels]
     images = np.zeros((100, 64, 3, 32, 32), np.float32)  # 20 MB of pixels
     _, data = write(tmp_path, samples={"trace": images, "labels": [""] * 100})
@@ -199,28 +214,100 @@ def test_curves(tmp_path):
     metrics = [{"step": 20, "loss": 0.5}, {"step": 10, "loss": float("nan")},
                {"step": 30, "loss": float("inf")}, {"step": 40, "loss": 0.25},
                {"step": 20, "loss": 0.75},  # logged again after a resume
-               {"step": 40, "success": 0.5, "interval": [0.25, 0.75], "loss_t": [1.0, float("nan")]}]
+               {"step": 40, "success": 0.5, "interval": [0.25, 0.75], "loss_t": [1.0, float("nan")]},
+               {"step": 60, "success": 1.0, "interval": [0.75, 1.0], "loss_t": [2.0, 0.5]}]
     _, data = write(tmp_path, metrics=metrics)
     loss, success, by_t = data["charts"]
     assert loss["lines"][0]["x"] == [10, 20, 30, 40] and loss["lines"][0]["y"] == [None, 0.75, None, 0.25]
     assert loss["lines"][0]["bad"] == [10, 30]
-    assert success["lines"][0]["interval"] == [[0.25, 0.75]]
-    assert [line["y"] for line in by_t["lines"]] == [[1.0], [None]]
+    assert success["lines"][0]["interval"] == [[0.25, 0.75], [0.75, 1.0]]
+    assert [line["y"] for line in by_t["lines"]] == [[1.0, 2.0], [None, 0.5]]
+
+
+def test_what_was_logged_once_is_a_number_and_no_curve(tmp_path):
+    metrics = [{"step": 1500, "loss": 0.25, "data_s": 0.5, "lr": float("nan")},
+               {"step": 1500, "val_loss": 2.0, "success": 0.5, "loss_t": [1.0, 3.0, None, 2.0]}]
+    page, data = write(tmp_path, metrics=metrics, result={"success": 0.5})
+    by_t, = data["charts"]  # one evaluation: a curve over t
+    assert by_t["axis"] == "t" and by_t["title"] == "Loss by t, at step 1,500"
+    assert by_t["lines"][0]["x"] == [0.125, 0.375, 0.625, 0.875]
+    assert by_t["lines"][0]["y"] == [1.0, 3.0, None, 2.0]
+    numbers = page.split("<table id=\"numbers\">")[1].split("</table>")[0]
+    assert dict(re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", numbers)) == {
+        "Training loss": "0.25 (step 1,500)", "Validation loss": "2 (step 1,500)",
+        "Learning rate": "not finite (step 1,500)", "Seconds per step, data": "0.5 (step 1,500)"}
+    assert "numbers" not in Structure(write(tmp_path, **content())[0]).ids
 
 
 def test_long_curves_are_means_of_groups(tmp_path):
-    metrics = [{"step": step, "loss": float(step % 2)} for step in range(10 * report.MAX_POINTS)]
+    metrics = [{"step": step, "loss": float(step % 2)} for step in range(10 * charts.MAX_POINTS)]
     line = write(tmp_path, metrics=metrics)[1]["charts"][0]["lines"][0]
-    assert set(line["y"]) == {0.5} and len(line["x"]) == report.MAX_POINTS
+    assert set(line["y"]) == {0.5} and len(line["x"]) == charts.MAX_POINTS
     assert line["x"][:2] == [0, 10] and set(line["mean"]) == {0.5}
 
 
 def test_tables(tmp_path):
     page, _ = write(tmp_path, **content())
     rows = dict(re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", page))
-    assert rows["success"] == "75 %" and rows["interval"] == "66 % to 82 %" and rows["episodes"] == "100"
-    assert rows["train.lr"] == "0.001" and rows["stuck at the wall"] == "20"
-    assert re.findall(r"<td>(\d+ %)</td><td class=bar", page) == ["80 %", "20 %"]  # of the 25 failures
+    assert rows["Success"] == "75 %" and rows["95 % interval"] == "66 % to 82 %" and rows["Episodes"] == "100"
+    assert rows["train.lr"] == "0.001"
+    facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page)
+    assert facts == [("Data", "tabletop: 3 episodes"), ("Command", "python train.py --model dp_cnn")]
+
+
+def test_failures_are_shares_of_all_episodes(tmp_path):
+    page, _ = write(tmp_path, result={"outcomes": {"success": 98, "wall": 2, "timeout": 0}})
+    table = page.split("<section id=\"failures\">")[1].split("</section>")[0]
+    cells = re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", table)
+    assert cells == [("2 of 100 ended at the wall", "2 %")]
+    assert re.findall(r"width:(.*?)%", table) == ["2"]
+    table = words.failure_table({"outcomes": {"success": 3, "lost": 1}, "outcomes_arm": {"a": 1, "b": 4}})
+    assert re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", table) == [
+        ("1 of 4 ended as: lost", "25 %"), ("arm: 4 of 5 ended as: b", "80 %"),
+        ("arm: 1 of 5 ended as: a", "20 %")]
+    assert "failures" not in Structure(write(tmp_path, result={"outcomes": {"success": 5}})[0]).ids
+
+
+@pytest.mark.parametrize("result, said", [
+    ({"success": 0.98, "interval": [0.93, 0.9945], "episodes": 100, "score": 0.98, "action_error": 0.08},
+     ["98 of 100 episodes succeeded (95 % interval 93 to 99 %)"]),
+    ({"success": 0.0, "interval": [0.0, 0.0713], "episodes": 50, "score": 0.613},
+     ["0 of 50 episodes succeeded (95 % interval 0 to 7 %), mean score 0.613"]),
+    ({"success_a": 0.5, "interval_a": [0.2, 0.8], "episodes_a": 8, "success_b": 1.0, "episodes_b": 8},
+     ["a: 4 of 8 episodes succeeded (95 % interval 20 to 80 %)", "b: 8 of 8 episodes succeeded"]),
+    ({"success": None, "interval": None, "episodes": 20, "score": -0.5, "return": -31.25},
+     ["Mean score -0.5, mean return -31.2 in 20 episodes"]),
+    ({"distance": 0.01234, "floor": 0.0009}, ["Energy distance to held-out data: 0.0123 (floor 0.0009)"]),
+    ({"distance": 2.0, "floor": 1.0, "accuracy_samples": 0.875, "accuracy_real": 0.96},
+     ["Energy distance to held-out data: 2 (floor 1)",
+      "The class asked for is recognised in 87.5 % of the samples (96 % of real images)"]),
+    ({"val_loss": 1.0, "action_error": 0.0321, "error_of_mean": 0.2, "error_of_staying": 0.05},
+     ["Mean error of sampled actions: 0.0321 (staying in place 0.05, the mean action 0.2)"]),
+    ({"val_loss": 1.0}, [])])
+def test_the_headline_is_the_result(result, said, tmp_path):
+    assert words.headlines(result) == said
+    page, _ = write(tmp_path, title="dp_cnn (tiny)", result=result)
+    heading = re.search(r"<h1>(.*?)</h1>", page)[1]
+    assert re.findall(r"<span>(.*?)</span>", heading) == (said or ["dp_cnn (tiny)"])
+    assert ("<p>dp_cnn (tiny)</p>" in page) == bool(said)
+
+
+def test_data_units_command_and_date(monkeypatch):
+    monkeypatch.setattr(words.sys, "orig_argv", ["/usr/bin/python3", "train.py", "--data", "my file.hdf5"])
+    table = {"source": "tabletop", "fps": 10.0, "action_dim": 3, "lengths": [30, 5], "valid_episodes": [1],
+             "action_names": ["target_x", "target_y", "gripper"]}
+    facts = words.about(table)
+    assert facts["Data"] == "tabletop: 2 episodes, 35 steps, 1 of the episodes held out"
+    assert "target_x (table units)" in facts["Actions"] and "at 10 Hz" in facts["Actions"]
+    assert facts["Command"] == "python train.py --data 'my file.hdf5'"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", facts["Date"])
+    arm = table | {"source": "arm.hdf5", "action_dim": 26, "action_names": [], "fps": 30.0}
+    assert words.about(arm)["Actions"] == "26 dimensions at 30 Hz, in the units of the data"
+    assert words.about(table, table, arm)["Data"].count("episodes, 35 steps") == 2  # once for each set
+    points = words.about({"source": "moons", "shape": [2], "n_classes": 2, "items": 18000})
+    assert points["Data"] == "moons: 18,000 training items (2-D points of 2 classes)"
+    assert "Actions" not in points
+    assert words.about({"source": "given"})["Data"] == "given"
 
 
 def compared(seed=0):
@@ -243,6 +330,10 @@ def test_runs_side_by_side(tmp_path):
     assert Structure(page).ids == "tables chunks samples rollouts data".split()
     for section in ("chunks", "samples"):
         assert [one["name"] for one in data[section]] == ["left run", "right run"]
+    assert data["chunks"][0]["view"] == data["chunks"][1]["view"] == [-1, 1, 1, -1]
+    for chunks in given["chunks"]:
+        chunks["extent"] = None
+    data = write(tmp_path, **given)[1]
     assert data["chunks"][0]["view"] == data["chunks"][1]["view"]
     alone = write(tmp_path, chunks=given["chunks"][0])[1]["chunks"][0]["view"]
     assert alone != data["chunks"][0]["view"]
@@ -253,8 +344,8 @@ def test_runs_side_by_side(tmp_path):
     given["chunks"][1]["group"] = "elsewhere"
     apart = write(tmp_path, **given)[1]["chunks"]
     assert apart[0]["view"] == alone != apart[1]["view"]
-    assert [(r["scene"], r["name"]) for r in data["rollouts"]] == [
-        (f"seed {i}", name) for i in range(2) for name in ("left run", "right run")]
+    assert [(r["scene"], r["name"]) for r in data["rollouts"]] == [  # the scene where they failed first
+        (f"seed {i}", name) for i in (1, 0) for name in ("left run", "right run")]
     cells = re.findall(r"<t[hd](?: scope=col)?>(.*?)</t[hd]>", page.split("<section id=\"tables\">")[1])[:9]
     assert cells == ["run", "success", "p50 ms", "left run", "9 of 10", "", "right &lt;run&gt;", "", "1.5"]
 
@@ -266,6 +357,51 @@ def test_all_rollouts_of_a_comparison_are_kept(tmp_path):
     for r in rollouts:
         r.pop("scene")
     assert len(write(tmp_path, rollouts=rollouts)[1]["rollouts"]) == report.MAX_ROLLOUTS
+
+
+def test_failures_come_first_among_the_films(tmp_path):
+    rollouts = [{"path": [[0, 0], [1, 1]], "success": i not in (7, 9), "seed": i, "outcome": "wall"}
+                for i in range(10)]
+    shown = write(tmp_path, rollouts=rollouts)[1]["rollouts"]
+    assert [int(r["seed"]) for r in shown] == [7, 9, 0, 1, 2, 3, 4, 5]
+    assert shown[0]["outcome"] == "ended at the wall"
+    silent = [{"path": [[0, 0], [1, 1]], "success": False, "outcome": "unknown"}]  # nobody said
+    assert write(tmp_path, rollouts=silent)[1]["rollouts"][0]["success"] is None
+
+
+def test_over_time_the_scale_is_that_of_the_finished_chunks(tmp_path):
+    """Noise is wider than what an arm does in one chunk; a joint that rests does not fill its panel."""
+    r = np.random.default_rng(0)
+    trace = r.normal(0, 100, (3, 32, 8, 2))
+    trace[-1, ..., 0] = r.uniform(-30, 30, (32, 8))
+    trace[-1, ..., 1] = 5 + r.uniform(-1e-3, 1e-3, (32, 8))
+    demonstrated = np.stack([np.linspace(0, 50, 8), np.full(8, 5.0)], 1)
+    demonstrated[-1] = np.nan  # the episode has ended
+    chunks = {"trace": trace, "xy": None, "labels": "abc", "demonstrated": demonstrated}
+    drawn = write(tmp_path, chunks=chunks)[1]["chunks"][0]
+    (low, high), (low_rest, high_rest) = drawn["ranges"]
+    assert -50 < low < -29 and demonstrated[-2, 0] < high < 60
+    assert 10 < high_rest - low_rest < 40 and (low_rest + high_rest) / 2 == pytest.approx(5, abs=0.1)
+    np.testing.assert_array_equal(unpack(drawn["demonstrated"]), demonstrated.astype("f4"))
+    assert drawn["names"] == ["action 0", "action 1"]
+
+
+def test_pictures_of_all_cameras(tmp_path):
+    """They stand beside the chunks, under their names; a large one is thinned."""
+    large = np.arange(480 * 640 * 3, dtype=np.uint32).reshape(480, 640, 3).astype(np.uint8)
+    given = other_content()
+    given["chunks"]["cameras"] |= {"cam_large": large}
+    cameras = write(tmp_path, **given)[1]["chunks"][0]["cameras"]
+    assert [c["name"] for c in cameras] == ["cam_high", "cam_wrist", "cam_large"]
+    np.testing.assert_array_equal(cut(cameras[1]["image"], 0), given["chunks"]["cameras"]["cam_wrist"])
+    np.testing.assert_array_equal(cut(cameras[2]["image"], 0), large[::2, ::2])
+
+
+def test_files_of_the_page_are_narrow():
+    for path in report.PAGE.iterdir():
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        wrong = [i for i, line in lines if len(line) > 110 or line != line.rstrip()]
+        assert not wrong, f"{path.name}, lines {wrong}"
 
 
 def test_the_left_one_of_two_modes_comes_first(tmp_path):
@@ -280,18 +416,24 @@ def test_the_left_one_of_two_modes_comes_first(tmp_path):
 
 def test_numbers_of_numpy(tmp_path):
     step, loss = np.int64(7), np.float32(0.5)
-    page, data = write(tmp_path, metrics=[{"step": step, "loss": loss}], result={"success": np.float64(0.5)},
+    metrics = [{"step": step, "loss": loss}, {"step": step + 1, "loss": loss}]
+    result = {"success": np.float64(0.5), "episodes": np.int64(8)}
+    page, data = write(tmp_path, metrics=metrics, result=result,
                        config={"betas": np.array([0.9, 0.95])},
                        chunks={"trace": np.zeros((2, 1, 3, 2)), "labels": [0, 1], "xy": np.array([0, 1]),
                                "executed": (np.int64(0), np.int64(2))})
-    assert data["charts"][0]["lines"][0]["x"] == [7] and data["charts"][0]["lines"][0]["y"] == [0.5]
+    assert data["charts"][0]["lines"][0]["x"] == [7, 8]
+    assert data["charts"][0]["lines"][0]["y"] == [0.5, 0.5]
+    assert "<span>4 of 8 episodes succeeded</span>" in page
     assert data["chunks"][0]["xy"] == [0, 1] and data["chunks"][0]["executed"] == [0, 2]
     assert "<td>50 %</td>" in page and "<td>0.9, 0.95</td>" in page
 
 
-def test_a_missing_folder_is_an_oserror(tmp_path):
-    with pytest.raises(OSError):
-        report.write(tmp_path / "nowhere" / "report.html", "run")
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("a file, no folder")
+    with pytest.raises(UserError, match="report.html"):
+        report.write(tmp_path / "file" / "report.html", "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # In a browser: Chromium driven through chromedriver's WebDriver protocol, which is JSON over HTTP.
@@ -383,8 +525,9 @@ def test_slider_and_play_in_a_browser(tmp_path, browser, given):
     write(tmp_path, **given())
     # The reply comes after the load event, and that waits for the pictures inside the page.
     browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
-    for section, last in (("#chunks", 5), ("#samples", 3), ("#rollouts figure", 6)):
-        slider, canvas, button = f"{section} input", f"{section} canvas", f"{section} button"
+    for section, last in (("#chunks", 5), ("#samples", 3), ("#rollouts figure", 8)):
+        slider, button = f"{section} input", f"{section} button"
+        canvas = f"{section.split()[0]} figure:has(.player) canvas"
         value = f"return document.querySelector('{slider}').value"
         finished = browser.run(pixels(canvas))
         assert browser.run(value) == str(last)
@@ -421,7 +564,7 @@ def test_runs_side_by_side_in_a_browser(tmp_path, browser):
         browser.wait(f"return [...document.querySelectorAll('{section} figure button')]"
                      ".every(node => node.textContent === 'Play')")
         assert browser.run(shown.format(f"{section} input", "value")) == last
-    assert browser.run(shown.format("#rollouts h3", "textContent")) == ["seed 0", "seed 1"]
+    assert browser.run(shown.format("#rollouts h3", "textContent")) == ["seed 1", "seed 0"]
     assert browser.run("return [...document.querySelectorAll('#rollouts h3 + .many')]"
                        ".map(grid => grid.children.length)") == [2, 2]
     browser.emulate("setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
@@ -435,11 +578,12 @@ def test_runs_side_by_side_in_a_browser(tmp_path, browser):
 def test_states_are_drawn_where_they_are(tmp_path, browser, xy, extent, sign):
     """A chunk that rises from 0 to 2 moves up over the states, and down where the picture's y runs down."""
     trace = np.arange(3.0)[:, None, None, None].repeat(4, 2).repeat(2, 3)
+    ends = np.array([[0.0, 0.0], [2.0, 2.0]] * 2)  # over time they bring all states into the range
     write(tmp_path, chunks={"trace": trace, "xy": xy, "labels": ["0", "1", "2"], "extent": extent,
-                            "observation": np.full((2, 2, 3), 128, np.uint8)})
+                            "observation": np.full((2, 2, 3), 128, np.uint8), "demonstrated": ends})
     browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
     heights = browser.run("""
-        const canvas = document.querySelector("#chunks canvas");
+        const canvas = document.querySelector("#chunks figure:has(.player) canvas");
         const slider = document.querySelector("#chunks input");
         return [0, 1, 2].map(k => {
           slider.value = k;
@@ -479,14 +623,17 @@ def test_width_and_themes_in_a_browser(tmp_path, browser, theme):
 def test_broken_and_empty_data_in_a_browser(tmp_path, browser):
     """Not finite, one state, one point, all zero: the page still draws, without a message in the console."""
     row = {"step": 0, "loss": np.nan, "lr": 0.0, "val_loss": 2.0, "success": 1.0, "interval": [1.0, 1.0]}
-    write(tmp_path, metrics=[row],
+    write(tmp_path, metrics=[row, row | {"step": 1, "loss": 1.0}],
           chunks={"trace": np.full((1, 1, 4, 2), np.nan), "xy": (0, 1), "labels": ["only"]},
           samples={"trace": np.zeros((1, 3, 2)), "labels": ["only"], "field": np.zeros((1, 3, 3, 2)),
                    "field_extent": (-1, 1)}, rollouts=[{"path": np.zeros((1, 2)), "success": True}])
     browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
     readings = browser.run("return [...document.querySelectorAll('#charts output')].map(o => o.textContent)")
-    assert readings[0] == "step 0 \u25cf loss not finite; logged values not finite: 1, first at step 0"
-    assert readings[2] == "step 0 \u25cf success 100 % (100 % to 100 %)"
+    assert readings[0] == "step 1 \u25cf loss 1; logged values not finite: 1, first at step 0"
+    assert readings[2] == "step 1 \u25cf success 100 % (100 % to 100 %)"
+    broken = np.full((1, 1, 4, 2), np.nan)
+    write(tmp_path, chunks={"trace": broken, "xy": None, "labels": ["only"], "demonstrated": broken[0, 0]})
+    browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
     write(tmp_path)
     browser.send("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
     assert browser.log() == []
