@@ -8,8 +8,8 @@ Reads demonstrations (or a generated set) through data.py, trains the model file
     result.json     the final figures
     report.html     curves, samples forming out of noise, rollouts
 
-Everything random in step k (windows, noise, t, crops, dropout) is a function of (seed, k, rank): a run that is
-resumed needs the step and nothing else, and on a CPU it equals the uninterrupted one bit for bit.
+Everything random in step k (windows, noise, t, crops, dropout) is a function of (seed, k, rank): a run needs
+the step and nothing else to be resumed, and on a CPU it then equals the uninterrupted one bit for bit.
 
 Map: schedules | prepare | loop, after_steps | evaluate, finish | train, main. Read `train` and `loop` first.
 Saving, resuming and signals are in tools/runs.py. Several GPUs: `torchrun --nproc_per_node 4 train.py ...`
@@ -92,7 +92,6 @@ class LossStep(torch.nn.Module):
 def prepare(options, module, out, device, dtype, rank, world):
     """Open the data, build the model and its average, the optimiser. -> Run"""
     earlier = earlier_run(options, out)
-
     # The data decide the shapes in the model's Config. A run goes on in the units in which it began.
     units = Normalizer.from_state(earlier["normalizer"]) if earlier and earlier["normalizer"] else None
     facts, make_items, description, normalizer = data.open_data(options, module, normalizer=units)
@@ -274,9 +273,8 @@ def evaluate_on_the_way(run):
 def finish(run):
     """The last evaluation, result.json and the report. -> the dict of result.json"""
     collect(run)
-    result = {}
+    result, options = {}, run.options
     if run.main:
-        options = run.options
         row = evaluate(run, acting=True)
         rollouts = row.pop("rollouts", [])
         log(run, row)
@@ -336,7 +334,7 @@ def carry_out(run):
     except RuntimeError as e:  # torch notices it at any place of the loop
         if "DataLoader worker" not in str(e):
             raise
-        raise UserError(f"a worker process died ({one_line(e)[:120]}): go on with --resume") from None
+        raise UserError(f"a worker process died ({one_line(e)[:99]}): go on with --resume") from None
     release_signals()  # all is saved: from here on an interruption costs the evaluation only
     return finish(run)
 
