@@ -21,7 +21,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -38,7 +37,7 @@ from tools.explain import explain_one_batch
 from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import pictures
 from tools.quality import compare_samples, validate
-from tools.runs import (Run, catch_signals, collect, keep_best, locked, log, n_parameters, prepare_out,
+from tools.runs import (Run, Since, catch_signals, collect, keep_best, locked, log, n_parameters, prepare_out,
                         release_signals, save, stop_status)
 from tools.starting import build, earlier_run, resume
 
@@ -118,22 +117,6 @@ def prepare(options, module, out, device, dtype, rank, world):
 # The loop
 
 
-@dataclass
-class Since:
-    """What the loop gathers from one logged step to the next; losses stay on the device until then."""
-    step: int
-    losses: list = field(default_factory=list)
-    data_s: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
-
-    def fetch(self, stream, device):
-        asked = time.perf_counter()
-        _, batch = next(stream)
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        self.data_s += time.perf_counter() - asked
-        return batch
-
-
 def loop(run, stream):
     """Fetch, loss, backward, clip, step, EMA, log. Nothing here waits for the device but `after_steps`."""
     options, model, optimizer = run.options, run.model, run.optimizer
@@ -141,7 +124,8 @@ def loop(run, stream):
     if run.world > 1 and not options.fsdp:
         loss_step = torch.nn.parallel.DistributedDataParallel(loss_step)
     autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.dtype == torch.bfloat16)
-    received, since = catch_signals(), Since(run.step)
+    received, since = catch_signals(), Since(run.unlogged["step"])
+    since.losses += run.unlogged.get("losses", torch.zeros(0)).to(run.device).unbind()
     bar = tqdm(total=options.steps, initial=run.step, disable=not run.main, mininterval=1, unit="step")
     while run.step < options.steps:
         lr = options.lr * lr_factor(run.step, options.warmup, options.steps, options.lr_schedule)
@@ -170,38 +154,42 @@ def loop(run, stream):
 def after_steps(run, since, named, lr, grad_norm, received, bar):
     """Every log_every steps, the one place where the host waits for the device: log, save, evaluate, stop.
     -> what to gather in from here on"""
-    options, done = run.options, run.step
-    due = evaluations_due(run)
-    logging = done % options.log_every == 0 or done == options.steps or any(due)
+    options, done, due = run.options, run.step, evaluations_due(run)
+    at = lambda every: bool(every) and done % every == 0
+    saving = done == options.steps or at(options.checkpoint_every) or at(options.keep_every) or (
+        options.keep_best and any(due))
+    logging = saving or any(due) or at(options.log_every)
     stopping = bool(received) and (run.world == 1 or logging)
     if run.world > 1 and logging:  # all processes stop at the same step, or some would wait for ever
         stopping = distributed.any_process(stopping, run.device)
-    saving = stopping or done == options.steps or done % options.checkpoint_every == 0 or (
-        options.keep_best and any(due)) or (options.keep_every and done % options.keep_every == 0)
-    if not (logging or saving):
+    if not (logging or stopping):
         return since
-    losses = torch.stack(since.losses).reshape(-1, options.grad_accum).sum(1).tolist()
+    losses = torch.stack(since.losses)
+    each = losses.reshape(-1, options.grad_accum).sum(1).tolist()
     grad_norm = (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).item()
     # A gradient can overflow where the loss does not: the weights are then lost, and must not be saved.
-    stop_if_not_finite(run, since.step, losses[:-1] + [losses[-1] + 0 * grad_norm])
+    stop_if_not_finite(run, since.step, each[:-1] + [each[-1] + 0 * grad_norm])
     elapsed, n = time.perf_counter() - since.began, done - since.step
     run.seconds += elapsed
-    row = {"step": done, "loss": sum(losses) / n, "lr": lr, "grad_norm": grad_norm,
-           "data_s": since.data_s / n, "compute_s": (elapsed - since.data_s) / n,
-           "samples_per_s": n * options.batch_size * options.grad_accum * run.world / elapsed}
-    row |= {f"loss_{name}": x.item() for name, x in named.items() if x.ndim == 0 and name != "loss"}
-    log(run, row)
-    bar.set_postfix_str(f"loss {row['loss']:.4f} data {1e3 * row['data_s']:.1f} ms "
-                        f"compute {1e3 * row['compute_s']:.1f} ms")
-    if saving:
+    if logging:
+        row = {"step": done, "loss": sum(each) / n, "lr": lr, "grad_norm": grad_norm,
+               "data_s": since.data_s / n, "compute_s": (elapsed - since.data_s) / n,
+               "samples_per_s": n * options.batch_size * options.grad_accum * run.world / elapsed}
+        row |= {f"loss_{name}": x.item() for name, x in named.items() if x.ndim == 0 and name != "loss"}
+        log(run, row)
+        bar.set_postfix_str(f"loss {row['loss']:.4f} data {1e3 * row['data_s']:.1f} ms "
+                            f"compute {1e3 * row['compute_s']:.1f} ms")
+    # Stopped between two rows: the next one is written by the resumed run, as if nothing had happened.
+    run.unlogged = {"step": done} if logging else {"step": since.step, "losses": losses.cpu()}
+    if saving or stopping:
         save(run)
-    if any(due) and not stopping:
-        evaluate_on_the_way(run)
     if stopping:
         bar.close()
         if run.main:
             print(f"stopped after step {done}; all is saved. Go on with the same command and --resume")
         raise SystemExit(stop_status(received))
+    if any(due):
+        evaluate_on_the_way(run)
     return Since(done)
 
 

@@ -742,3 +742,17 @@ def test_an_environment_that_is_wrong_costs_no_training(env, named, demos, tmp_p
     argv = command(demos, tmp_path / "out", config=tmp_path / "a.yaml", episodes=2)
     refused(capsys, lambda: train.main(argv), named)
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_stopped_between_two_rows(demos, tmp_path, monkeypatch):
+    """The row that comes next is the mean over all of its steps, those before the stop among them."""
+    argv = {name: command(demos, tmp_path / name, log_every=4, checkpoint_every=50, eval_every=0, grad_accum=2)
+            for name in ("whole", "stopped")}
+    train.main(argv["whole"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 2 * 5 + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train.main(argv["stopped"])
+    assert read_checkpoint(tmp_path / "stopped")["step"] == 6
+    train.main([*argv["stopped"], "--resume"])
+    assert [row["step"] for row in read_rows(tmp_path / "stopped")] == [4, 8, 8]
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")

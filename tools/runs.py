@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,10 +47,27 @@ class Run:
     step: int = 0               # optimiser steps done
     seconds: float = 0.0        # of training so far
     rows: list = field(default_factory=list)  # of metrics.jsonl
+    unlogged: dict = field(default_factory=lambda: {"step": 0})  # step of the last row, losses since then
 
     @property
     def main(self):
         return self.rank == 0
+
+
+@dataclass
+class Since:
+    """What the loop gathers from one logged step to the next; losses stay on the device until then."""
+    step: int
+    losses: list = field(default_factory=list)
+    data_s: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def fetch(self, stream, device):
+        asked = time.perf_counter()
+        _, batch = next(stream)
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        self.data_s += time.perf_counter() - asked
+        return batch
 
 
 def n_parameters(model):
@@ -118,8 +136,8 @@ def save(run):
             "model": run.options.model, "preset": run.options.preset,
             "options": dataclasses.asdict(run.options), "config": dataclasses.asdict(run.config),
             "data": run.description, "normalizer": run.normalizer.state() if run.normalizer else None,
-            "step": run.step, "train_seconds": run.seconds, "ema": run.shown.state_dict(),
-            "replay": record(run.shown, run.example)})
+            "step": run.step, "unlogged": run.unlogged, "train_seconds": run.seconds,
+            "ema": run.shown.state_dict(), "replay": record(run.shown, run.example)})
         if run.options.keep_every and run.step and run.step % run.options.keep_every == 0:
             copy_aside(run.out / "checkpoint.pt", run.out / f"checkpoint_{run.step}.pt")
 

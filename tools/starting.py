@@ -123,6 +123,7 @@ def take_up(run, checkpoint):
                   if x.shape == parameters[i].shape}
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.step, run.seconds = checkpoint["step"], checkpoint["train_seconds"]
+    run.unlogged = checkpoint.get("unlogged", {"step": run.step})
 
 
 def same_data(was, now, out):
