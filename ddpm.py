@@ -65,14 +65,14 @@ import torch.nn.functional as F
 class Config:
     data_shape: tuple = (2,)         # of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
     n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
-    label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
-    flip: bool = False               # mirror half of the training images, drawn by chance, left to right
+    label_dropout: float = 0.1       # share of training labels replaced by "any class", so that it is trained
+    flip: bool = False               # mirror each training image, left to right, with probability 1/2
     # -- network for points (MLP)
     width: int = 128                 # units per layer
     depth: int = 4                   # residual layers
     # -- network for images (UNet)
     channels: int = 32               # feature maps at full resolution
-    channel_mult: tuple = (1, 2, 2)  # feature maps per level / `channels`; each but the first halves H and W
+    channel_mult: tuple = (1, 2, 2)  # feature maps / `channels`, per level; levels after the first halve H, W
     n_res_blocks: int = 1            # ResBlocks per level on the way down (one more on the way up)
     attn_resolutions: tuple = (8,)   # image heights at which every ResBlock is followed by self-attention
     norm_groups: int = 8             # groups of GroupNorm; must divide every level's feature maps
@@ -115,25 +115,22 @@ def check_at_least(config, least, *fields):
 
 
 def check_networks(config):
-    """The fields of the data, the labels and the two networks. ValueError."""
+    """Raise a ValueError if a field of the data, the labels or the two networks cannot be used."""
     check_at_least(config, 0, "n_classes", "label_dropout", "dropout", "guidance", "channel_mult")
     check_at_least(config, 1, "data_shape", "depth", "n_res_blocks", "attn_resolutions", "norm_groups")
     check_at_least(config, 4, "width", "channels")
     shape, mult, groups = config.data_shape, config.channel_mult, config.norm_groups
     multiple, widths = 2 ** (len(mult) - 1), [round(config.channels * m) for m in (1, *mult)]
     for wrong, message in (
-        (config.label_dropout >= 1 or config.dropout >= 1,
-         f"label_dropout {config.label_dropout} and dropout {config.dropout} must be below 1"),
+        (config.label_dropout >= 1 or config.dropout >= 1, "label_dropout and dropout must be below 1"),
         (config.guidance != 1 and not (config.n_classes and config.label_dropout),
          f"guidance {config.guidance} needs classes, and label_dropout above 0 to train 'any class'"),
-        (config.width % 2 or config.channels % 2,
-         f"width {config.width} and channels {config.channels} must be even: time is sines and cosines"),
+        (config.width % 2 or config.channels % 2, "width and channels must be even: sines and cosines"),
         (len(shape) not in (1, 3), f"data_shape {shape}: (D,) for points or (C, H, W) for images"),
         (config.flip and len(shape) == 1, f"flip: {shape} is no image"),
         (not mult, "channel_mult () needs a number for each level of the U-Net, at least one"),
         (any(size % multiple for size in shape[1:]),
-         f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
-         f"halves {len(mult) - 1} times"),
+         f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter"),
         (any(width < 1 or width % groups for width in widths),
          f"norm_groups {groups} must divide channels {config.channels}, and that times channel_mult {mult}"),
     ):
@@ -143,11 +140,9 @@ def check_networks(config):
 
 # ---------------------------------------------------------------- small modules
 def time_embedding(t, dim):
-    """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000.
-
-    As Ho et al. Others differ: improved-diffusion and DiT put the cosines first and have i/half for the
-    exponent i/(half - 1). Mixed up, training still works but released weights give garbage.
-    """
+    """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000 (Ho et
+    al.). Others differ: improved-diffusion and DiT put the cosines first and divide i by half, not half - 1.
+    With the wrong one training still works, but released weights give garbage."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
     angle = t.float()[:, None] * frequency                                # (B, half)
@@ -155,7 +150,7 @@ def time_embedding(t, dim):
 
 
 class StepEmbedding(nn.Module):
-    """Time t (B,) and, with n_classes > 0, label (B,) -> (B, d_out). label None means "any class"."""
+    """Time t, (B,) or (1,) for all, and label (B,) with n_classes; None = "any class" -> (B or 1, d_out)."""
 
     def __init__(self, d_in, d_out, n_classes):
         super().__init__()
@@ -164,8 +159,7 @@ class StepEmbedding(nn.Module):
         self.label = nn.Embedding(n_classes + 1, d_out) if n_classes else None
 
     def forward(self, t, label=None):
-        # From a sampler t is (1,), shared by all samples; B is then 1.
-        emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B, d_out)
+        emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B or 1, d_out)
         if self.n_classes:
             label = torch.full_like(t, self.n_classes, dtype=torch.long) if label is None else label
             emb = emb + self.label(label)                                 # (B, d_out)
@@ -178,23 +172,23 @@ class MLP(nn.Module):
 
     def __init__(self, config, d_out):
         super().__init__()
-        (D,), W = config.data_shape, config.width
-        self.embed = StepEmbedding(W, W, config.n_classes)
-        self.inp = nn.Linear(D, W)
-        self.layers = nn.ModuleList([nn.Linear(W, W) for _ in range(config.depth)])
-        self.out = nn.Linear(W, d_out)
+        (D,), width = config.data_shape, config.width
+        self.embed = StepEmbedding(width, width, config.n_classes)
+        self.inp = nn.Linear(D, width)
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(config.depth)])
+        self.out = nn.Linear(width, d_out)
         self.init_weights()
 
     def init_weights(self):
-        """torch's defaults, but the untrained network predicts zero: the loss starts at its trivial value."""
+        """torch's defaults, but the output starts at zero: the first loss is the target's mean square."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x, t, label=None):
-        emb = self.embed(t, label)                                        # (B, W)
-        h = self.inp(x.to(emb.dtype))                                     # (B, W)
+        emb = self.embed(t, label)                                        # (B or 1, width)
+        h = self.inp(x.to(emb.dtype))                                     # (B, width)
         for layer in self.layers:
-            h = h + layer(F.silu(h + emb))                                # (B, W)
+            h = h + layer(F.silu(h + emb))                                # (B, width)
         return self.out(F.silu(h)).to(x.dtype)                            # (B, d_out)
 
 
@@ -216,8 +210,8 @@ class AttnBlock(nn.Module):
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention.
-    Group norm, because batch norm mixes the images of a batch, here noised to all degrees, and because its
-    running statistics would not fit the averaged weights (EMA)."""
+    Group norm: batch norm would mix the images of a batch, each noised to another level, and its running
+    statistics would not fit the averaged weights that samples are made with (EMA, see RECIPES)."""
 
     def __init__(self, c_in, c_out, c_emb, norm_groups, dropout, attn):
         super().__init__()
@@ -246,53 +240,43 @@ class UNet(nn.Module):
         ch, widths = config.channels, [round(config.channels * m) for m in config.channel_mult]
         res = lambda a, b, attn: ResBlock(a, b, 4 * ch, config.norm_groups, config.dropout, attn)
         attn_at = lambda level: size // 2**level in config.attn_resolutions
+        named = lambda **parts: nn.Sequential(OrderedDict(parts))
         # Zeros on the right and bottom only: TensorFlow's "SAME" padding, as in the original.
-        halve = lambda c: nn.Sequential(OrderedDict(
-            pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
-        double = lambda c: nn.Sequential(OrderedDict(
-            nearest=nn.Upsample(scale_factor=2, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1)))
+        halve = lambda c: named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
+        double = lambda c: named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1))
         self.embed = StepEmbedding(ch, 4 * ch, config.n_classes)
         self.conv_in = nn.Conv2d(c_data, ch, 3, padding=1)
-
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        c, skips = ch, [ch]                       # feature maps now, and of every output saved for later
+        c, skips = ch, [ch]           # feature maps: now, and of every output kept for the way up
         for level, width in enumerate(widths):
             self.down.append(nn.ModuleList([res(a, width, attn_at(level)) for a in [c] + [width] * (n - 1)]))
             c, skips = width, skips + [width] * n
             if level + 1 < len(widths):
                 self.downsample.append(halve(c))
                 skips.append(c)
-
         self.mid = nn.ModuleList([res(c, c, True), res(c, c, False)])
-
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):            # self.up[0] is the coarsest level
-            self.up.append(nn.ModuleList())
-            for _ in range(n + 1):                # one more than down: for conv_in's or downsample's output
-                self.up[-1].append(res(c + skips.pop(), width, attn_at(level)))
-                c = width
+            inputs = [a + skips.pop() for a in [c] + [width] * n]         # last: conv_in's or downsample's
+            self.up.append(nn.ModuleList([res(a, width, attn_at(level)) for a in inputs]))
+            c = width
             if level > 0:
                 self.upsample.append(double(c))
-
         self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
         self.init_weights()
 
     def init_weights(self):
-        """Ho et al.: uniform, fan-average; then every residual branch and the output start at zero."""
-        for m in self.modules():
+        """Ho et al.: uniform, fan-average; but the output and the ends of residual branches start at zero."""
+        for name, m in self.named_modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        for m in self.modules():
-            if isinstance(m, ResBlock):
-                nn.init.zeros_(m.conv2.weight)
-            elif isinstance(m, AttnBlock):
-                nn.init.zeros_(m.out.weight)
-        nn.init.zeros_(self.conv_out.weight)
+                if name.endswith(("conv2", "attn.out", "conv_out")):
+                    nn.init.zeros_(m.weight)
 
     def forward(self, x, t, label=None):
-        emb = self.embed(t, label)                                        # (B, 4 ch)
+        emb = self.embed(t, label)                                        # (B or 1, 4 ch)
         h = self.conv_in(x.to(emb.dtype))                                 # (B, ch, H, W)
         skips = [h]
         for level, blocks in enumerate(self.down):
@@ -494,8 +478,7 @@ class DDPM(nn.Module):
         super().__init__()
         self.config = config
         d, is_points = config.data_shape[0], len(config.data_shape) == 1
-        net = MLP if is_points else UNet
-        self.net = net(config, 2 * d if config.variance == "learned" else d)
+        self.net = (MLP if is_points else UNet)(config, 2 * d if config.variance == "learned" else d)
         self.target, self.to_x0 = PREDICTIONS[config.prediction_type]
         self.log_variance = VARIANCES[config.variance]
         self.nll = point_nll if is_points else pixel_nll
@@ -602,11 +585,10 @@ class DDPM(nn.Module):
         if n_classes and label is None and (required or not self.config.label_dropout):
             raise ValueError(f"the batch has no 'label', but the model has n_classes = {n_classes}; only "
                              f"label_dropout, here {self.config.label_dropout}, trains 'any class'")
-        # On a GPU the comparison would stop every step to wait for it; there the embedding's assertion fires.
+        # On a GPU every step would have to wait for this comparison; there the embedding itself complains.
         on_cpu = n_classes and label is not None and label.device.type == "cpu"
         if on_cpu and ((label < 0) | (label >= n_classes)).any():
-            raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = {n_classes} "
-                             f"means 0..{n_classes - 1}")
+            raise ValueError(f"label {label.min()}..{label.max()} is out of range 0..{n_classes - 1}")
         return label if n_classes else None
 
     def param_groups(self, weight_decay):
@@ -708,7 +690,7 @@ def main(steps=3000, batch_size=512):
         schedule.step()
         if step % 1000 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
-    # Means over several sets: a single distance between two sets of 2000 varies by as much as it is.
+    # Means over several sets: a single distance between two sets of 2000 varies by as much as its size.
     distance = sum(energy_distance(x, two_moons(2000)) for x in model.sample({"n": 10000}).split(2000)) / 5
     floor = sum(energy_distance(two_moons(2000), two_moons(2000)) for _ in range(20)) / 20
     print(f"energy distance of 2000 samples to data: {distance:.5f}; expect about 0.001, as between two sets "
