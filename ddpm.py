@@ -1,14 +1,16 @@
-"""Denoising diffusion (DDPM): a network learns to undo, step by step, a chain that buries data in noise.
+"""Denoising diffusion (DDPM): a network learns to undo, step by step, a process that turns data into noise.
 
-    Jonathan Ho, Ajay Jain, Pieter Abbeel: "Denoising Diffusion Probabilistic Models", arXiv:2006.11239,
-    code github.com/hojonathanho/diffusion
+    Ho, Jain, Abbeel: "Denoising Diffusion Probabilistic Models", arXiv:2006.11239; hojonathanho/diffusion
     cosine schedule, learned variance: Nichol, Dhariwal, arXiv:2102.09672 ("iDDPM"; openai/improved-diffusion)
     faster sampling: Song, Meng, Ermon: "Denoising Diffusion Implicit Models", arXiv:2010.02502 (DDIM)
     classes: Ho, Salimans: "Classifier-Free Diffusion Guidance", arXiv:2207.12598
 
-TIME: t = 0 is the LEAST noised of K states, K-1 is noise. Clean data is not t = 0; it would be t = -1, with
-alpha_bar = 1. (The papers count 1..K: their t is ours + 1.) `prev` is the neighbour of t towards the data.
-The step back from t = 0 ends at the data and adds no noise.
+What is modelled is the distribution of the data. K small steps of noise turn it into N(0, I), which is easy
+to draw from. The reverse of each step is nearly a normal distribution, whose mean a regression can learn.
+
+TIME: t counts levels of noise, from 0, the LEAST, to K-1, noise alone. Clean data is not t = 0; it would be
+t = -1, with alpha_bar = 1. (The papers count 1..K: their t is ours + 1.) `prev` is the level next to t on
+the data's side. The step back from t = 0 ends at the data and adds no noise.
 Axes: B samples, D dimensions of a point; or C, H, W of an image in [-1, 1]. eps and z are drawn from N(0, I).
 
 Forward, nothing to learn
@@ -25,29 +27,26 @@ Backward, learned
 Schedules
     [7]  cosine: alpha_bar_t = f(t + 1)/f(0),   f(i) = cos^2((i/K + s)/(1 + s) pi/2),   beta_t <= 0.999
     [8]  linear: beta_t in even steps from 0.1/K to 20/K
-The step back: the same numbers three times, then a faster one
-    [9]  x_prev = alpha (x_t - gamma eps) + sigma z:   as Diffusion Policy writes it, with
+The step back, in three forms of equal result, then a faster one
+    [9]  x_prev = alpha (x_t - gamma eps) + sigma z:   as Diffusion Policy (arXiv:2303.04137) writes it, with
          alpha = 1/sqrt(1 - beta_t), gamma = beta_t/sqrt(1 - alpha_bar_t), sigma = sqrt(var_t)
     [10] var_t = beta_t (1 - alpha_bar_prev)/(1 - alpha_bar_t):   variance of q(x_prev | x_t, x0), by Bayes
     [11] x_prev = mu + sigma z, mu the mean of q(x_prev | x_t, x0):
          mu = (sqrt(alpha_bar_prev) beta_t x0 + sqrt(1 - beta_t) (1 - alpha_bar_prev) x_t)/(1 - alpha_bar_t),
          where x0 is estimated as (x_t - sqrt(1 - alpha_bar_t) eps)/sqrt(alpha_bar_t), and may be clipped
-    [12] x_prev = alpha (x_t - beta_t grad E) + sigma z:   noisy descent of an energy E = -log q(x_t) + c,
-         grad E = -score = eps/sqrt(1 - alpha_bar_t). The density is exp(-E)/Z, but grad E does not contain Z
+    [12] x_prev = alpha (x_t - beta_t grad E) + sigma z:   noisy descent of an energy E = -log q(x_t) + const,
+         grad E = -score = eps/sqrt(1 - alpha_bar_t). The factor Z of a density exp(-E)/Z is not in it
     [13] DDIM: x_prev = sqrt(alpha_bar_prev) x0 + sqrt(1 - alpha_bar_prev - s^2) eps + s z, s = eta sigma
     [14] guidance: eps = eps(any class) + g (eps(class) - eps(any class));   g > 1: clearer, less varied
 
-Map: Config | MLP, UNet | schedules [7, 8], coefficients [2, 10, 11] | one step [3, 4, 11, 13] | identities
-[1, 9, 12] | terms of the bound | DDPM: loss [6], sample, bits_per_dim [5], from_official | PRESETS | main.
+Map: Config | MLP, UNet | schedules, coefficients | one step | identities | bound | DDPM | PRESETS | main.
+Run alone: `python ddpm.py` learns two moons in about 20 seconds on one CPU core.
 
 Differs from the original:
  1. The linear schedule is scaled by 1000/K (as iDDPM's), so that any K ends in noise; at K = 1000 it is Ho's.
  2. t is drawn uniformly; iDDPM's importance sampling of t is left out.
- 3. Sampling in fewer than K steps is a chain of its own (iDDPM). After clipping x0, DDIM derives eps anew.
- 4. Labels, a learned vector each, are added to the time embedding. The paper of 2020 has neither labels nor
-    guidance, which came later [14]; without labels nothing is left of either.
-
-Run alone: `python ddpm.py` learns two moons in about 20 seconds on one CPU core.
+ 3. Fewer than K steps are a chain of their own, with larger betas (iDDPM). DDIM's eps is that of clipped x0.
+ 4. Labels and guidance are later than the paper. A label is a learned vector, added to the time embedding.
 """
 import functools
 import math
@@ -65,27 +64,27 @@ import torch.nn.functional as F
 class Config:
     data_shape: tuple = (2,)         # of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
     n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
-    label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
-    flip: bool = False               # mirror half of the training images, drawn by chance, left to right
+    label_dropout: float = 0.1       # share of training labels replaced by "any class", so that it is trained
+    flip: bool = False               # mirror each training image, left to right, with probability 1/2
     # -- network for points (MLP)
     width: int = 128                 # units per layer
     depth: int = 4                   # residual layers
     # -- network for images (UNet)
     channels: int = 32               # feature maps at full resolution
-    channel_mult: tuple = (1, 2, 2)  # feature maps per level / `channels`; each but the first halves H and W
+    channel_mult: tuple = (1, 2, 2)  # feature maps / `channels`, per level; levels after the first halve H, W
     n_res_blocks: int = 1            # ResBlocks per level on the way down (one more on the way up)
     attn_resolutions: tuple = (8,)   # image heights at which every ResBlock is followed by self-attention
     norm_groups: int = 8             # groups of GroupNorm; must divide every level's feature maps
     dropout: float = 0.0             # inside the ResBlocks
     # -- the diffusion
     n_diffusion_steps: int = 100     # K, length of the chain: 1000 in the papers; 100 is enough for points
-    schedule: str = "cosine"         # a name in SCHEDULES [7, 8]
+    schedule: str = "cosine"         # a name in SCHEDULES [7, 8]; "cosine" keeps signal for more of the steps
     prediction_type: str = "eps"     # a name in PREDICTIONS: what the network is asked for [6]
-    variance: str = "fixed_small"    # a name in VARIANCES: of the step back [4, 10]
-    clip_x0: bool = False            # while sampling, clip the estimate of x0 to [-1, 1], where pixels lie
-    sampler: str = "ddpm"            # "ddpm" (ancestral [4]) or "ddim" [13]
-    sampler_steps: int = 100         # of `sample`, up to n_diffusion_steps
-    eta: float = 0.0                 # "ddim": share of fresh noise; 0 none, 1 as "ddpm" with fixed_small
+    variance: str = "fixed_small"    # a name in VARIANCES: Sigma of the step back [4, 10]
+    clip_x0: bool = False            # when sampling, clip the estimate of x0 to [-1, 1], where pixels lie
+    sampler: str = "ddpm"            # "ddpm": new noise in every step [4]; "ddim": good in fewer steps [13]
+    sampler_steps: int = 100         # steps that `sample` takes: 1..n_diffusion_steps
+    eta: float = 0.0                 # "ddim": fresh noise per step; 0 none, 1 as "ddpm" with fixed_small
     guidance: float = 1.0            # g of [14] where a label is given; 1 = none
 
     def __post_init__(self):
@@ -115,25 +114,22 @@ def check_at_least(config, least, *fields):
 
 
 def check_networks(config):
-    """The fields of the data, the labels and the two networks. ValueError."""
+    """Raise a ValueError if a field of the data, the labels or the two networks cannot be used."""
     check_at_least(config, 0, "n_classes", "label_dropout", "dropout", "guidance", "channel_mult")
     check_at_least(config, 1, "data_shape", "depth", "n_res_blocks", "attn_resolutions", "norm_groups")
     check_at_least(config, 4, "width", "channels")
     shape, mult, groups = config.data_shape, config.channel_mult, config.norm_groups
     multiple, widths = 2 ** (len(mult) - 1), [round(config.channels * m) for m in (1, *mult)]
     for wrong, message in (
-        (config.label_dropout >= 1 or config.dropout >= 1,
-         f"label_dropout {config.label_dropout} and dropout {config.dropout} must be below 1"),
+        (config.label_dropout >= 1 or config.dropout >= 1, "label_dropout and dropout must be below 1"),
         (config.guidance != 1 and not (config.n_classes and config.label_dropout),
          f"guidance {config.guidance} needs classes, and label_dropout above 0 to train 'any class'"),
-        (config.width % 2 or config.channels % 2,
-         f"width {config.width} and channels {config.channels} must be even: time is sines and cosines"),
+        (config.width % 2 or config.channels % 2, "width and channels must be even: sines and cosines"),
         (len(shape) not in (1, 3), f"data_shape {shape}: (D,) for points or (C, H, W) for images"),
         (config.flip and len(shape) == 1, f"flip: {shape} is no image"),
         (not mult, "channel_mult () needs a number for each level of the U-Net, at least one"),
         (any(size % multiple for size in shape[1:]),
-         f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
-         f"halves {len(mult) - 1} times"),
+         f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter"),
         (any(width < 1 or width % groups for width in widths),
          f"norm_groups {groups} must divide channels {config.channels}, and that times channel_mult {mult}"),
     ):
@@ -143,11 +139,9 @@ def check_networks(config):
 
 # ---------------------------------------------------------------- small modules
 def time_embedding(t, dim):
-    """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000.
-
-    As Ho et al. Others differ: improved-diffusion and DiT put the cosines first and have i/half for the
-    exponent i/(half - 1). Mixed up, training still works but released weights give garbage.
-    """
+    """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000 (Ho et
+    al.). Others differ: improved-diffusion and DiT put the cosines first and divide i by half, not half - 1.
+    With the wrong one training still works, but released weights give garbage."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
     angle = t.float()[:, None] * frequency                                # (B, half)
@@ -155,7 +149,7 @@ def time_embedding(t, dim):
 
 
 class StepEmbedding(nn.Module):
-    """Time t (B,) and, with n_classes > 0, label (B,) -> (B, d_out). label None means "any class"."""
+    """Time t, (B,) or (1,) for all, and label (B,) with n_classes; None = "any class" -> (B or 1, d_out)."""
 
     def __init__(self, d_in, d_out, n_classes):
         super().__init__()
@@ -164,8 +158,7 @@ class StepEmbedding(nn.Module):
         self.label = nn.Embedding(n_classes + 1, d_out) if n_classes else None
 
     def forward(self, t, label=None):
-        # From a sampler t is (1,), shared by all samples; B is then 1.
-        emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B, d_out)
+        emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B or 1, d_out)
         if self.n_classes:
             label = torch.full_like(t, self.n_classes, dtype=torch.long) if label is None else label
             emb = emb + self.label(label)                                 # (B, d_out)
@@ -178,23 +171,23 @@ class MLP(nn.Module):
 
     def __init__(self, config, d_out):
         super().__init__()
-        (D,), W = config.data_shape, config.width
-        self.embed = StepEmbedding(W, W, config.n_classes)
-        self.inp = nn.Linear(D, W)
-        self.layers = nn.ModuleList([nn.Linear(W, W) for _ in range(config.depth)])
-        self.out = nn.Linear(W, d_out)
+        (D,), width = config.data_shape, config.width
+        self.embed = StepEmbedding(width, width, config.n_classes)
+        self.inp = nn.Linear(D, width)
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(config.depth)])
+        self.out = nn.Linear(width, d_out)
         self.init_weights()
 
     def init_weights(self):
-        """torch's defaults, but the untrained network predicts zero: the loss starts at its trivial value."""
+        """torch's defaults, but the output starts at zero: the first loss is the target's mean square."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x, t, label=None):
-        emb = self.embed(t, label)                                        # (B, W)
-        h = self.inp(x.to(emb.dtype))                                     # (B, W)
+        emb = self.embed(t, label)                                        # (B or 1, width)
+        h = self.inp(x.to(emb.dtype))                                     # (B, width)
         for layer in self.layers:
-            h = h + layer(F.silu(h + emb))                                # (B, W)
+            h = h + layer(F.silu(h + emb))                                # (B, width)
         return self.out(F.silu(h)).to(x.dtype)                            # (B, d_out)
 
 
@@ -216,8 +209,8 @@ class AttnBlock(nn.Module):
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention.
-    Group norm, because batch norm mixes the images of a batch, here noised to all degrees, and because its
-    running statistics would not fit the averaged weights (EMA)."""
+    Group norm: batch norm would mix the images of a batch, each noised to another level, and its running
+    statistics would not fit the averaged weights that samples are made with (EMA, see RECIPES)."""
 
     def __init__(self, c_in, c_out, c_emb, norm_groups, dropout, attn):
         super().__init__()
@@ -246,53 +239,43 @@ class UNet(nn.Module):
         ch, widths = config.channels, [round(config.channels * m) for m in config.channel_mult]
         res = lambda a, b, attn: ResBlock(a, b, 4 * ch, config.norm_groups, config.dropout, attn)
         attn_at = lambda level: size // 2**level in config.attn_resolutions
+        named = lambda **parts: nn.Sequential(OrderedDict(parts))
         # Zeros on the right and bottom only: TensorFlow's "SAME" padding, as in the original.
-        halve = lambda c: nn.Sequential(OrderedDict(
-            pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
-        double = lambda c: nn.Sequential(OrderedDict(
-            nearest=nn.Upsample(scale_factor=2, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1)))
+        halve = lambda c: named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
+        double = lambda c: named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1))
         self.embed = StepEmbedding(ch, 4 * ch, config.n_classes)
         self.conv_in = nn.Conv2d(c_data, ch, 3, padding=1)
-
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        c, skips = ch, [ch]                       # feature maps now, and of every output saved for later
+        c, skips = ch, [ch]           # feature maps: now, and of every output kept for the way up
         for level, width in enumerate(widths):
             self.down.append(nn.ModuleList([res(a, width, attn_at(level)) for a in [c] + [width] * (n - 1)]))
             c, skips = width, skips + [width] * n
             if level + 1 < len(widths):
                 self.downsample.append(halve(c))
                 skips.append(c)
-
         self.mid = nn.ModuleList([res(c, c, True), res(c, c, False)])
-
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):            # self.up[0] is the coarsest level
-            self.up.append(nn.ModuleList())
-            for _ in range(n + 1):                # one more than down: for conv_in's or downsample's output
-                self.up[-1].append(res(c + skips.pop(), width, attn_at(level)))
-                c = width
+            inputs = [a + skips.pop() for a in [c] + [width] * n]         # last: conv_in's or downsample's
+            self.up.append(nn.ModuleList([res(a, width, attn_at(level)) for a in inputs]))
+            c = width
             if level > 0:
                 self.upsample.append(double(c))
-
         self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
         self.init_weights()
 
     def init_weights(self):
-        """Ho et al.: uniform, fan-average; then every residual branch and the output start at zero."""
-        for m in self.modules():
+        """Ho et al.: uniform, fan-average; but the output and the ends of residual branches start at zero."""
+        for name, m in self.named_modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        for m in self.modules():
-            if isinstance(m, ResBlock):
-                nn.init.zeros_(m.conv2.weight)
-            elif isinstance(m, AttnBlock):
-                nn.init.zeros_(m.out.weight)
-        nn.init.zeros_(self.conv_out.weight)
+                if name.endswith(("conv2", "attn.out", "conv_out")):
+                    nn.init.zeros_(m.weight)
 
     def forward(self, x, t, label=None):
-        emb = self.embed(t, label)                                        # (B, 4 ch)
+        emb = self.embed(t, label)                                        # (B or 1, 4 ch)
         h = self.conv_in(x.to(emb.dtype))                                 # (B, ch, H, W)
         skips = [h]
         for level, blocks in enumerate(self.down):
@@ -318,13 +301,12 @@ def linear_beta(K, first, last):
 
 
 def cosine_beta(K, s=0.008):
-    # Only the last beta is clipped, where alpha_bar reaches 0. diffusers' squaredcos_cap_v2 is the same; it
-    # accepts beta_start and beta_end but does not use them.
+    # Only the last beta is clipped. diffusers' squaredcos_cap_v2 is the same; it ignores beta_start and _end.
     f = torch.cos((torch.arange(K + 1, dtype=torch.float64) / K + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)                                              # [7]
 
 
-# 0.1/K .. 20/K: whatever K, steps of one process in continuous time, the "vp" path of flow_matching.py.
+# 0.1/K .. 20/K: for every K the same process in continuous time, which is "vp" of flow_matching.py.
 SCHEDULES = {"linear": lambda K: linear_beta(K, 0.1 / K, 20 / K), "cosine": cosine_beta}
 
 
@@ -334,32 +316,28 @@ def alpha_bars(schedule, K):
 
 
 class Coefficients(NamedTuple):
-    """The numbers of a step x_t -> x_prev: (S,) for a chain, or broadcast over x. dit.py's differ."""
-
+    """The numbers of a step x_t -> x_prev: (S,) for S levels, or broadcastable over x. dit.py's differ."""
     signal: torch.Tensor        # sqrt(alpha_bar): how much of x0 is in x_t
-    sigma: torch.Tensor         # sqrt(1 - alpha_bar): how much noise
-    signal_prev: torch.Tensor   # the same for x_prev; 1 and 0 if x_prev is the data
+    sigma: torch.Tensor         # sqrt(1 - alpha_bar): how much noise. sigma of [9] is the root of `variance`
+    signal_prev: torch.Tensor   # the same two of x_prev; 1 and 0 if x_prev is the data
     sigma_prev: torch.Tensor
     beta: torch.Tensor
     c_x0: torch.Tensor          # coefficients of the posterior mean
     c_xt: torch.Tensor
     variance: torch.Tensor      # of the posterior: 0 at t = 0, where x_prev is x0 itself
-    log_small: torch.Tensor     # log of that variance, but not of 0
-    log_large: torch.Tensor     # log beta, the same at t = 0
+    log_small: torch.Tensor     # log variance, at t = 0 that of a floor
+    log_large: torch.Tensor     # log beta, at t = 0 that of the same floor
 
 
 def coefficients(alpha_bar):
-    """alpha_bar (S,) of the levels visited, least noised first -> Coefficients, stacked (fields, S).
-
-    Any selection of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps.
-    Give float64: 1 - alpha_bar/alpha_bar_prev loses half its digits in float32. It differs from dit.py's.
-    """
+    """alpha_bar (S,) of the levels visited, least noised first -> Coefficients, stacked (fields, S). Any
+    selection of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps.
+    Give float64: 1 - alpha_bar/alpha_bar_prev loses half its digits in float32. It differs from dit.py's."""
     alpha_bar_prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     beta = 1 - alpha_bar / alpha_bar_prev
     variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)                                  # [10]
-    # The variance at t = 0 is 0 and has no log. No sample needs it, since that step adds no noise, but the
-    # last term of the bound does. Ho and iDDPM take the variance at t = 1, for log_large too (diffusers takes
-    # 1e-20). A chain of one step has no t = 1: there beta stands in.
+    # The variance at t = 0 is 0 and has no log; only the last term of the bound needs one. Ho and iDDPM take
+    # the variance at t = 1, for log_large too (diffusers 1e-20). A chain of one step has no t = 1: take beta.
     floor = variance[1:2] if len(variance) > 1 else beta
     return torch.stack(Coefficients(
         signal=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt(),
@@ -373,8 +351,8 @@ def coefficients(alpha_bar):
 @torch.compiler.assume_constant_result
 def step_table(schedule, K, device, levels=None):
     """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
-    `device`. Kept: a copy from the host in every step would make the host wait; compiled code takes it as
-    a constant. No buffer of the model: .to(bfloat16) would round alpha_bar_0 to 1."""
+    `device`. Cached: a copy from the host in every step would make the host wait; compiled code takes it as
+    a constant. Not a buffer of the model: .to(bfloat16) would round alpha_bar_0 to 1."""
     alpha_bar = alpha_bars(schedule, K)
     return coefficients(alpha_bar if levels is None else alpha_bar[list(levels[::-1])]).float().to(device)
 
@@ -403,15 +381,15 @@ def q_sample(x0, eps, c):
     return c.signal * x0 + c.sigma * eps                                                      # [3]
 
 
-# What the network may be asked for: how the target is made, and how x0 follows from the answer.   [6] [11]
+# What the network may predict: how the target is made, and how x0 follows from the prediction.   [6] [11]
 PREDICTIONS = {
     "eps": (lambda x0, eps, c: eps, lambda x_t, eps, c: (x_t - c.sigma * eps) / c.signal),
     "x0": (lambda x0, eps, c: x0, lambda x_t, x0, c: x0),
     "v": (lambda x0, eps, c: c.signal * eps - c.sigma * x0, lambda x_t, v, c: c.signal * x_t - c.sigma * v),
 }
 
-# Log-variance of the step back. Small is right if the data are one point, large if they are N(0, I). A second
-# output of the network, f, may learn what lies between: -1 is small, 1 is large (f is not bounded).
+# Log-variance of the step back. Small is right if the data are one point, large if they are N(0, I). Where it
+# is learned, a second output f of the network says what lies between: -1 small, 1 large (f is not bounded).
 VARIANCES = {
     "fixed_small": lambda f, c: c.log_small,
     "fixed_large": lambda f, c: c.log_large,
@@ -433,7 +411,7 @@ def ancestral_step(x0, x_t, log_variance, c, z):
 
 def ddim_step(x0, eps, c, eta, z):
     s = eta * c.variance.sqrt()
-    # clamp: at eta = 1 a long stride leaves 0 up to rounding, and the root of -1e-12 is nan.
+    # clamp: at eta = 1 the difference may be 0 up to rounding, and the root of -1e-12 is nan.
     return c.signal_prev * x0 + (c.sigma_prev**2 - s**2).clamp(min=0).sqrt() * eps + s * z    # [13]
 
 
@@ -449,13 +427,13 @@ def score_from_eps(eps, c):
 
 
 def alpha_gamma_step(x_t, eps, c, z):
-    """ancestral_step without clipping, with variance fixed_small."""
+    """Equals ancestral_step with x0 not clipped and variance fixed_small."""
     alpha, gamma, sigma = 1 / (1 - c.beta).sqrt(), c.beta / c.sigma, c.variance.sqrt()
     return alpha * (x_t - gamma * eps) + sigma * z                                            # [9]
 
 
 def energy_step(x_t, energy_gradient, c, z):
-    """The same again: downhill by beta, then the shrinking of q_step is undone, then noise."""
+    """Equal as well: go downhill by beta, undo the shrinking of q_step, add noise."""
     return (x_t - c.beta * energy_gradient) / (1 - c.beta).sqrt() + c.variance.sqrt() * z     # [12]
 
 
@@ -494,15 +472,14 @@ class DDPM(nn.Module):
         super().__init__()
         self.config = config
         d, is_points = config.data_shape[0], len(config.data_shape) == 1
-        net = MLP if is_points else UNet
-        self.net = net(config, 2 * d if config.variance == "learned" else d)
+        self.net = (MLP if is_points else UNet)(config, 2 * d if config.variance == "learned" else d)
         self.target, self.to_x0 = PREDICTIONS[config.prediction_type]
         self.log_variance = VARIANCES[config.variance]
         self.nll = point_nll if is_points else pixel_nll
 
     def predict(self, x_t, t, label=None, guidance=1.0):
         """The network's eps, x0 or v (B, ...) for x_t at t (B,) or (1,), and its f (B, ...), None unless
-        learned. label None = "any class". Guidance acts on x0 and v as on eps: they are linear in it."""
+        learned. label None = "any class". Guiding x0 or v guides eps: given x_t they are linear in it."""
         split = lambda out: out.chunk(2, dim=1) if self.config.variance == "learned" else (out, None)
         prediction, f = split(self.net(x_t, t.float(), label))            # (B, d, ...) each
         if label is not None and guidance != 1:
@@ -512,12 +489,12 @@ class DDPM(nn.Module):
 
     def x0_estimate(self, x_t, prediction, c, clip):
         x0 = self.to_x0(x_t, prediction, c)
-        # Deep in noise, signal is nearly 0 and divides eps: a small error of eps is a huge one of x0. Pixels
-        # lie in [-1, 1], so the worst of it can be cut off; data that reach beyond would lose their edge.
+        # Deep in noise signal is nearly 0, and dividing by it makes a small error of eps a huge one of x0.
+        # Pixels lie in [-1, 1], so what is beyond can be cut off. Points may lie there and are not clipped.
         return x0.clamp(-1, 1) if clip else x0
 
     def bound_term(self, x0, x_t, x0_hat, f, t, c):
-        """The term of [5] that belongs to t, bits per dimension (B,): at t = 0 the last, else a KL."""
+        """The term of the bound [5] at t, bits per dimension (B,): -log p(x0 | x_t) at t = 0, else a KL."""
         mean, log_variance = posterior_mean(x0_hat, x_t, c), self.log_variance(f, c)
         kl = normal_kl(posterior_mean(x0, x_t, c), c.log_small, mean, log_variance)           # [5]
         nll = self.nll(x0, mean, log_variance)
@@ -525,8 +502,8 @@ class DDPM(nn.Module):
 
     def loss(self, batch, noise=None, t=None):
         """batch: x (B, *data_shape), label (B,) if n_classes -> loss (0-d), its parts mse and, with learned
-        variance, vb (bits per dimension), per_sample (B,), t (B,) in [0, 1]. The argument t is in 0..K-1:
-        t = 0 is one step of noise, not none, and t = K-1 is all noise."""
+        variance, vb (bits per dimension), per_sample (B,), t/(K-1) (B,). The argument t is in 0..K-1: t = 0
+        is one step of noise, not none, and t = K-1 is all noise."""
         x0, label, K = batch["x"], self.label(batch, required=True), self.config.n_diffusion_steps
         if self.training and self.config.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
@@ -541,18 +518,17 @@ class DDPM(nn.Module):
         mse = (prediction - self.target(x0, eps, c)).square().flatten(1).mean(1)              # [6]
         per_sample, parts = mse, {"mse": mse.mean()}
         if self.config.variance == "learned":
-            # detach: the mean learns from the mse alone, a much less noisy teacher than the bound.
+            # detach: the mean learns from the mse alone, whose gradient is much less noisy than the bound's.
             vb = self.bound_term(x0, x_t, self.x0_estimate(x_t, prediction.detach(), c, clip=False), f, t, c)
-            # K vb estimates the sum over t. DiT and some of iDDPM's own models leave out the factor 0.001 K.
+            # K vb estimates the bound's sum over t. DiT and some of iDDPM's models omit the factor 0.001 K.
             per_sample, parts["vb"] = mse + 0.001 * K * vb, vb.mean()
-        return {"loss": per_sample.mean(), **parts, "per_sample": per_sample.detach(),
-                "t": t / max(K - 1, 1)}
+        return {"loss": per_sample.mean(), **parts, "per_sample": per_sample.detach(), "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
         """From noise to data: -> x (B, *data_shape). batch says how many, by "n", "label" (B,) or "x"; no
-        label means "any class". steps: how many, or which t (see timetable). noise: the start; step_noise: z
-        of every step but the last; else drawn from generator. trace: a list that receives every x_t."""
+        label means "any class". steps: how many, or which t (see timetable). noise: x at the first t;
+        step_noise: z of all steps but the last; else drawn. trace: a list that receives every x_t."""
         config, label, device = self.config, self.label(batch), next(self.parameters()).device
         B = batch["n"] if "n" in batch else len(batch.get("label", batch.get("x")))
         ts = timetable(config.n_diffusion_steps, config.sampler_steps if steps is None else steps)
@@ -562,16 +538,12 @@ class DDPM(nn.Module):
         x = draw() if noise is None else noise
         keep(x)
         for k, t in enumerate(ts):
-            to_go = len(ts) - 1 - k             # row of this step: the chain counts from the data
-            c = at(table, to_go, x)
+            c = at(table, len(ts) - 1 - k, x)                             # rows count from the data
             prediction, f = self.predict(x, torch.full((1,), t, device=device), label, config.guidance)
             x0 = self.x0_estimate(x, prediction, c, config.clip_x0)
-            if to_go == 0 or config.sampler == "ddim" and config.eta == 0:
-                z = 0                           # the last step, and DDIM without eta, add no noise
-            else:
-                z = draw() if step_noise is None else step_noise[k]
-            if config.sampler == "ddim":
-                # From the clipped x0, so that both still make up x_t; diffusers keeps the network's eps.
+            silent = k == len(ts) - 1 or config.sampler == "ddim" and config.eta == 0     # adds no noise
+            z = 0 if silent else draw() if step_noise is None else step_noise[k]
+            if config.sampler == "ddim":        # its eps fits the clipped x0; diffusers keeps the network's
                 x = ddim_step(x0, eps_from_x0(x, x0, c), c, config.eta, z)
             else:
                 x = ancestral_step(x0, x, self.log_variance(f, c), c, z)
@@ -580,8 +552,8 @@ class DDPM(nn.Module):
 
     @torch.no_grad()
     def bits_per_dim(self, batch, noise=None):
-        """The bound on -log p(x) term by term: total (B,), prior (B,), vb (B, K), column t the term of t.
-        Bits per dimension, of 8-bit pixels or of a density. K calls; noise (K, B, ...), row t for t."""
+        """The bound on -log p(x) [5], bits per dimension, of 8-bit pixels or of a density: total (B,), prior
+        (B,), vb (B, K) with a column per t. noise: None or (K, B, ...), a row per t. Costs K evaluations."""
         x0, label, K, vb = batch["x"], self.label(batch), self.config.n_diffusion_steps, []
         for k in range(K):
             t = torch.full((1,), k, device=x0.device)
@@ -590,10 +562,9 @@ class DDPM(nn.Module):
             prediction, f = self.predict(x_t, t, label)
             x0_hat = self.x0_estimate(x_t, prediction, c, self.config.clip_x0)
             vb.append(self.bound_term(x0, x_t, x0_hat, f, t, c))
-        # Not learned: how far the last state of the chain, whose c is left here, still is from pure noise.
         zero, vb = torch.zeros_like(x0), torch.stack(vb, dim=1)
-        prior = normal_kl(c.signal * x0, 2 * c.sigma.log(), zero, zero)                       # [5]
-        prior = prior.flatten(1).mean(1) / math.log(2)
+        # [5] How far the last level, whose c is left here, still is from N(0, I). Nothing in it is learned.
+        prior = normal_kl(c.signal * x0, 2 * c.sigma.log(), zero, zero).flatten(1).mean(1) / math.log(2)
         return {"total": vb.sum(1) + prior, "prior": prior, "vb": vb}
 
     def label(self, batch, required=False):
@@ -602,11 +573,10 @@ class DDPM(nn.Module):
         if n_classes and label is None and (required or not self.config.label_dropout):
             raise ValueError(f"the batch has no 'label', but the model has n_classes = {n_classes}; only "
                              f"label_dropout, here {self.config.label_dropout}, trains 'any class'")
-        # On a GPU the comparison would stop every step to wait for it; there the embedding's assertion fires.
+        # On a GPU every step would have to wait for this comparison; there the embedding itself complains.
         on_cpu = n_classes and label is not None and label.device.type == "cpu"
         if on_cpu and ((label < 0) | (label >= n_classes)).any():
-            raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = {n_classes} "
-                             f"means 0..{n_classes - 1}")
+            raise ValueError(f"label {label.min()}..{label.max()} is out of range 0..{n_classes - 1}")
         return label if n_classes else None
 
     def param_groups(self, weight_decay):
@@ -625,7 +595,7 @@ class DDPM(nn.Module):
             name = key
             for pattern, replacement in OFFICIAL_NAMES:
                 name = re.sub(pattern, replacement, name)
-            weights[key if name in weights else name] = value             # twice the same: left over
+            weights[key if name in weights else name] = value             # a second key of a name: left over
         with torch.device("meta"):
             model = cls(config or Config(**PRESETS["cifar10"]))
         load_strictly(model.net, weights)
@@ -645,16 +615,15 @@ def load_strictly(model, weights):
     model.load_state_dict(weights, assign=True)
 
 
-OFFICIAL_NAMES = (      # diffusers' -> ours, applied in turn
+# diffusers' names -> ours, applied in turn. The published file has the older query, key, value, proj_attn.
+OFFICIAL_NAMES = (
     (r"^time_embedding\.linear_1\.", "embed.mlp.0."), (r"^time_embedding\.linear_2\.", "embed.mlp.2."),
-    (r"^(down|up)_blocks\.(\d+)\.resnets\.", r"\1.\2."), (r"^mid_block\.resnets\.", "mid."),
-    (r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r"\1.\2.\3.attn."),
-    (r"^mid_block\.attentions\.0\.", "mid.0.attn."),
-    (r"^(down|up)_blocks\.(\d+)\.\1samplers\.0\.", r"\1sample.\2."), (r"^conv_norm_out\.", "norm_out."),
-    (r"\.time_emb_proj\.", ".emb."), (r"\.conv_shortcut\.", ".shortcut."), (r"\.group_norm\.", ".norm."),
-    # The published file still has the older names of the attention: query, key, value, proj_attn.
+    (r"^(down|up)_blocks\.(\d+)\.resnets\.", r"\1.\2."), (r"^conv_norm_out\.", "norm_out."),
+    (r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r"\1.\2.\3.attn."), (r"\.group_norm\.", ".norm."),
+    (r"^(down|up)_blocks\.(\d+)\.\1samplers\.0\.", r"\1sample.\2."), (r"\.conv_shortcut\.", ".shortcut."),
+    (r"^mid_block\.resnets\.", "mid."), (r"^mid_block\.attentions\.0\.", "mid.0.attn."),
     (r"\.(to_q|query)\.", ".q."), (r"\.(to_k|key)\.", ".k."), (r"\.(to_v|value)\.", ".v."),
-    (r"\.(to_out\.0|proj_attn)\.", ".out."),
+    (r"\.(to_out\.0|proj_attn)\.", ".out."), (r"\.time_emb_proj\.", ".emb."),
 )
 
 Model = DDPM
@@ -708,7 +677,7 @@ def main(steps=3000, batch_size=512):
         schedule.step()
         if step % 1000 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
-    # Means over several sets: a single distance between two sets of 2000 varies by as much as it is.
+    # Means over several sets: a single distance between two sets of 2000 varies by as much as its size.
     distance = sum(energy_distance(x, two_moons(2000)) for x in model.sample({"n": 10000}).split(2000)) / 5
     floor = sum(energy_distance(two_moons(2000), two_moons(2000)) for _ in range(20)) / 20
     print(f"energy distance of 2000 samples to data: {distance:.5f}; expect about 0.001, as between two sets "

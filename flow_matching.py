@@ -1,7 +1,6 @@
 """Flow matching: a network learns, by regression, a velocity field whose flow carries noise to data.
 
-    Yaron Lipman, Ricky T. Q. Chen, Heli Ben-Hamu, Maximilian Nickel, Matt Le:
-    "Flow Matching for Generative Modeling", arXiv:2210.02747 (the code of its experiments is not public)
+    Lipman, Chen, Ben-Hamu, Nickel, Le: "Flow Matching for Generative Modeling", arXiv:2210.02747
     optimal coupling: Tong et al., arXiv:2302.00482; github.com/atong01/conditional-flow-matching ("torchcfm")
     a library by authors of the first: github.com/facebookresearch/flow_matching
 
@@ -15,11 +14,11 @@ TIME AND NAMES are those of the flow papers. Time runs AGAINST ddpm.py, and x0 i
     x0 noise, x1 data               eps noise, x0 data
     alpha, sigma                    sqrt(alpha_bar), sqrt(1 - alpha_bar)
     velocity v_t = dx/dt            (its target "v" is alpha eps - sigma x0, another thing: see `convert`)
-Axes: B samples, D dimensions of a point; or C, H, W of an image in [-1, 1]. K centres of a mixture.
+Axes: B samples, D dimensions of a point; or C, H, W of an image in [-1, 1]. M centres of a mixture.
 
 The flow (a continuous normalising flow)
     [1]  dx/dt = v_t(x),   x(0) ~ N(0, I),   samples are x(1)
-    [2]  d log p_t(x(t))/dt = -div v_t(x(t)), div v = trace(dv/dx) = E z' (dv/dx) z if E z z' = I (Hutchinson)
+    [2]  d log p_t(x(t))/dt = -div v_t(x(t)), div v = trace J = E z^T J z, J = dv/dx, E z z^T = I (Hutchinson)
 Its training
     [3]  L_FM = E |v_t(x) - u_t(x)|^2,   u_t(x) = E[u_t(x|x1) | x_t = x]: the field we want, but cannot
          compute, since it is a mean over all data points x1 that may have led to x
@@ -32,24 +31,21 @@ Paths from noise to one data point
     [8]  "vp": alpha = exp(-T/2),   sigma = sqrt(1 - exp(-T)),   T = integral of beta over [0, 1-t]: DDPM
     [9]  "ve": alpha = 1,   sigma = sigma_min (sigma_max/sigma_min)^(1-t): noise shrinks, data stay in place
 Around it
-    [10] coupling, "ot" too: noise and data of a batch paired so that sum |x0 - x1|^2 is least, not at random
+    [10] coupling "ot": noise and data of a batch are paired not at random, but with the least sum |x0 - x1|^2
     [11] Runge-Kutta: k_i = v(x + h sum_j a_ij k_j, t + c_i h),   x(t + h) = x + h sum_i b_i k_i
     [12] score grad log p_t(x) = -E[x0 | x_t = x]/sigma
-    [13] guidance: v = v(any class) + g (v(class) - v(any class));   others count from zero, w = g - 1
+    [13] guidance: v = v(any class) + g (v(class) - v(any class));   g > 1: clearer; some write w = g - 1
 
-Map: Config | MLP, UNet | paths [7-9] | identities [3, 6, 12] | couplings [10] | solvers [2, 11]
-| FlowMatching: loss [4, 5], sample, log_prob, bits_per_dim | PRESETS | main. Networks as in ddpm.py.
+Map: Config | MLP, UNet (as in ddpm.py) | paths | identities | couplings | solvers | FlowMatching | main.
+Run alone: `python flow_matching.py` learns eight Gaussians in about half a minute on two CPU cores.
 
 Differs from the original:
  1. sigma_min is 0, as in both repositories. The paper's is "sufficiently small", without a number.
- 2. The network is given 100 t, as from a chain of 100 steps. Both repositories give it t, for which most
-    sinusoids of the embedding stand still; at 1000 t they ripple, and dopri5 needs 3 times the evaluations.
+ 2. The network is given 100 t, as from a chain of 100 steps. Both repositories give it t, at which most
+    sinusoids of the embedding hardly move; at 1000 t they ripple: dopri5 needs 3 times the evaluations.
  3. The optimal coupling uses each point of a batch once; torchcfm draws pairs with replacement. With labels,
-    noise is exchanged only within a class: else, given the class, it is not N(0, I), where sampling starts.
- 4. No official weights are loaded: the only ones released, torchcfm's for CIFAR-10, are of another U-Net of
-    equal size (four heads, cosines first, i/half, GroupNorm eps 1e-5, raw t), a second network in this file.
-
-Run alone: `python flow_matching.py` learns eight Gaussians in about half a minute on two CPU cores.
+    noise is exchanged only within a class: the noise of a class must stay N(0, I), where its samples start.
+ 4. No official weights: torchcfm's, the only ones, are of another U-Net (four heads, cosines first, raw t).
 """
 import math
 from collections import OrderedDict
@@ -65,14 +61,14 @@ import torch.nn.functional as F
 class Config:
     data_shape: tuple = (2,)         # of one sample: (D,) for points, (C, H, W) for images scaled to [-1, 1]
     n_classes: int = 0               # 0 = no labels. One more label, n_classes itself, means "any class"
-    label_dropout: float = 0.1       # share of the training labels replaced by "any class", to train it too
-    flip: bool = False               # mirror half of the training images, drawn by chance, left to right
+    label_dropout: float = 0.1       # share of training labels replaced by "any class", so that it is trained
+    flip: bool = False               # mirror each training image, left to right, with probability 1/2
     # -- network for points (MLP)
     width: int = 128                 # units per layer
     depth: int = 4                   # residual layers
     # -- network for images (UNet)
     channels: int = 32               # feature maps at full resolution
-    channel_mult: tuple = (1, 2, 2)  # feature maps per level / `channels`; each but the first halves H and W
+    channel_mult: tuple = (1, 2, 2)  # feature maps / `channels`, per level; levels after the first halve H, W
     n_res_blocks: int = 1            # ResBlocks per level on the way down (one more on the way up)
     attn_resolutions: tuple = (8,)   # image heights at which every ResBlock is followed by self-attention
     norm_groups: int = 8             # groups of GroupNorm; must divide every level's feature maps
@@ -80,9 +76,9 @@ class Config:
     # -- the flow
     path: str = "ot"                 # a name in PATHS: how noise turns into data [5]
     sigma_min: float = 0.0           # "ot", "ve": standard deviation left around a data point at t = 1
-    sigma_max: float = 10.0          # "ve": ... at t = 0: the largest distance between two data points
+    sigma_max: float = 10.0          # "ve": the same at t = 0; about the largest distance between data points
     coupling: str = "independent"    # a name in COUPLINGS: which noise goes with which data [10]
-    solver: str = "midpoint"         # a name in TABLEAUS [11]
+    solver: str = "midpoint"         # a name in TABLEAUS [11]; "midpoint" evaluates the network twice a step
     sampler_steps: int = 50          # of `sample`, from noise to data; "dopri5" chooses its own
     tolerance: float = 1e-5          # "dopri5": error allowed per step, absolute and relative (the paper's)
     guidance: float = 1.0            # g of [13] where a label is given; 1 = none
@@ -95,11 +91,9 @@ class Config:
         check_choice("path", self.path, PATHS)
         check_choice("coupling", self.coupling, COUPLINGS)
         check_choice("solver", self.solver, TABLEAUS)
-        if self.sigma_min >= 1:
-            raise ValueError(f"sigma_min {self.sigma_min} must be below 1")
-        if self.path == "ve" and not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"path 've' needs 0 < sigma_min < sigma_max = {self.sigma_max}, not sigma_min "
-                             f"{self.sigma_min}: take 0.01")
+        if self.sigma_min >= 1 or self.path == "ve" and not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below 1, for path 've' above 0 and below "
+                             f"sigma_max {self.sigma_max}: take 0.01")
         if not self.tolerance > 0:
             raise ValueError(f"tolerance {self.tolerance} must be positive")
 
@@ -118,25 +112,22 @@ def check_at_least(config, least, *fields):
 
 
 def check_networks(config):
-    """The fields of the data, the labels and the two networks. ValueError."""
+    """Raise a ValueError if a field of the data, the labels or the two networks cannot be used."""
     check_at_least(config, 0, "n_classes", "label_dropout", "dropout", "guidance", "channel_mult")
     check_at_least(config, 1, "data_shape", "depth", "n_res_blocks", "attn_resolutions", "norm_groups")
     check_at_least(config, 4, "width", "channels")
     shape, mult, groups = config.data_shape, config.channel_mult, config.norm_groups
     multiple, widths = 2 ** (len(mult) - 1), [round(config.channels * m) for m in (1, *mult)]
     for wrong, message in (
-        (config.label_dropout >= 1 or config.dropout >= 1,
-         f"label_dropout {config.label_dropout} and dropout {config.dropout} must be below 1"),
+        (config.label_dropout >= 1 or config.dropout >= 1, "label_dropout and dropout must be below 1"),
         (config.guidance != 1 and not (config.n_classes and config.label_dropout),
          f"guidance {config.guidance} needs classes, and label_dropout above 0 to train 'any class'"),
-        (config.width % 2 or config.channels % 2,
-         f"width {config.width} and channels {config.channels} must be even: time is sines and cosines"),
+        (config.width % 2 or config.channels % 2, "width and channels must be even: sines and cosines"),
         (len(shape) not in (1, 3), f"data_shape {shape}: (D,) for points or (C, H, W) for images"),
         (config.flip and len(shape) == 1, f"flip: {shape} is no image"),
         (not mult, "channel_mult () needs a number for each level of the U-Net, at least one"),
         (any(size % multiple for size in shape[1:]),
-         f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter: it "
-         f"halves {len(mult) - 1} times"),
+         f"data_shape {shape}: height and width must be multiples of {multiple}, or channel_mult shorter"),
         (any(width < 1 or width % groups for width in widths),
          f"norm_groups {groups} must divide channels {config.channels}, and that times channel_mult {mult}"),
     ):
@@ -146,11 +137,9 @@ def check_networks(config):
 
 # ---------------------------------------------------------------- small modules
 def time_embedding(t, dim):
-    """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000.
-
-    As Ho et al. Others differ: improved-diffusion and DiT put the cosines first and have i/half for the
-    exponent i/(half - 1). Mixed up, training still works but released weights give garbage.
-    """
+    """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000 (Ho et
+    al.). Others differ: improved-diffusion and DiT put the cosines first and divide i by half, not half - 1.
+    With the wrong one training still works, but released weights give garbage."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
     angle = t.float()[:, None] * frequency                                # (B, half)
@@ -158,7 +147,7 @@ def time_embedding(t, dim):
 
 
 class StepEmbedding(nn.Module):
-    """Time t (B,) and, with n_classes > 0, label (B,) -> (B, d_out). label None means "any class"."""
+    """Time t, (B,) or (1,) for all, and label (B,) with n_classes; None = "any class" -> (B or 1, d_out)."""
 
     def __init__(self, d_in, d_out, n_classes):
         super().__init__()
@@ -167,8 +156,7 @@ class StepEmbedding(nn.Module):
         self.label = nn.Embedding(n_classes + 1, d_out) if n_classes else None
 
     def forward(self, t, label=None):
-        # From a sampler t is (1,), shared by all samples; B is then 1.
-        emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B, d_out)
+        emb = self.mlp(time_embedding(t, self.d_in).to(self.mlp[0].weight.dtype))     # (B or 1, d_out)
         if self.n_classes:
             label = torch.full_like(t, self.n_classes, dtype=torch.long) if label is None else label
             emb = emb + self.label(label)                                 # (B, d_out)
@@ -181,23 +169,23 @@ class MLP(nn.Module):
 
     def __init__(self, config, d_out):
         super().__init__()
-        (D,), W = config.data_shape, config.width
-        self.embed = StepEmbedding(W, W, config.n_classes)
-        self.inp = nn.Linear(D, W)
-        self.layers = nn.ModuleList([nn.Linear(W, W) for _ in range(config.depth)])
-        self.out = nn.Linear(W, d_out)
+        (D,), width = config.data_shape, config.width
+        self.embed = StepEmbedding(width, width, config.n_classes)
+        self.inp = nn.Linear(D, width)
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(config.depth)])
+        self.out = nn.Linear(width, d_out)
         self.init_weights()
 
     def init_weights(self):
-        """torch's defaults, but the untrained network predicts zero: the loss starts at its trivial value."""
+        """torch's defaults, but the output starts at zero: the first loss is the target's mean square."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x, t, label=None):
-        emb = self.embed(t, label)                                        # (B, W)
-        h = self.inp(x.to(emb.dtype))                                     # (B, W)
+        emb = self.embed(t, label)                                        # (B or 1, width)
+        h = self.inp(x.to(emb.dtype))                                     # (B, width)
         for layer in self.layers:
-            h = h + layer(F.silu(h + emb))                                # (B, W)
+            h = h + layer(F.silu(h + emb))                                # (B, width)
         return self.out(F.silu(h)).to(x.dtype)                            # (B, d_out)
 
 
@@ -219,8 +207,8 @@ class AttnBlock(nn.Module):
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the step embedding added between them; `attn` appends self-attention.
-    Group norm, because batch norm mixes the images of a batch, here noised to all degrees, and because its
-    running statistics would not fit the averaged weights (EMA)."""
+    Group norm: batch norm would mix the images of a batch, each noised to another level, and its running
+    statistics would not fit the averaged weights that samples are made with (EMA, see RECIPES)."""
 
     def __init__(self, c_in, c_out, c_emb, norm_groups, dropout, attn):
         super().__init__()
@@ -249,53 +237,43 @@ class UNet(nn.Module):
         ch, widths = config.channels, [round(config.channels * m) for m in config.channel_mult]
         res = lambda a, b, attn: ResBlock(a, b, 4 * ch, config.norm_groups, config.dropout, attn)
         attn_at = lambda level: size // 2**level in config.attn_resolutions
+        named = lambda **parts: nn.Sequential(OrderedDict(parts))
         # Zeros on the right and bottom only: TensorFlow's "SAME" padding, as in the original.
-        halve = lambda c: nn.Sequential(OrderedDict(
-            pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
-        double = lambda c: nn.Sequential(OrderedDict(
-            nearest=nn.Upsample(scale_factor=2, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1)))
+        halve = lambda c: named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
+        double = lambda c: named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1))
         self.embed = StepEmbedding(ch, 4 * ch, config.n_classes)
         self.conv_in = nn.Conv2d(c_data, ch, 3, padding=1)
-
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        c, skips = ch, [ch]                       # feature maps now, and of every output saved for later
+        c, skips = ch, [ch]           # feature maps: now, and of every output kept for the way up
         for level, width in enumerate(widths):
             self.down.append(nn.ModuleList([res(a, width, attn_at(level)) for a in [c] + [width] * (n - 1)]))
             c, skips = width, skips + [width] * n
             if level + 1 < len(widths):
                 self.downsample.append(halve(c))
                 skips.append(c)
-
         self.mid = nn.ModuleList([res(c, c, True), res(c, c, False)])
-
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):            # self.up[0] is the coarsest level
-            self.up.append(nn.ModuleList())
-            for _ in range(n + 1):                # one more than down: for conv_in's or downsample's output
-                self.up[-1].append(res(c + skips.pop(), width, attn_at(level)))
-                c = width
+            inputs = [a + skips.pop() for a in [c] + [width] * n]         # last: conv_in's or downsample's
+            self.up.append(nn.ModuleList([res(a, width, attn_at(level)) for a in inputs]))
+            c = width
             if level > 0:
                 self.upsample.append(double(c))
-
         self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
         self.init_weights()
 
     def init_weights(self):
-        """Ho et al.: uniform, fan-average; then every residual branch and the output start at zero."""
-        for m in self.modules():
+        """Ho et al.: uniform, fan-average; but the output and the ends of residual branches start at zero."""
+        for name, m in self.named_modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        for m in self.modules():
-            if isinstance(m, ResBlock):
-                nn.init.zeros_(m.conv2.weight)
-            elif isinstance(m, AttnBlock):
-                nn.init.zeros_(m.out.weight)
-        nn.init.zeros_(self.conv_out.weight)
+                if name.endswith(("conv2", "attn.out", "conv_out")):
+                    nn.init.zeros_(m.weight)
 
     def forward(self, x, t, label=None):
-        emb = self.embed(t, label)                                        # (B, 4 ch)
+        emb = self.embed(t, label)                                        # (B or 1, 4 ch)
         h = self.conv_in(x.to(emb.dtype))                                 # (B, ch, H, W)
         skips = [h]
         for level, blocks in enumerate(self.down):
@@ -319,7 +297,7 @@ class UNet(nn.Module):
 def ot_path(t, config):
     """Straight lines, each of which a solver follows exactly in one step. The field bends only where lines to
     different data points cross, so that fewer steps do than on curves. "ot": a line is the optimal transport
-    from N(0, I) to one data point. That for many points at once is another thing, the coupling "ot"."""
+    from N(0, I) to one data point. The coupling "ot" is that from all noise to all data of a batch."""
     shrink = 1 - config.sigma_min
     return t, 1 - shrink * t, torch.ones_like(t), torch.full_like(t, -shrink)                 # [7]
 
@@ -335,9 +313,8 @@ def vp_path(t, config, beta_min=0.1, beta_max=20.0):
 
 
 def ve_path(t, config):
-    """x_t = x1 + sigma x0, with so much noise at t = 0 that sampling may start from noise alone. There x_t
-    is far larger than the data. Karras et al. divide it by its size before the network sees it; here the
-    network sees x_t itself, and learns this path less well than the others."""
+    """x_t = x1 + sigma x0, with so much noise at t = 0 that sampling may start from noise alone. The network
+    gets x_t as large as it is, unlike Karras et al.'s, and learns this path less well than the others."""
     rate = math.log(config.sigma_max / config.sigma_min)
     sigma = config.sigma_min * torch.exp(rate * (1 - t))
     return torch.ones_like(t), sigma, torch.zeros_like(t), -rate * sigma                      # [9]
@@ -368,35 +345,31 @@ T_END = {"vp": 1 - 1e-5, "linear_vp": 1 - 1e-5}
 
 # ---------------------------------------------------------------- identities: for the tests and the demo
 def gaussian_velocity(x, mu, sigma, d_mu, d_sigma):
-    """A point d standard deviations from the centre stays at d while centre and deviation change."""
+    """A point that is d standard deviations sigma off the centre mu stays so while both change."""
     return d_sigma / sigma * (x - mu) + d_mu                                                  # [6]
 
 
 def marginal(x, t, path, centres, std=0.0):
-    """The field that a perfect network would learn, the score and the log-density: (B, D), (B, D), (B,).
-
-    x (B, D), t (B,), path: t -> alpha, sigma, alpha', sigma'. All of it is known because the data are: equal
-    parts N(centre, std^2 I), with centres (K, D); std = 0 makes them a finite set. Each part is Gaussian at
-    every t, so that [5] and [6] hold for it with the wider sigma^2 + (alpha std)^2.
-    """
-    D, K = x.shape[1], len(centres)
+    """x (B, D), t (B,) -> the field (B, D) that a perfect network would learn, score (B, D), log p_t (B,).
+    They are known here because the data are: N(centre, std^2 I) for one of centres (M, D) at random; std = 0
+    makes a finite set. At every t each centre stands for one Gaussian, so that [5] and [6] hold for it with
+    the wider sigma^2 + (alpha std)^2. path: t -> alpha, sigma, alpha', sigma'."""
+    D, M = x.shape[1], len(centres)
     alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))                      # (B, 1, 1)
     wide = torch.sqrt(sigma**2 + (alpha * std) ** 2)
     d_wide = (sigma * d_sigma + alpha * d_alpha * std**2) / wide
-    z = (x[:, None] - alpha * centres) / wide                                                 # (B, K, D)
-    log_p = -0.5 * (z**2).sum(2) - D * torch.log(wide * math.sqrt(2 * math.pi))[:, :, 0]      # (B, K)
-    posterior = log_p.softmax(1)[:, :, None]                  # of the component, given x
-    u = gaussian_velocity(x[:, None], alpha * centres, wide, d_alpha * centres, d_wide)       # (B, K, D)
-    return (posterior * u).sum(1), (posterior * -z / wide).sum(1), log_p.logsumexp(1) - math.log(K)     # [3]
+    z = (x[:, None] - alpha * centres) / wide                                                 # (B, M, D)
+    log_p = -0.5 * (z**2).sum(2) - D * torch.log(wide * math.sqrt(2 * math.pi))[:, :, 0]      # (B, M)
+    posterior = log_p.softmax(1)[:, :, None]                  # of the centre, given x
+    u = gaussian_velocity(x[:, None], alpha * centres, wide, d_alpha * centres, d_wide)       # (B, M, D)
+    return (posterior * u).sum(1), (posterior * -z / wide).sum(1), log_p.logsumexp(1) - math.log(M)     # [3]
 
 
 def convert(value, given, wanted, x_t, coefficients):
     """One form of the prediction from another: "x1", "eps" (the noise x0), "velocity", "score", DDPM's "v".
-
-    Each of them and x_t fix the pair (x1, eps), and the pair fixes the others; on "ot", x1 = x_t + (1 - t) v.
+    Any of them and x_t fix the pair (x1, eps), which fixes the others; on "ot", x1 = x_t + (1 - t) velocity.
     coefficients: alpha, sigma, alpha', sigma', broadcastable to x_t; where time runs the other way, flip the
-    signs of the last two. "score" takes noise and data for independent, which coupling "ot" gives up.
-    """
+    signs of the last two. "score" takes noise and data for independent, which coupling "ot" gives up."""
     alpha, sigma, d_alpha, d_sigma = coefficients
     det = d_alpha * sigma - d_sigma * alpha
     norm = alpha**2 + sigma**2                                # 1 on the paths that preserve variance
@@ -414,13 +387,10 @@ def convert(value, given, wanted, x_t, coefficients):
 # ---------------------------------------------------------------- couplings: which noise goes with which data
 def assignment(cost):
     """cost (n, n) array -> the permutation with the least sum of cost[i, permutation[i]], exactly. O(n^3).
-
-    Shortest augmenting paths (Jonker & Volgenant 1987). Rows get their columns one after the other. The best
-    column of a new row may be taken: then the row that has it moves to another column, whose row moves on in
-    turn, until one finds a free column. Of all such chains of moves, Dijkstra's algorithm finds the one that
-    raises the sum least; `price` is what it has learned about the columns from earlier rows. scipy's
-    linear_sum_assignment does the same in C++, ten times as fast.
-    """
+    Shortest augmenting paths (Jonker & Volgenant 1987). Rows get their columns one after the other. If a row
+    wants a column that is taken, the owner moves to another, whose owner moves in turn, until one is free. Of
+    all such chains of moves, Dijkstra's algorithm finds the one that raises the sum least; `price` is what
+    earlier rows have shown about the columns. scipy's linear_sum_assignment, in C++, is ten times as fast."""
     if not np.isfinite(cost).all():
         raise ValueError("optimal coupling: the data or the noise of this batch are not finite")
     n = len(cost)
@@ -436,7 +406,7 @@ def assignment(cost):
             if row_of[j] < 0:
                 break                                         # a free column ends the chain
             done[j] = True
-            pushed = cost[row_of[j]] - price                  # the row that has it moves to any other column
+            pushed = cost[row_of[j]] - price                  # the row that owns it moves to another column
             pushed += reach[j] - pushed[j]
             better = (pushed < reach) & ~done
             reach[better], before[better] = pushed[better], row_of[j]
@@ -448,10 +418,10 @@ def assignment(cost):
 
 
 def optimal_coupling(x0, x1, label):
-    """x0 in another order: its row i now goes with x1[i], and label[i] if given. The one loss that makes the
-    host wait for the device: the assignment is worked out on the CPU."""
+    """x0 in another order: its row i now goes with x1[i], and label[i] if given. The assignment is worked out
+    on the CPU, so that the host waits for the device in every step."""
     cost = torch.cdist(x1.flatten(1).double(), x0.flatten(1).double()) ** 2                   # (B, B)
-    if label is not None:   # x0[i] stays in class label[i]: a pair of two classes costs more than all others
+    if label is not None:   # noise stays in its class: one pair across classes costs more than all within
         cost = cost + (label[:, None] != label) * (cost.max() + 1) * len(cost)
     return x0[torch.from_numpy(assignment(cost.cpu().numpy())).to(x0.device)]                 # [10]
 
@@ -474,7 +444,7 @@ TABLEAUS = {
                [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
                [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]],
 }
-# dopri5's b less the b of a method of order 4 that also uses the velocity at the new point.
+# Weights of its error: b less the b of a method of order 4, which also uses the slope at the new point.
 DOPRI5_ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]
 
 
@@ -493,8 +463,8 @@ def runge_kutta_step(f, x, t, h, tableau, first=None):
 
 def odeint(f, x, times, solver="midpoint", tolerance=1e-5, trace=None):
     """Solve dx/dt = f(x, t) through times, floats that rise or fall -> x at the last, count of evaluations.
-    One step from each time to the next, but "dopri5" heeds only the first and the last. trace: a list that
-    receives x at every stop, start and end included."""
+    One step from each time to the next, but "dopri5" chooses its own between the first and the last. trace: a
+    list that receives x before the first and after every step."""
     tableau = TABLEAUS[solver]
     keep = (lambda x: None) if trace is None else trace.append
     keep(x)
@@ -507,12 +477,11 @@ def odeint(f, x, times, solver="midpoint", tolerance=1e-5, trace=None):
 
 
 def dopri5(f, x, t, end, tolerance, keep):
-    """As odeint. A step counts if its estimated error, root mean square over all of x, is within bounds. The
-    next step depends on that number, so the host waits for it once a step, as for no other solver."""
+    """As odeint. A step is taken if the root mean square of its estimated error, over all of x, is within the
+    tolerance. The host reads that number in every step, and waits for the device as with no other solver."""
     h, slope, n_evaluations = (end - t) / 20, f(x, t), 1
     while t != end:
-        is_last = abs(h) >= abs(end - t)
-        h, t_new = (end - t, end) if is_last else (h, t + h)
+        h, t_new = (h, t + h) if abs(h) < abs(end - t) else (end - t, end)
         x_new, slopes = runge_kutta_step(f, x, t, h, TABLEAUS["dopri5"], first=slope)
         slope_new = f(x_new, t_new)                           # is also the first slope of the next step
         n_evaluations += 6
@@ -525,14 +494,14 @@ def dopri5(f, x, t, end, tolerance, keep):
         elif abs(h) < 1e-10:
             raise ValueError(f"dopri5: no step is short enough at t = {t:.6f}: the velocity is not finite "
                              f"there, or tolerance {tolerance} is finer than {x.dtype}")
-        # The error of a step grows as h^5: aim at 0.6 of the bound, in moderate leaps; nan is far too large.
+        # Errors grow as h^5: the next h aims a little below the bound, in moderate leaps; nan is far above.
         h *= 0.2 if math.isnan(ratio) else min(5.0, max(0.2, 0.9 * max(ratio, 1e-9) ** -0.2))
     return x, n_evaluations
 
 
 def divergence(f, x, t, probe=None):
     """f(x, t) and its divergence (B,): exact, by a backward pass per dimension; or Hutchinson's estimate, by
-    one in all, with the z given as probe, shaped like x."""
+    one in all, where a z is given as probe, shaped like x."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         v = f(x, t)
@@ -540,7 +509,7 @@ def divergence(f, x, t, probe=None):
         if probe is None:       # dv_i/dx_i, one i after the other: together they would fill the memory
             div = sum(gradient(v.flatten(1)[:, i])[:, i] for i in range(x[0].numel()))        # [2]
         else:
-            div = (gradient(probe * v) * probe.flatten(1)).sum(1)         # z'(dv/dx) z         [2]
+            div = (gradient(probe * v) * probe.flatten(1)).sum(1)         # z^T (dv/dx) z       [2]
     return v.detach(), div
 
 
@@ -570,8 +539,7 @@ class FlowMatching(nn.Module):
         super().__init__()
         self.config = config
         d, is_points = config.data_shape[0], len(config.data_shape) == 1
-        net = MLP if is_points else UNet
-        self.net = net(config, d)
+        self.net = (MLP if is_points else UNet)(config, d)
         self.t_end, self.n_evaluations = T_END.get(config.path, 1.0), 0
 
     def path(self, t):
@@ -622,18 +590,18 @@ class FlowMatching(nn.Module):
     def log_prob(self, batch, steps=None, probe=None):
         """log p(x), or p(x | label), in nats (B,): back along the flow to noise, whose density is known. Not
         guided: guidance makes better samples, but the flow it bends is no longer that of p(x | label).
-        probe: None = exact, D times as dear; or z of random signs, like x (then average over several)."""
+        probe: None = exact, D times as slow; or z of random signs, like x (then average over several)."""
         x1, config = batch["x"], self.config
-        times = self.timetable(steps)[::-1]
-        x0, change, self.n_evaluations = transport(self.field(batch), x1, x1.new_zeros(len(x1)), times,
-                                                   config.solver, config.tolerance, probe)
+        log_p, times = x1.new_zeros(len(x1)), self.timetable(steps)[::-1]
+        x0, change, self.n_evaluations = transport(
+            self.field(batch), x1, log_p, times, config.solver, config.tolerance, probe)
         sigma = self.path(x1.new_zeros(1))[1]
         log_p0 = -0.5 * (x0 / sigma) ** 2 - torch.log(sigma * math.sqrt(2 * math.pi))         # (B, ...)
         return log_p0.flatten(1).sum(1) - change                              # change: log p_0 - log p_1
 
     def bits_per_dim(self, batch, steps=None, probe=None):
         """Bits per number of 8-bit images, x = pixel/127.5 - 1: (B,); on average an upper bound, the paper's.
-        Uniform noise as wide as the level of a pixel, 1/127.5, makes them continuous for log_prob."""
+        Uniform noise as wide as one level of a pixel, 1/127.5, makes x continuous for log_prob."""
         x = batch["x"] + (torch.rand_like(batch["x"]) - 0.5) / 127.5
         nats = self.log_prob({**batch, "x": x}, steps, probe) / x[0].numel()
         return math.log2(127.5) - nats / math.log(2)
@@ -656,11 +624,10 @@ class FlowMatching(nn.Module):
         if n_classes and label is None and (required or not self.config.label_dropout):
             raise ValueError(f"the batch has no 'label', but the model has n_classes = {n_classes}; only "
                              f"label_dropout, here {self.config.label_dropout}, trains 'any class'")
-        # On a GPU the comparison would stop every step to wait for it; there the embedding's assertion fires.
+        # On a GPU every step would have to wait for this comparison; there the embedding itself complains.
         on_cpu = n_classes and label is not None and label.device.type == "cpu"
         if on_cpu and ((label < 0) | (label >= n_classes)).any():
-            raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = {n_classes} "
-                             f"means 0..{n_classes - 1}")
+            raise ValueError(f"label {label.min()}..{label.max()} is out of range 0..{n_classes - 1}")
         return label if n_classes else None
 
     def param_groups(self, weight_decay):
@@ -673,8 +640,7 @@ class FlowMatching(nn.Module):
     @classmethod
     def from_official(cls, state_dict, config=None):
         """Always a ValueError: see difference 4."""
-        raise ValueError("flow_matching.py has no official weights to load: the only ones released, "
-                         "torchcfm's for CIFAR-10, are of another U-Net")
+        raise ValueError("flow_matching.py has no official weights to load: torchcfm's are of another U-Net")
 
 
 Model = FlowMatching
@@ -727,14 +693,12 @@ def main(steps=4000, batch_size=512):
         schedule.step()
         if step % 1000 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
-
     x, label, centres = eight_gaussians(2000)
     t, x0 = torch.rand(2000), torch.randn(2000, 2)
     alpha, sigma, d_alpha, d_sigma = (c[:, None] for c in model.path(t))
     x_t = alpha * x + sigma * x0
     u_t, _, _ = marginal(x_t, t, model.path, centres, std=0.05)
-    with torch.no_grad():
-        error = (model.velocity(x_t, t) - u_t).square().mean().item()
+    error = (model.velocity(x_t, t) - u_t).square().mean().item()
     constant = (d_alpha * x + d_sigma * x0 - u_t).square().mean().item()
     print(f"squared error of the velocity: {error:.4f}; expect about 0.003 (the loss adds {constant:.4f})")
     own = torch.cdist(model.sample({"label": label}), centres).argmin(1) == label
@@ -742,7 +706,7 @@ def main(steps=4000, batch_size=512):
     log_p = model.log_prob({"x": x}).mean().item()
     best = -math.log(8) - math.log(2 * math.pi * math.e * 0.05**2)            # the blobs do not overlap
     print(f"mean log-likelihood of data: {log_p:.3f} nats; expect 0.1 below minus the entropy, {best:.3f}")
-    # Means over several sets: a single distance between two sets of 2000 varies by as much as it is.
+    # Means over several sets: a single distance between two sets of 2000 varies by as much as its size.
     new = lambda: eight_gaussians(2000)[0]
     distance = sum(energy_distance(x, new()) for x in model.sample({"n": 10000}).split(2000)) / 5
     floor = sum(energy_distance(new(), new()) for _ in range(20)) / 20

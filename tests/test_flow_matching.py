@@ -507,6 +507,18 @@ def test_dopri5_meets_its_tolerance():
     assert 1.5 < cost[-1] / cost[-2] < 3                      # order 5: 10^(2/5) = 2.5
 
 
+def test_dopri5_tolerance_is_absolute_near_0_and_relative_far_from_it():
+    """On a linear field errors grow with x. Far from 0 their share of x counts: scale costs no evaluations.
+    Near 0 they count by themselves: what is smaller than the tolerance is carried along in few leaps."""
+    x0, tolerance, cost = 1 + normal(20, 2).abs(), 1e-6, []
+    for scale in (1e-9, 1e3, 1e6):
+        x, n = fm.odeint(lambda x, t: x * math.cos(9 * t), scale * x0, [0.0, 1.0], "dopri5", tolerance)
+        cost.append(n)
+        error = (x - scale * x0 * math.exp(math.sin(9) / 9)).abs()
+        assert (error < 10 * tolerance * (1 + x)).all()
+    assert 2 * cost[0] < cost[1] == cost[2]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_evaluations_are_counted(solver):
     calls, trace = [], []
