@@ -47,7 +47,7 @@ def test_evaluation_of_the_expert_and_of_one_that_keeps_still():
     assert (good["success"], good["score"], good["outcomes"]) == (1.0, 1.0, {"success": 12})
     assert good["interval"] == pytest.approx(wilson(12, 12), abs=1e-3)
     assert (bad["success"], bad["score"], bad["outcomes"]) == (0.0, 0.0, {"timeout": 12})
-    assert good["latency_ms"] == pytest.approx(30, abs=10) and good["episodes"] == 12
+    assert 30 <= good["latency_ms"] < 300 and good["episodes"] == 12         # of one chunk, not of twelve
     assert np.array_equal(expert.starts, still.starts)              # every policy gets the same episodes
     first, *_ = rollouts = good["rollouts"]
     assert len(rollouts) == 6 and first["seed"] == EVALUATION_SEEDS and first["success"]
