@@ -289,10 +289,9 @@ class BasicBlock(nn.Module):
         self.norm1 = nn.GroupNorm(dim_out // 16, dim_out)
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(dim_out // 16, dim_out)
-        self.shortcut = nn.Identity()
-        if stride != 1 or dim_in != dim_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(dim_in, dim_out, 1, stride, bias=False),
-                                          nn.GroupNorm(dim_out // 16, dim_out))
+        same = stride == 1 and dim_in == dim_out
+        self.shortcut = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(dim_in, dim_out, 1, stride, bias=False), nn.GroupNorm(dim_out // 16, dim_out))
 
     def forward(self, x):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -300,30 +299,25 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up.
-
-    Group norm instead of batch norm: the weights that act are an average over the training (EMA in train.py:
-    of few steps at first, of ever more later), which batch norm's running statistics do not fit.
-    """
+    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up (four stages).
+    Group norm instead of batch norm: the policy acts with a running average of its weights, which is less
+    noisy (EMA in train.py; its decay rises from 0 to ema_max, so that the first weights are soon forgotten).
+    Batch norm's running statistics would belong to the last weights, not to their average."""
 
     def __init__(self, widths):
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False)
         self.norm1 = nn.GroupNorm(widths[0] // 16, widths[0])
-        self.stages = nn.ModuleList()
-        for i, (dim_in, dim_out) in enumerate(zip((widths[0],) + tuple(widths), widths)):
-            self.stages.append(nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2),
-                                             BasicBlock(dim_out, dim_out, 1)))
+        self.stages = nn.Sequential(*[
+            nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2), BasicBlock(dim_out, dim_out, 1))
+            for i, (dim_in, dim_out) in enumerate(zip((widths[0], *widths), widths))])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision does; torch's default is smaller
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = F.relu(self.norm1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-        for stage in self.stages:
-            x = stage(x)
-        return x
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 3, stride=2, padding=1)
+        return self.stages(x)
 
 
 class SpatialSoftmax(nn.Module):
@@ -333,8 +327,8 @@ class SpatialSoftmax(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, n_keypoints, 1)
 
-    def forward(self, x):
-        p = self.conv(x)                                                        # (B, n, H, W)
+    def forward(self, features):
+        p = self.conv(features)                                                 # (B, n_keypoints, H, W)
         H, W = p.shape[-2:]
         p = p.flatten(2).softmax(dim=-1).unflatten(-1, (H, W))                  # [8]
         x = torch.linspace(-1, 1, W, device=p.device, dtype=p.dtype)
@@ -343,10 +337,8 @@ class SpatialSoftmax(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """One camera: crop, ResNet, spatial softmax, linear. (N, 3, H, W) -> (N, 2 n_keypoints).
-
-    uint8 images are scaled to [-1, 1]; float images must be scaled already.
-    """
+    """One camera: crop, ResNet, spatial softmax, linear, ReLU. (N, 3, H, W) -> (N, 2 n_keypoints). Bytes are
+    scaled to [-1, 1]; float images must be scaled already."""
 
     def __init__(self, config):
         super().__init__()
@@ -373,7 +365,7 @@ class ImageEncoder(nn.Module):
         x = self.crop(x)                                                        # (N, 3, h, w)
         scaled, x = x.is_floating_point(), x.to(self.out.weight.dtype)
         x = x if scaled else x / 127.5 - 1
-        x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+        x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x  # faster convolutions
         x = self.keypoints(self.resnet(x))                                      # (N, n_keypoints, 2)
         return F.relu(self.out(x.flatten(1)))  # the ReLU is robomimic's, applied to every encoded key
 
@@ -675,12 +667,12 @@ RECIPES = {
 
 def obstacle_paths(n, generator):
     """n paths of 16 points from a given start to (1, 0) that pass an obstacle at the origin on either side
-    with equal odds: state (n, 2, 2), the start twice, and actions (n, 16, 2)."""
+    with equal odds: state (n, To = 2, 2), the start twice, and actions (n, Tp = 16, 2)."""
     start = torch.stack([torch.full((n,), -1.0), torch.rand(n, generator=generator) * 0.6 - 0.3], dim=-1)
     side = torch.randint(2, (n, 1), generator=generator) * 2 - 1
-    way = torch.linspace(0, 1, 16)  # share of the way that is done
-    y = (1 - way) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * way)
-    actions = torch.stack([(2 * way - 1).expand(n, -1), y], dim=-1)
+    progress = torch.linspace(0, 1, 16)
+    y = (1 - progress) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * progress)
+    actions = torch.stack([(2 * progress - 1).expand(n, -1), y], dim=-1)
     return start[:, None].expand(-1, 2, -1), actions
 
 
