@@ -39,7 +39,8 @@ loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
  1. Past an episode's end the data repeat its last action (before its start, the first). These steps are left
-    out of the loss; the original trains on them, so that the policy learns to stay (train_on_padding).
+    out of the loss; the original trains on them, so that the policy learns to stay (train_on_padding), and
+    LeRobot does either.
  2. A random crop can start at every offset; the original never draws the last one.
  3. FiLM's linear layer over [step, observation] is computed as a sum of two shares. The numbers are the same,
     and a sampler reads each weight once per chunk instead of once per step.

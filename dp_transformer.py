@@ -723,7 +723,7 @@ PRESETS = {
 }
 
 # What train.py takes for these presets unless it is told otherwise; ema_max: the final decay of its EMA.
-OFFICIAL = {"lr": 1e-4, "warmup": 1000, "betas": (0.9, 0.95)}
+OFFICIAL = {"lr": 1e-4, "warmup": 1000, "betas": (0.9, 0.95)}  # at every size
 RECIPES = {
     "tiny": {"steps": 7000, "batch_size": 128, "lr": 2e-3, "weight_decay": 1e-3, "betas": (0.9, 0.95),
              "ema_max": 0.999, "eval_every": 1000},
