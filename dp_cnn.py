@@ -4,18 +4,19 @@
     Song: "Diffusion Policy: Visuomotor Policy Learning via Action Diffusion", arXiv:2303.04137
     official code: github.com/real-stanford/diffusion_policy, and its port in github.com/huggingface/lerobot
 
-The policy is a distribution p(A | O) over a whole chunk of actions A, given the last observations O. A
-network learns to tell the noise in a noised chunk; sampling starts from pure noise and removes it step by
-step. The joint p(A, O) would have to predict observations too, camera images among them; as a condition, O is
-encoded once per chunk and never predicted. Inpainting [9] is the exception: it models both and is told O.
+The policy is a distribution p(A | O) over a whole chunk of actions A, given the last observations O. It is a
+distribution because demonstrators may pass an obstacle on either side: the mean, which regression learns,
+hits it. A network learns to tell the noise in a noised chunk; sampling starts from pure noise and removes it
+step by step. O is a condition, encoded once per chunk: the joint p(A, O) would have to predict observations
+as well. Only inpainting [9] models the joint (of encoded observations); it is told the observed steps.
 
-Axes: B batch, T steps of the chunk, A action dimensions, D numbers of one step that are denoised (A, or
-A + obs_dim when inpainting), G length of the condition, To observed steps, V cameras, C channels.
+Axes: B batch, T steps of the chunk, A action dimensions (in p(A | O): the chunk), D denoised numbers per step
+(A, or A + obs_dim when inpainting), G length of the condition, To observed steps, V cameras, C channels.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
 Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     step        now-1  now  now+1 ... now+7 ... now+14
     observed      x     x
-    predicted     x     x     x   x     x    x    x       (x0 below: all Tp of them)
+    predicted     x     x     x   x     x    x    x       x0; from the first observed step, as the original
     executed            x     x   x     x                 then look again and re-plan
 
     [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t <= 0.999 schedule
@@ -25,6 +26,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     [5]  x_{t-1} = c1 x0_hat + c2 x_t + sigma_t z,   c1 = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t),
          c2 = sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t),
          sigma_t^2 = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t                                DDPM step
+         If levels are skipped, t-1 is the next level visited and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
          Unclipped this is the paper's A^{k-1} = alpha (A^k - gamma eps_theta(O, A^k, k)) + N(0, sigma^2 I)
          with alpha = 1 / sqrt(1 - beta_t) and gamma = beta_t / sqrt(1 - alpha_bar_t).
     [6]  x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) eps_theta,   s < t                   DDIM step
@@ -36,18 +38,18 @@ Map: Config | Conv1d, ResidualBlock1d, UNet1d | ResNet, SpatialSoftmax, ImageEnc
 loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
- 1. Steps past the end of an episode are left out of the loss. The original repeats the last action there and
-    trains on it, so that the policy learns to stay (train_on_padding); LeRobot does either.
+ 1. Past an episode's end the data repeat its last action (before its start, the first). These steps are left
+    out of the loss; the original trains on them, so that the policy learns to stay (train_on_padding), and
+    LeRobot does either.
  2. A random crop can start at every offset; the original never draws the last one.
- 3. FiLM's linear layer over [step, observation] is computed as two products that are added. The numbers are
-    the same, and a sampler reads each weight once per chunk instead of once per step.
+ 3. FiLM's linear layer over [step, observation] is computed as a sum of two shares. The numbers are the same,
+    and a sampler reads each weight once per chunk instead of once per step.
  4. On a CPU some convolutions are computed as matrix products (Conv1d below).
- 5. The hybrid image policy's features are ordered [cameras, state] for every data set; LeRobot's [state,
-    cameras, environment state] is permuted while loading. Local conditioning (never used by a released model)
-    is left out.
+ 5. With images the features are ordered [cameras, state] for every data set; LeRobot's [state, cameras,
+    environment state] is permuted while loading.
+ 6. Local conditioning (on every step of the chunk by itself) is left out: no released model uses it.
 
-Run alone: `python dp_cnn.py` trains a small policy on paths around an obstacle, in under a minute on
-two CPU cores.
+Run alone: `python dp_cnn.py` learns paths around an obstacle in under a minute on two CPU cores.
 """
 import functools
 import math
@@ -78,7 +80,7 @@ class Config:
     # -- the temporal U-Net
     down_dims: tuple = (32, 64, 128)  # channels of its levels; each after the first halves the time axis
     kernel_size: int = 5  # taps of its convolutions (odd)
-    n_groups: int = 8  # groups of its group norms
+    n_groups: int = 8  # groups of its group norms (why: see ResNet)
     step_embed_dim: int = 64  # width of the diffusion step's embedding (even)
     film_scale: bool = True  # True: FiLM scales and shifts; False: it only shifts
     # -- the image encoder
@@ -92,8 +94,7 @@ class Config:
     sampler: str = "ddim"  # "ddim" or "ddpm"
     sampler_steps: int = 10  # noise levels visited when sampling; at most K
     spacing: str = "leading"  # which levels these are: "leading" or "trailing", see timetable
-    # bound of x0_hat [4], 0 = none; actions are normalised to [-1, 1], another normaliser needs another value
-    clip_x0: float = 1.0
+    clip_x0: float = 1.0  # bound of x0_hat [4], 0 = none; 1 fits actions that are normalised to [-1, 1]
 
     def __post_init__(self):
         check_choice("obs", self.obs, ("lowdim", "image"))
@@ -111,11 +112,9 @@ class Config:
             raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
         if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
             raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
-        if self.n_obs_steps > self.horizon:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be at most horizon {self.horizon}")
-        if self.n_action_steps > self.horizon - self.n_obs_steps + 1:
-            raise ValueError(f"n_action_steps {self.n_action_steps} must be at most horizon - n_obs_steps + 1"
-                             f" = {self.horizon - self.n_obs_steps + 1}")
+        if self.n_obs_steps + self.n_action_steps > self.horizon + 1:  # the present counts twice
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} + n_action_steps {self.n_action_steps} must be "
+                             f"at most horizon {self.horizon} + 1")
         if self.conditioning == "inpaint" and self.pred_action_steps_only:
             raise ValueError("pred_action_steps_only needs conditioning 'global'")
         if not self.down_dims or self.down_dims[0] % 8 or any(d % self.n_groups for d in self.down_dims):
@@ -139,7 +138,7 @@ class Config:
         return 0 if self.pred_action_steps_only else 1 - self.n_obs_steps
 
     @property
-    def n_obs_loaded(self):  # observed steps in a training batch; inpainting denoises the whole chunk's
+    def n_obs_loaded(self):  # observed steps in a training batch: inpainting denoises those of all Tp steps
         return self.horizon if self.conditioning == "inpaint" else self.n_obs_steps
 
 
@@ -157,15 +156,9 @@ def check_at_least(config, least, *fields):
 
 
 # ---------------------------------------------------------------- the network: a U-Net along the time axis
-
-
 class Conv1d(nn.Conv1d):
-    """nn.Conv1d, (B, C, T) -> (B, C', T'), on a CPU as a matrix product where that takes less time.
-
-    One short sequence: a deep level is 1024 x 1024 x 5 weights applied to 4 steps, all the time goes into
-    reading weights, and a matrix product reads them about 1.5 times as fast. bfloat16: gradients of matrix
-    products are several times as fast as those of convolutions.
-    """
+    """nn.Conv1d, (B, C, T) -> (B, C', T'). On a CPU a matrix product is faster for a short sequence (1.5
+    times: nearly all time goes into reading weights) and in bfloat16 (several times, for gradients)."""
 
     def forward(self, x):
         B, C, T = x.shape
@@ -189,11 +182,8 @@ def time_embedding(t, dim):
 
 
 class ResidualBlock1d(nn.Module):
-    """Two convolutions with group norm and Mish; FiLM acts between them. (B, C, T) -> (B, C', T).
-
-    FiLM is linear in [step, observation], so its parameters are the sum of a share of each, of_step and
-    of_obs, (B or 1, 2C'). UNet1d computes them.
-    """
+    """Two convolutions with group norm and Mish; FiLM acts between them. (B, C, T) -> (B, C', T). of_step and
+    of_obs (B or 1, 2C'; C' to shift only) are the shares of its parameters that come from t and from O."""
 
     def __init__(self, dim_in, dim_out, cond_dim, config):
         super().__init__()
@@ -208,7 +198,7 @@ class ResidualBlock1d(nn.Module):
 
     def forward(self, x, of_step, of_obs):
         h = F.mish(self.norm1(self.conv1(x)))                                   # (B, C', T)
-        shift = (of_step + of_obs)[..., None]                                   # (B, 2C', 1)
+        shift = (of_step + of_obs)[..., None]                                   # (B, 2C', 1) with the scale
         if self.film_scale:
             scale, shift = shift.chunk(2, dim=1)                                # 2 x (B, C', 1)
             h = scale * h                                                       # [7] and not (1 + scale)
@@ -217,28 +207,22 @@ class ResidualBlock1d(nn.Module):
 
 
 class UNet1d(nn.Module):
-    """eps_theta: noised chunk (B, T, D), FiLM parameters -> (B, T, D) float32. Official: ConditionalUnet1D.
-
-    Two traits of the official network are kept, since released weights depend on them: the skip of the first,
-    full-length level is never used, and every level of the way up upsamples.
-    """
+    """eps_theta: noised chunk (B, T, D), FiLM parameters -> (B, T, D) float32. As in the official
+    ConditionalUnet1D the way up has one level less than the way down; the skip of full length is not used."""
 
     def __init__(self, input_dim, obs_dim, config):
         super().__init__()
         dims, emb = config.down_dims, config.step_embed_dim
+        block = functools.partial(ResidualBlock1d, cond_dim=emb + obs_dim, config=config)
         self.step_embed_dim = emb
         self.step_mlp = nn.Sequential(nn.Linear(emb, 4 * emb), nn.Mish(), nn.Linear(4 * emb, emb))
-
-        def block(dim_in, dim_out):
-            return ResidualBlock1d(dim_in, dim_out, emb + obs_dim, config)
-
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, (dim_in, dim_out) in enumerate(zip((input_dim,) + tuple(dims), dims)):
+        for i, (dim_in, dim_out) in enumerate(zip((input_dim, *dims), dims)):
             last = i == len(dims) - 1
             shorten = nn.Identity() if last else Conv1d(dim_out, dim_out, 3, stride=2, padding=1)
             self.down.append(nn.ModuleList([block(dim_in, dim_out), block(dim_out, dim_out), shorten]))
         self.mid = nn.ModuleList([block(dims[-1], dims[-1]), block(dims[-1], dims[-1])])
-        for dim_in, dim_out in zip(dims[:0:-1], dims[-2::-1]):
+        for dim_out, dim_in in reversed([*zip(dims, dims[1:])]):
             lengthen = nn.ConvTranspose1d(dim_out, dim_out, 4, stride=2, padding=1)
             self.up.append(nn.ModuleList([block(2 * dim_in, dim_out), block(dim_out, dim_out), lengthen]))
         self.final_conv = Conv1d(dims[0], dims[0], config.kernel_size, padding=config.kernel_size // 2)
@@ -251,13 +235,13 @@ class UNet1d(nn.Module):
         return down + list(self.mid) + up
 
     def film_of_step(self, t):
-        """The step's share of the FiLM parameters of every block: t (N,) -> list of (N, 2C)."""
+        """The step's share of the FiLM parameters: t (N,) -> (N, 2C) for every block."""
         emb, dtype = self.step_embed_dim, self.final_out.weight.dtype
         step = F.mish(self.step_mlp(time_embedding(t, emb).to(dtype)))          # (N, emb)
         return [F.linear(step, block.film.weight[:, :emb]) for block in self.blocks()]
 
     def film_of_obs(self, obs):
-        """The observation's share: obs (B, G) -> list of (B, 2C)."""
+        """The observation's share: obs (B, G) -> (B, 2C) for every block."""
         emb, obs = self.step_embed_dim, F.mish(obs.to(self.final_out.weight.dtype))
         return [F.linear(obs, block.film.weight[:, emb:], block.film.bias) for block in self.blocks()]
 
@@ -267,7 +251,7 @@ class UNet1d(nn.Module):
         for block1, block2, shorten in self.down:
             x = block2(block1(x, *next(shares)), *next(shares))                 # (B, C, T)
             skips.append(x)
-            x = shorten(x)                                                      # (B, C, T/2)
+            x = shorten(x)                                                      # (B, C, T/2); last level: T
         for block in self.mid:
             x = block(x, *next(shares))
         for block1, block2, lengthen in self.up:
@@ -278,8 +262,6 @@ class UNet1d(nn.Module):
 
 
 # ---------------------------------------------------------------- the image encoder: ResNet-18 from scratch
-
-
 class BasicBlock(nn.Module):
     """ResNet's block of two 3x3 convolutions. (B, C, H, W) -> (B, C', H/stride, W/stride)."""
 
@@ -289,10 +271,9 @@ class BasicBlock(nn.Module):
         self.norm1 = nn.GroupNorm(dim_out // 16, dim_out)
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(dim_out // 16, dim_out)
-        self.shortcut = nn.Identity()
-        if stride != 1 or dim_in != dim_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(dim_in, dim_out, 1, stride, bias=False),
-                                          nn.GroupNorm(dim_out // 16, dim_out))
+        same = stride == 1 and dim_in == dim_out
+        self.shortcut = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(dim_in, dim_out, 1, stride, bias=False), nn.GroupNorm(dim_out // 16, dim_out))
 
     def forward(self, x):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -300,30 +281,25 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up.
-
-    Group norm instead of batch norm: the weights that act are an average over the training (EMA in train.py:
-    of few steps at first, of ever more later), which batch norm's running statistics do not fit.
-    """
+    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up (four stages).
+    Group norm instead of batch norm: the policy acts with a running average of its weights, which is less
+    noisy (EMA in train.py; its decay rises from 0 to ema_max, so that the first weights are soon forgotten).
+    Batch norm's running statistics would belong to the last weights, not to their average."""
 
     def __init__(self, widths):
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False)
         self.norm1 = nn.GroupNorm(widths[0] // 16, widths[0])
-        self.stages = nn.ModuleList()
-        for i, (dim_in, dim_out) in enumerate(zip((widths[0],) + tuple(widths), widths)):
-            self.stages.append(nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2),
-                                             BasicBlock(dim_out, dim_out, 1)))
+        self.stages = nn.Sequential(*[
+            nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2), BasicBlock(dim_out, dim_out, 1))
+            for i, (dim_in, dim_out) in enumerate(zip((widths[0], *widths), widths))])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision does; torch's default is smaller
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = F.relu(self.norm1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-        for stage in self.stages:
-            x = stage(x)
-        return x
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 3, stride=2, padding=1)
+        return self.stages(x)
 
 
 class SpatialSoftmax(nn.Module):
@@ -333,8 +309,8 @@ class SpatialSoftmax(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, n_keypoints, 1)
 
-    def forward(self, x):
-        p = self.conv(x)                                                        # (B, n, H, W)
+    def forward(self, features):
+        p = self.conv(features)                                                 # (B, n_keypoints, H, W)
         H, W = p.shape[-2:]
         p = p.flatten(2).softmax(dim=-1).unflatten(-1, (H, W))                  # [8]
         x = torch.linspace(-1, 1, W, device=p.device, dtype=p.dtype)
@@ -343,10 +319,8 @@ class SpatialSoftmax(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """One camera: crop, ResNet, spatial softmax, linear. (N, 3, H, W) -> (N, 2 n_keypoints).
-
-    uint8 images are scaled to [-1, 1]; float images must be scaled already.
-    """
+    """One camera: crop, ResNet, spatial softmax, linear, ReLU. (N, 3, H, W) -> (N, 2 n_keypoints). Bytes are
+    scaled to [-1, 1]; float images must be scaled already."""
 
     def __init__(self, config):
         super().__init__()
@@ -373,15 +347,14 @@ class ImageEncoder(nn.Module):
         x = self.crop(x)                                                        # (N, 3, h, w)
         scaled, x = x.is_floating_point(), x.to(self.out.weight.dtype)
         x = x if scaled else x / 127.5 - 1
-        x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+        x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x  # faster convolutions
         x = self.keypoints(self.resnet(x))                                      # (N, n_keypoints, 2)
-        return F.relu(self.out(x.flatten(1)))  # the ReLU is robomimic's, applied to every encoded key
+        return F.relu(self.out(x.flatten(1)))                                   # the ReLU is robomimic's
 
 
 # ---------------------------------------------------------------- the policy: loss and sampler
-
-
 @functools.lru_cache
+@torch.compiler.assume_constant_result  # torch.compile ignores the cache: this keeps one constant
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
     would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
@@ -420,8 +393,7 @@ def randn(shape, generator, device):
 
 
 class DiffusionPolicyCNN(nn.Module):
-    """The policy p(A | O): encoders of the observation O, the U-Net that denoises chunks A given O, the loss
-    that trains both, and the sampler."""
+    """p(A | O): encoders of the observation O, the U-Net that denoises chunks A given O, loss and sampler."""
 
     def __init__(self, config):
         super().__init__()
@@ -448,8 +420,8 @@ class DiffusionPolicyCNN(nn.Module):
         return torch.cat(features + [state], dim=-1)
 
     def condition(self, batch):
-        """-> (cond (B, G) for FiLM, given (B, Tp, D) or None, known (Tp, D)). When inpainting [9], `given` is
-        a trajectory that holds the observations; `known` is True at those of the To observed steps."""
+        """-> cond (B, G) for FiLM, given (B, Tp, D) or None, known (Tp, D). When inpainting [9], `given` is a
+        trajectory that holds the observations; `known` is True at those of the To observed steps."""
         obs = self.encode(batch)                                                # (B, n, obs_dim)
         B, n, _ = obs.shape
         To, Tp, A = self.config.n_obs_steps, self.config.pred_horizon, self.config.action_dim
@@ -460,22 +432,21 @@ class DiffusionPolicyCNN(nn.Module):
         return obs.new_zeros(B, 0), F.pad(obs, (A, 0, 0, Tp - n)), known
 
     def loss(self, batch, noise=None, t=None):
-        """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
+        """Mean squared error of the predicted noise (or chunk) over the real steps, which all weigh alike.
 
-        batch: actions (B, Tp, A), action_mask (B, Tp), state (B, n, S), images (B, n, V, 3, H, W) if there
-        are cameras, uint8 or floats in [-1, 1], with n = n_obs_loaded. noise (B, Tp, D), t (B,):
-        drawn when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh
-        alike. (Where train.py averages per_sample in its validation, all items do; over accumulated gradients
-        or several processes, all batches.) -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
+        batch: actions (B, Tp, A), action_mask (B, Tp), True: real; state (B, n, S), with n = n_obs_loaded;
+        with cameras images (B, n, V, 3, H, W), uint8 or floats in [-1, 1]. noise (B, Tp, D), t (B,): drawn
+        if None. Time: t = 0 is almost data, t = K-1 noise. -> {"loss": (), "per_sample": (B,), each
+        item's mean, "t": t / (K-1)}. (Accumulated batches, and those of several processes, weigh alike.)
         """
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         cond, given, known = self.condition(batch)
         if given is not None:
-            # The observations of the whole chunk are data to be denoised. Their encoder learns through the
-            # known entries alone: as a target it could make the loss small by encoding nothing.
+            # The observations of all Tp steps are denoised too. Their encoder learns through the known
+            # entries alone: as a target it could make the loss small by encoding nothing.
             x0 = torch.cat([x0, given[..., x0.shape[-1]:].detach()], dim=-1)    # (B, Tp, A + obs_dim)
-        B, K = x0.shape[0], self.config.n_diffusion_steps
+        B, K = len(x0), self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (B,), device=x0.device) if t is None else t
         alpha_bar = cosine_alpha_bar(K, x0.device)[t][:, None, None]            # (B, 1, 1)
@@ -492,31 +463,29 @@ class DiffusionPolicyCNN(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
-        """Draw one chunk per observation: (B, Tp, A), normalised units, of which the policy executes Ta steps
-        from index -first_action on.
+        """Draw one chunk per observation: (B, Tp, A), normalised. Step -first_action is the first to execute.
 
         batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
-        default config.sampler_steps. noise (B, Tp, D): where to start; step_noise: the noises that DDPM
-        adds, one tensor per step but the last; both are drawn from `generator` when not given. trace:
-        receives (B, Tp, A) after every step.
+        default config.sampler_steps. noise (B, Tp, D): where to start; step_noise: what DDPM adds, one tensor
+        per step but the last; both are drawn from `generator` if None. trace: receives (B, Tp, A) every step.
         """
         config, To, A = self.config, self.config.n_obs_steps, self.config.action_dim
         steps = config.sampler_steps if steps is None else steps
+        # The first level may lie below K - 1: near the top x_t holds little of the data, so noise will do.
         levels = timetable(config.n_diffusion_steps, steps, config.spacing)
-        # Plain numbers: no step waits for the device.
-        alpha_bars = cosine_alpha_bar(config.n_diffusion_steps, "cpu").tolist()
+        alpha_bars = cosine_alpha_bar(config.n_diffusion_steps, "cpu").tolist()  # no wait for the device
         batch = {k: v[:, :To] if k in ("state", "images") else v for k, v in batch.items()}
         cond, given, known = self.condition(batch)
         shape, device = (len(cond), *known.shape), cond.device                  # (B, Tp, D)
         x_t = randn(shape, generator, device) if noise is None else noise.float()
         if given is not None:
             x_t = torch.where(known, given, x_t)                                # [9]
-        # A tensor made of a list would be copied from the host: t is filled in number by number.
+        # Filled in number by number: a tensor made of a list would be copied from the host.
         t = torch.stack([torch.full((), level, device=device) for level in levels])
         of_step, of_obs = self.unet.film_of_step(t), self.unet.film_of_obs(cond)
         for i, level in enumerate(levels):
             last = i + 1 == len(levels)
-            # Clean data follow the last level, alpha_bar = 1; no noise is added on the way there.
+            # After the last level come clean data: alpha_bar = 1, and no noise is added.
             alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
             out = self.unet(x_t, [share[i:i + 1] for share in of_step], of_obs)  # (B, Tp, D)
             if config.prediction_type == "eps":
@@ -525,7 +494,7 @@ class DiffusionPolicyCNN(nn.Module):
                 eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
             if config.clip_x0:  # no action lies outside; dividing by a small sqrt(alpha_bar) amplifies errors
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
-            if config.sampler == "ddim":
+            if config.sampler == "ddim":  # clipping x0 does not change eps, as in the original
                 x_t = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * eps  # [6]
             else:
                 beta = 1 - alpha_bar / alpha_bar_prev
@@ -547,12 +516,9 @@ class DiffusionPolicyCNN(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config, state_dim=None):
-        """A policy with the weights of a Diffusion Policy or LeRobot checkpoint, whichever it is.
-
-        config must describe it (PRESETS["lowdim"], PRESETS["image"]). state_dim: LeRobot with cameras and an
-        environment state only: how many of config.state_dim come before the images there. Normaliser entries
-        are left to `official_normalizer`; buffers that hold constants are not read.
-        """
+        """A policy with the weights of a Diffusion Policy or LeRobot checkpoint. config must describe it
+        (PRESETS["lowdim"], PRESETS["image"]). state_dim: only for LeRobot with cameras and an environment
+        state: how many of config.state_dim are its state. The normaliser: `official_normalizer`."""
         weights = convert_official(state_dict, config, state_dim)
         with torch.device("meta"):
             model = cls(config)
@@ -561,8 +527,6 @@ class DiffusionPolicyCNN(nn.Module):
 
 
 # ---------------------------------------------------------------- loading official weights
-
-
 def load_strictly(model, weights):
     """Put `weights` into a model that stands on the meta device. One ValueError names what does not fit."""
     want = model.state_dict()
@@ -576,8 +540,7 @@ def load_strictly(model, weights):
     model.load_state_dict(weights, assign=True)
 
 
-# Official names -> ours, applied in this order. The first group is the two code bases' prefixes, the second
-# the U-Net, the third torchvision's ResNet as the list of its children.
+# Official names -> ours, applied in this order: prefixes of both code bases, the U-Net, torchvision's ResNet.
 RENAMES = [
     (r"^model\.obs_encoder\.", "obs_encoder."), (r"^diffusion\.", ""), (r"^model\.", "unet."),
     (r"^obs_encoder\.obs_nets\.([^.]+)\.nets\.0\.nets\.", r"encoders.\1.resnet."),
@@ -597,7 +560,7 @@ RENAMES = [
     (r"\.resnet\.([4-7])\.", lambda m: f".resnet.stages.{int(m[1]) - 4}."),
     (r"\.bn([12])\.", r".norm\1."), (r"\.downsample\.", ".shortcut."),
 ]
-# The aliases of the encoder, constants of the architecture, and what belongs to the normaliser.
+# Second names of the encoder's weights, constants, and the normaliser's entries.
 NOT_WEIGHTS = re.compile(r"(_dummy_variable|pos_x|pos_y|pos_grid|temperature)$|^normali[sz]e|^unnormali[sz]e"
                          r"|^(model\.)?obs_encoder\.obs_nets\.[^.]+\.(backbone|pool)\.")
 
@@ -617,8 +580,8 @@ def convert_official(state_dict, config, state_dim=None):
             key = key.replace(name[0], f"encoders.{cameras.index(name[1])}.", 1)
         if lerobot and config.n_cameras and key.endswith(".film.weight"):
             columns = lerobot_columns(config, state_dim)
-            # Of another width they are weights for other observations: from_official will say so.
-            value = value[:, columns] if value.shape[1] == len(columns) else value
+            if value.shape[1] == len(columns):  # otherwise load_strictly reports the shape
+                value = value[:, columns]
         weights[key] = value
     return weights
 
@@ -626,14 +589,11 @@ def convert_official(state_dict, config, state_dim=None):
 def lerobot_columns(config, state_dim=None):
     """Where each column of our condition [step embedding, To x (cameras, state)] stands in LeRobot's,
     which orders a step as [state, cameras, environment state]."""
-    first = config.state_dim if state_dim is None else state_dim
-    images = config.n_cameras * 2 * config.n_keypoints
-    last = first + images
-    one_step = [*range(first, last), *range(first), *range(last, images + config.state_dim)]
-    columns = list(range(config.step_embed_dim))
-    for step in range(config.n_obs_steps):
-        columns += [config.step_embed_dim + step * len(one_step) + i for i in one_step]
-    return columns
+    n_state = config.state_dim if state_dim is None else state_dim
+    n_image, emb = config.n_cameras * 2 * config.n_keypoints, config.step_embed_dim
+    env = n_state + n_image  # where the environment state begins
+    one_step = [*range(n_state, env), *range(n_state), *range(env, n_image + config.state_dim)]
+    return [*range(emb), *(emb + k * len(one_step) + i for k in range(config.n_obs_steps) for i in one_step)]
 
 
 def official_normalizer(state_dict):
@@ -644,7 +604,6 @@ def official_normalizer(state_dict):
 
 
 # ---------------------------------------------------------------- presets
-
 Model = DiffusionPolicyCNN
 
 PRESETS = {
@@ -660,7 +619,7 @@ PRESETS = {
               "crop_size": (84, 84)},
 }
 
-# What train.py takes for these presets unless it is told otherwise.
+# What train.py takes for these presets unless it is told otherwise; ema_max: the final decay of its EMA.
 RECIPES = {
     "tiny": {"steps": 3000, "batch_size": 128, "lr": 1e-3, "ema_max": 0.999, "eval_every": 500},
     "tiny_image": {"steps": 2000, "batch_size": 64, "lr": 1e-3, "ema_max": 0.999, "eval_every": 500},
@@ -670,16 +629,14 @@ RECIPES = {
 
 
 # ---------------------------------------------------------------- the file alone
-
-
 def obstacle_paths(n, generator):
     """n paths of 16 points from a given start to (1, 0) that pass an obstacle at the origin on either side
-    with equal odds: state (n, 2, 2), the start twice, and actions (n, 16, 2)."""
+    with equal odds: state (n, To = 2, 2), the start twice, and actions (n, Tp = 16, 2)."""
     start = torch.stack([torch.full((n,), -1.0), torch.rand(n, generator=generator) * 0.6 - 0.3], dim=-1)
     side = torch.randint(2, (n, 1), generator=generator) * 2 - 1
-    way = torch.linspace(0, 1, 16)  # share of the way that is done
-    y = (1 - way) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * way)
-    actions = torch.stack([(2 * way - 1).expand(n, -1), y], dim=-1)
+    progress = torch.linspace(0, 1, 16)
+    y = (1 - progress) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * progress)
+    actions = torch.stack([(2 * progress - 1).expand(n, -1), y], dim=-1)
     return start[:, None].expand(-1, 2, -1), actions
 
 

@@ -4,19 +4,21 @@
     Song: "Diffusion Policy: Visuomotor Policy Learning via Action Diffusion", arXiv:2303.04137
     official code: github.com/real-stanford/diffusion_policy (TransformerForDiffusion)
 
-dp_cnn.py with another network: `diff dp_cnn.py dp_transformer.py` is the lesson. Loss, sampler and image
-encoder are the same. Every action of the chunk is a token, which looks at the actions before it and at the
-observations up to its own time. The policy is p(A | O): the observations O condition every
-step but are not predicted, as the joint p(A, O) would have it, camera images among them. Inpainting [9] is
-the exception: it models both and is told O.
+The policy is a distribution p(A | O) over a whole chunk of actions A, given the last observations O. It is a
+distribution because demonstrators may pass an obstacle on either side: the mean, which regression learns,
+hits it. O is a condition: the joint p(A, O) would have to predict observations as well. Only inpainting [9]
+models the joint (of encoded observations); it is told the observed steps.
+This is dp_cnn.py with another network (`diff` shows it). Every action is a token, which looks at the actions
+before it and at the observations up to its own time. The paper turns to it where actions change fast, which
+convolutions over time smooth out; it is harder to tune.
 
-Axes: B batch, T tokens (one per step of the chunk), M condition tokens (the diffusion step and To
-observations), D width, L layers, A action dimensions, V cameras, C channels.
+Axes: B batch, T tokens (steps of the chunk), M condition tokens (diffusion step, To observations), D width,
+d = D / heads, L layers, A action dimensions (in p(A | O): the chunk), V cameras, C channels.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
 Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     step        now-1  now  now+1 ... now+7 ... now+14
     observed      x     x
-    predicted     x     x     x   x     x    x    x       (x0 below: all Tp of them)
+    predicted     x     x     x   x     x    x    x       x0; from the first observed step, as the original
     executed            x     x   x     x                 then look again and re-plan
 
     [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t <= 0.999 schedule
@@ -26,6 +28,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     [5]  x_{t-1} = c1 x0_hat + c2 x_t + sigma_t z,   c1 = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t),
          c2 = sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t),
          sigma_t^2 = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t                                DDPM step
+         If levels are skipped, t-1 is the next level visited and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
          Unclipped this is the paper's A^{k-1} = alpha (A^k - gamma eps_theta(O, A^k, k)) + N(0, sigma^2 I)
          with alpha = 1 / sqrt(1 - beta_t) and gamma = beta_t / sqrt(1 - alpha_bar_t).
     [6]  x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) eps_theta,   s < t                   DDIM step
@@ -42,26 +45,23 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
              a2   x  x  x  .              a2  x  x  x    not executed. With pred_action_steps_only a0 is the
              a3   x  x  x  x              a3  x  x  x    present action: every action sees all of O
     [11] cross-attention with its query and output matrices moved over to the condition, in every head:
-         (W_q x + b_q) . k_m = x . (W_q^T k_m) + b_q . k_m   and   W_o (sum_m p_m v_m) = sum_m p_m (W_o v_m)
-    [12] with inpainting the step may be a token among the actions, x = [e(t), x_0, .., x_{T-1}], and
-         self-attention is all there is ("BERT")
+         (W_q x + b_q) . k_j = x . (W_q^T k_j) + b_q . k_j   and   W_o (sum_j p_j v_j) = sum_j p_j (W_o v_j)
+    [12] "bert", for inpainting: the step is a token among the actions, [e(t), x_0, .., x_{T-1}]
 
 Map: Config | Linear, SelfAttention, CrossAttention, Block, DecoderTransformer, BertTransformer | ResNet,
 SpatialSoftmax, ImageEncoder | DiffusionPolicyTransformer: loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
- 1. Steps past the end of an episode are left out of the loss. The original repeats the last action there and
-    trains on it, so that the policy learns to stay (train_on_padding).
+ 1. Past an episode's end the data repeat its last action (before its start, the first). These steps are left
+    out of the loss; the original trains on them, so that the policy learns to stay (train_on_padding).
  2. A random crop can start at every offset; the original never draws the last one.
- 3. Cross-attention is computed as [11]. The numbers are the same. M is small (3 for To = 2), which makes this
-    less work than plain attention with kept keys and values, by 5 to 12 % of a whole step.
+ 3. Cross-attention is computed as [11]. The numbers are the same. As M is small (3 for To = 2), a whole step
+    takes 5 to 12 % less than with plain attention to kept keys and values.
  4. With inpainting the image encoder learns, through the known entries; the original cuts its gradient off.
- 5. With pred_action_steps_only the network has Ta tokens, and the masks count from now; the original keeps
-    positions and masks for Tp.
- 6. The hybrid image policy's features are ordered [cameras, state] for every data set.
+ 5. With pred_action_steps_only positions and masks are those of the Ta tokens; the original's are for Tp.
+ 6. With images the features are ordered [cameras, state] for every data set.
 
-Run alone: `python dp_transformer.py` trains a small policy on paths around an obstacle, in about a minute on
-two CPU cores.
+Run alone: `python dp_transformer.py` learns paths around an obstacle in about a minute on two CPU cores.
 """
 import functools
 import math
@@ -88,19 +88,16 @@ class Config:
     train_on_padding: bool = False  # True: past an episode's end the policy learns to stay ("Differs", 1)
     # -- how the observation enters
     obs: str = "lowdim"  # "lowdim": every float observation; "image": cameras and proprioception
-    # "tokens": the actions cross-attend to it [7]; "inpaint": as known entries of the trajectory [9]
-    conditioning: str = "tokens"
+    conditioning: str = "tokens"  # "tokens": to cross-attend to [7]; "inpaint": known entries of x [9]
     # -- the transformer; in brackets the official names
-    # "decoder": the diffusion step is a condition token; "bert": one among the actions [12] (time_as_cond)
-    arch: str = "decoder"
+    arch: str = "decoder"  # the step t is a condition; "bert": it is among the actions [12] (time_as_cond)
     width: int = 96  # D, width of a token (n_emb)
     depth: int = 3  # L, layers (n_layer)
     n_heads: int = 4  # heads of every attention (n_head)
     cond_depth: int = 0  # layers of the condition's encoder; 0 = an MLP for each token (n_cond_layers)
-    causal: bool = True  # True: the masks [10]; False: everyone sees everything (causal_attn)
+    causal: bool = True  # True: the masks [10]; False: every token sees all others (causal_attn)
     embed_dropout: float = 0.0  # dropout of tokens + positions (p_drop_emb)
-    # dropout of attention weights, inside the MLP and of every branch before it is added (p_drop_attn)
-    dropout: float = 0.0
+    dropout: float = 0.0  # of attention weights, inside the MLP and of what a branch adds (p_drop_attn)
     # -- the image encoder
     resnet_widths: tuple = (64, 128, 256, 512)  # channels of the ResNet's stages; the default is ResNet-18's
     n_keypoints: int = 32  # keypoints of the spatial softmax
@@ -112,8 +109,7 @@ class Config:
     sampler: str = "ddim"  # "ddim" or "ddpm"
     sampler_steps: int = 10  # noise levels visited when sampling; at most K
     spacing: str = "leading"  # which levels these are: "leading" or "trailing", see timetable
-    # bound of x0_hat [4], 0 = none; actions are normalised to [-1, 1], another normaliser needs another value
-    clip_x0: float = 1.0
+    clip_x0: float = 1.0  # bound of x0_hat [4], 0 = none; 1 fits actions that are normalised to [-1, 1]
 
     def __post_init__(self):
         check_choice("obs", self.obs, ("lowdim", "image"))
@@ -132,16 +128,13 @@ class Config:
             raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
         if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
             raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
-        if self.n_obs_steps > self.horizon:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be at most horizon {self.horizon}")
-        if self.n_action_steps > self.horizon - self.n_obs_steps + 1:
-            raise ValueError(f"n_action_steps {self.n_action_steps} must be at most horizon - n_obs_steps + 1"
-                             f" = {self.horizon - self.n_obs_steps + 1}")
+        if self.n_obs_steps + self.n_action_steps > self.horizon + 1:  # the present counts twice
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} + n_action_steps {self.n_action_steps} must be "
+                             f"at most horizon {self.horizon} + 1")
         if self.conditioning == "inpaint" and self.pred_action_steps_only:
             raise ValueError("pred_action_steps_only needs conditioning 'tokens'")
         if self.width % self.n_heads or self.width % 2 or self.width < 4:
-            raise ValueError(f"width {self.width} must be even, at least 4 and a multiple of n_heads = "
-                             f"{self.n_heads}")
+            raise ValueError(f"width {self.width} must be even, >= 4, a multiple of n_heads = {self.n_heads}")
         if self.arch == "bert" and (self.conditioning != "inpaint" or self.cond_depth):
             raise ValueError("arch 'bert' needs conditioning to be 'inpaint' and cond_depth to be 0")
         if not (0 <= self.dropout < 1 and 0 <= self.embed_dropout < 1):
@@ -157,7 +150,7 @@ class Config:
         return 0 if self.pred_action_steps_only else 1 - self.n_obs_steps
 
     @property
-    def n_obs_loaded(self):  # observed steps in a training batch; inpainting denoises the whole chunk's
+    def n_obs_loaded(self):  # observed steps in a training batch: inpainting denoises those of all Tp steps
         return self.horizon if self.conditioning == "inpaint" else self.n_obs_steps
 
 
@@ -175,8 +168,6 @@ def check_at_least(config, least, *fields):
 
 
 # ---------------------------------------------------------------- the network: a transformer over the chunk
-
-
 def time_embedding(t, dim):
     """Sinusoids of the diffusion step, (...,) -> (..., dim), sines first. It differs from iDDPM's and DiT's:
     the exponent runs to 1 (half - 1 in the denominator), as in Ho et al., and theirs begin with cosines."""
@@ -196,12 +187,12 @@ ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class Linear(nn.Linear):
-    """nn.Linear, (..., D) -> (..., D'). A CPU that samples multiplies with oneDNN: MKL, to which torch leaves
-    float32 products, does without AVX-512 on AMD processors and takes 1.5 (few rows) to 2.2 times as long."""
+    """nn.Linear, (..., D) -> (..., D'). Sampling in float32 on a CPU, it calls oneDNN. Torch would call MKL,
+    which does not use AVX-512 on AMD processors and takes 1.5 (few rows) to 2.2 times as long."""
 
     def forward(self, x):
-        training = torch.is_grad_enabled()
-        if ONEDNN_LINEAR is None or training or x.device.type != "cpu" or x.dtype != torch.float32:
+        sampling = ONEDNN_LINEAR is not None and not torch.is_grad_enabled()
+        if not sampling or x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
         return ONEDNN_LINEAR(x, self.weight, self.bias, "none", [], "")
 
@@ -225,21 +216,20 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(SelfAttention):
-    """Multi-head attention of T tokens to M condition tokens, with the same weights, computed as [11]: x is
-    compared with the keys that `memory` returns, and their values are summed, without a projection."""
+    """Multi-head attention of T tokens to M condition tokens, with the same weights, computed as [11]:
+    `memory` does all projections, once per condition; `forward` compares x with keys and sums values."""
 
     def memory(self, m, mask):
         """Condition tokens m (B, M, D), mask (M, T) -> keys, values (B, heads, M, D), and what is added to
         the scores, (B, heads, M, T)."""
         B, M, D = m.shape
         heads, d = self.n_heads, D // self.n_heads
-        w_q, w_kv = self.in_proj.weight.split([D, 2 * D])
-        b_q, b_kv = self.in_proj.bias.split([D, 2 * D])
+        (w_q, w_kv), (b_q, b_kv) = (p.split([D, 2 * D]) for p in (self.in_proj.weight, self.in_proj.bias))
         k, v = F.linear(m, w_kv, b_kv).view(B, M, 2, heads, d).unbind(2)        # 2 x (B, M, heads, d)
         k = k / math.sqrt(d)
-        keys = torch.einsum("bmhd,hdw->bhmw", k, w_q.view(heads, d, D))         # [11] W_q^T k_m
-        values = torch.einsum("bmhd,whd->bhmw", v, self.out_proj.weight.view(D, heads, d))  # [11] W_o v_m
-        bias = torch.einsum("bmhd,hd->bhm", k, b_q.view(heads, d))[..., None]   # [11] b_q . k_m
+        keys = torch.einsum("bmhd,hdw->bhmw", k, w_q.view(heads, d, D))         # [11] W_q^T k_j
+        values = torch.einsum("bmhd,whd->bhmw", v, self.out_proj.weight.view(D, heads, d))  # [11] W_o v_j
+        bias = torch.einsum("bmhd,hd->bhm", k, b_q.view(heads, d))[..., None]   # [11] b_q . k_j
         return keys, values, bias + mask                                        # [10]
 
     def forward(self, x, keys, values, bias):
@@ -251,8 +241,7 @@ class CrossAttention(SelfAttention):
 
 
 class Block(nn.Module):
-    """Transformer layer, normalised before each branch. (B, T, D) -> (B, T, D). cross=False: without
-    cross-attention, a layer of an encoder."""
+    """Transformer layer, (B, T, D) -> (B, T, D), normalised before each branch: that trains more stably."""
 
     def __init__(self, config, cross):
         super().__init__()
@@ -272,12 +261,8 @@ class Block(nn.Module):
 
 
 class DecoderTransformer(nn.Module):
-    """eps_theta: noised chunk (B, T, input_dim), memory -> (B, T, output_dim). Official:
-    TransformerForDiffusion with time_as_cond.
-
-    Traits of the official network that released weights depend on: no MLP behind the step's sinusoids, no
-    norm on the condition, and a single norm at the decoder's end.
-    """
+    """eps_theta: noised chunk (B, T, input_dim), memory -> (B, T, output_dim). As in the official
+    TransformerForDiffusion no MLP follows the step's sinusoids, and no norm the condition's encoder."""
 
     def __init__(self, input_dim, output_dim, obs_dim, config):
         super().__init__()
@@ -287,23 +272,21 @@ class DecoderTransformer(nn.Module):
         self.obs_emb = Linear(obs_dim, D) if obs_dim else None
         self.cond_pos_emb = nn.Parameter(torch.zeros(1, M, D))
         self.drop = nn.Dropout(config.embed_dropout)
-        if config.cond_depth:
-            self.cond_encoder = nn.Sequential(*[Block(config, cross=False) for _ in range(config.cond_depth)])
-        else:
-            self.cond_encoder = nn.Sequential(Linear(D, 4 * D), nn.Mish(), Linear(4 * D, D))
-        self.tokens_mix = config.cond_depth > 0
+        encoder = [Block(config, cross=False) for _ in range(config.cond_depth)]
+        self.cond_encoder = nn.Sequential(*encoder or [Linear(D, 4 * D), nn.Mish(), Linear(4 * D, D)])
+        self.tokens_mix = config.cond_depth > 0  # encoded, a condition token depends on the others
         self.blocks = nn.ModuleList([Block(config, cross=True) for _ in range(config.depth)])
         self.norm, self.head = nn.LayerNorm(D), Linear(D, output_dim)
         action, token = torch.arange(T), torch.arange(M)
         mask = additive(action <= action[:, None]) if config.causal else None   # [10] (T, T)
         self.register_buffer("mask", mask, persistent=False)
-        # Token 0 is the step. Token j is the observation of time j - To, counted from now as first_action is.
+        # Token 0 is the step, token j the observation of time j - To, counted from now as first_action is.
         not_later = token[:, None] - config.n_obs_steps <= action + config.first_action  # (M, T)
         visible = not_later | (token[:, None] == 0) | (not config.causal)       # [10]
         self.register_buffer("memory_mask", additive(visible), persistent=False)
         init_weights(self)
         if not obs_dim:
-            nn.init.zeros_(self.cond_pos_emb)
+            nn.init.zeros_(self.cond_pos_emb)  # as the original, which draws it only with observations
 
     def step_token(self, t):
         """t (N,) -> (N, 1, D)"""
@@ -317,7 +300,7 @@ class DecoderTransformer(nn.Module):
         return self.drop(self.obs_emb(obs.to(self.pos_emb.dtype)) + self.cond_pos_emb[:, 1:])
 
     def keys_values(self, tokens, mask):
-        """Condition tokens (B, M, D) -> for every layer what its cross-attention takes of them."""
+        """Condition tokens (B, M, D) -> L x (keys, values, bias), see CrossAttention.memory."""
         m = self.cond_encoder(tokens)                                           # [7] (B, M, D)
         return [block.cross_attn.memory(m, mask) for block in self.blocks]
 
@@ -347,18 +330,18 @@ class DecoderTransformer(nn.Module):
 
 
 class BertTransformer(nn.Module):
-    """eps_theta without a condition: the diffusion step is the first token. Same interface as
-    DecoderTransformer; `memory` is that token. Official: TransformerForDiffusion without time_as_cond."""
+    """eps_theta without a condition: the diffusion step is the first token, and `memory` is that token. The
+    interface is DecoderTransformer's. Official: TransformerForDiffusion without time_as_cond."""
 
     def __init__(self, input_dim, output_dim, obs_dim, config):
         super().__init__()
-        T, D = config.pred_horizon + 1, config.width
+        N, D = 1 + config.pred_horizon, config.width
         self.input_emb = Linear(input_dim, D)
-        self.pos_emb = nn.Parameter(torch.zeros(1, T, D))
+        self.pos_emb = nn.Parameter(torch.zeros(1, N, D))
         self.drop = nn.Dropout(config.embed_dropout)
         self.blocks = nn.ModuleList([Block(config, cross=False) for _ in range(config.depth)])
         self.norm, self.head = nn.LayerNorm(D), Linear(D, output_dim)
-        token = torch.arange(T)
+        token = torch.arange(N)
         # The step's token comes first, so every action sees it, and it sees no action.
         mask = additive(token <= token[:, None]) if config.causal else None     # [10]
         self.register_buffer("mask", mask, persistent=False)
@@ -389,8 +372,6 @@ def init_weights(network):
 
 
 # ---------------------------------------------------------------- the image encoder: ResNet-18 from scratch
-
-
 class BasicBlock(nn.Module):
     """ResNet's block of two 3x3 convolutions. (B, C, H, W) -> (B, C', H/stride, W/stride)."""
 
@@ -400,10 +381,9 @@ class BasicBlock(nn.Module):
         self.norm1 = nn.GroupNorm(dim_out // 16, dim_out)
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(dim_out // 16, dim_out)
-        self.shortcut = nn.Identity()
-        if stride != 1 or dim_in != dim_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(dim_in, dim_out, 1, stride, bias=False),
-                                          nn.GroupNorm(dim_out // 16, dim_out))
+        same = stride == 1 and dim_in == dim_out
+        self.shortcut = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(dim_in, dim_out, 1, stride, bias=False), nn.GroupNorm(dim_out // 16, dim_out))
 
     def forward(self, x):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -411,30 +391,25 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up.
-
-    Group norm instead of batch norm: the weights that act are an average over the training (EMA in train.py:
-    of few steps at first, of ever more later), which batch norm's running statistics do not fit.
-    """
+    """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up (four stages).
+    Group norm instead of batch norm: the policy acts with a running average of its weights, which is less
+    noisy (EMA in train.py; its decay rises from 0 to ema_max, so that the first weights are soon forgotten).
+    Batch norm's running statistics would belong to the last weights, not to their average."""
 
     def __init__(self, widths):
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False)
         self.norm1 = nn.GroupNorm(widths[0] // 16, widths[0])
-        self.stages = nn.ModuleList()
-        for i, (dim_in, dim_out) in enumerate(zip((widths[0],) + tuple(widths), widths)):
-            self.stages.append(nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2),
-                                             BasicBlock(dim_out, dim_out, 1)))
+        self.stages = nn.Sequential(*[
+            nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2), BasicBlock(dim_out, dim_out, 1))
+            for i, (dim_in, dim_out) in enumerate(zip((widths[0], *widths), widths))])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision does; torch's default is smaller
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = F.relu(self.norm1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-        for stage in self.stages:
-            x = stage(x)
-        return x
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 3, stride=2, padding=1)
+        return self.stages(x)
 
 
 class SpatialSoftmax(nn.Module):
@@ -444,8 +419,8 @@ class SpatialSoftmax(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, n_keypoints, 1)
 
-    def forward(self, x):
-        p = self.conv(x)                                                        # (B, n, H, W)
+    def forward(self, features):
+        p = self.conv(features)                                                 # (B, n_keypoints, H, W)
         H, W = p.shape[-2:]
         p = p.flatten(2).softmax(dim=-1).unflatten(-1, (H, W))                  # [8]
         x = torch.linspace(-1, 1, W, device=p.device, dtype=p.dtype)
@@ -454,10 +429,8 @@ class SpatialSoftmax(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """One camera: crop, ResNet, spatial softmax, linear. (N, 3, H, W) -> (N, 2 n_keypoints).
-
-    uint8 images are scaled to [-1, 1]; float images must be scaled already.
-    """
+    """One camera: crop, ResNet, spatial softmax, linear, ReLU. (N, 3, H, W) -> (N, 2 n_keypoints). Bytes are
+    scaled to [-1, 1]; float images must be scaled already."""
 
     def __init__(self, config):
         super().__init__()
@@ -484,15 +457,14 @@ class ImageEncoder(nn.Module):
         x = self.crop(x)                                                        # (N, 3, h, w)
         scaled, x = x.is_floating_point(), x.to(self.out.weight.dtype)
         x = x if scaled else x / 127.5 - 1
-        x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+        x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x  # faster convolutions
         x = self.keypoints(self.resnet(x))                                      # (N, n_keypoints, 2)
-        return F.relu(self.out(x.flatten(1)))  # the ReLU is robomimic's, applied to every encoded key
+        return F.relu(self.out(x.flatten(1)))                                   # the ReLU is robomimic's
 
 
 # ---------------------------------------------------------------- the policy: loss and sampler
-
-
 @functools.lru_cache
+@torch.compiler.assume_constant_result  # torch.compile ignores the cache: this keeps one constant
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
     would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
@@ -531,19 +503,16 @@ def randn(shape, generator, device):
 
 
 class DiffusionPolicyTransformer(nn.Module):
-    """The policy p(A | O): encoders of the observation O, the transformer that denoises chunks A given O, the
-    loss that trains both, and the sampler."""
+    """p(A | O): encoders of the observation O, the transformer that denoises chunks A, loss and sampler."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.obs_dim = config.state_dim + config.n_cameras * 2 * config.n_keypoints
         network = {"decoder": DecoderTransformer, "bert": BertTransformer}[config.arch]
-        if config.conditioning == "tokens":
-            self.transformer = network(config.action_dim, config.action_dim, self.obs_dim, config)
-        else:
-            both = config.action_dim + self.obs_dim
-            self.transformer = network(both, both, 0, config)
+        tokens = config.conditioning == "tokens"
+        dim = config.action_dim + (0 if tokens else self.obs_dim)
+        self.transformer = network(dim, dim, self.obs_dim if tokens else 0, config)
         self.encoders = nn.ModuleList([ImageEncoder(config) for _ in range(config.n_cameras)])
 
     def encode(self, batch):
@@ -555,14 +524,13 @@ class DiffusionPolicyTransformer(nn.Module):
         if V != self.config.n_cameras:
             raise ValueError(f"images of {V} cameras given, n_cameras = {self.config.n_cameras} expected")
         B, n = images.shape[:2]
-        features = [encoder(images[:, :, v].flatten(0, 1)).unflatten(0, (B, n))
-                    for v, encoder in enumerate(self.encoders)]
+        encoders = enumerate(self.encoders)
+        features = [enc(images[:, :, v].flatten(0, 1)).unflatten(0, (B, n)) for v, enc in encoders]
         return torch.cat(features + [state], dim=-1)
 
     def condition(self, batch):
-        """-> (cond (B, To, obs_dim) for tokens, given (B, Tp, input_dim) or None, known (Tp, input_dim)).
-        When inpainting [9], `given` is a trajectory that holds the observations; `known` is True at those of
-        the To observed steps."""
+        """-> cond (B, To, obs_dim), given (B, Tp, input_dim) or None, known (Tp, input_dim). When inpainting
+        [9], `given` is a trajectory that holds the observations; `known` is True at those of the To steps."""
         obs = self.encode(batch)                                                # (B, n, obs_dim)
         B, n, _ = obs.shape
         To, Tp, A = self.config.n_obs_steps, self.config.pred_horizon, self.config.action_dim
@@ -573,22 +541,21 @@ class DiffusionPolicyTransformer(nn.Module):
         return obs.new_zeros(B, 0, 0), F.pad(obs, (A, 0, 0, Tp - n)), known
 
     def loss(self, batch, noise=None, t=None):
-        """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
+        """Mean squared error of the predicted noise (or chunk) over the real steps, which all weigh alike.
 
-        batch: actions (B, Tp, A), action_mask (B, Tp), state (B, n, S), images (B, n, V, 3, H, W) if there
-        are cameras, uint8 or floats in [-1, 1], with n = n_obs_loaded. noise (B, Tp, input_dim), t (B,):
-        drawn when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh
-        alike. (Where train.py averages per_sample in its validation, all items do; over accumulated gradients
-        or several processes, all batches.) -> {"loss": (), "per_sample": (B,), "t": (B,) in [0, 1]}
+        batch: actions (B, Tp, A), action_mask (B, Tp), True: real; state (B, n, S), with n = n_obs_loaded;
+        with cameras images (B, n, V, 3, H, W), uint8 or floats in [-1, 1]. noise (B, Tp, input_dim), t (B,):
+        drawn if None. Time: t = 0 is almost data, t = K-1 noise. -> {"loss": (), "per_sample": (B,), each
+        item's mean, "t": t / (K-1)}. (Accumulated batches, and those of several processes, weigh alike.)
         """
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         cond, given, known = self.condition(batch)
         if given is not None:
-            # The observations of the whole chunk are data to be denoised. Their encoder learns through the
-            # known entries alone: as a target it could make the loss small by encoding nothing.
+            # The observations of all Tp steps are denoised too. Their encoder learns through the known
+            # entries alone: as a target it could make the loss small by encoding nothing.
             x0 = torch.cat([x0, given[..., x0.shape[-1]:].detach()], dim=-1)    # (B, Tp, A + obs_dim)
-        B, K = x0.shape[0], self.config.n_diffusion_steps
+        B, K = len(x0), self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (B,), device=x0.device) if t is None else t
         alpha_bar = cosine_alpha_bar(K, x0.device)[t][:, None, None]            # (B, 1, 1)
@@ -605,31 +572,29 @@ class DiffusionPolicyTransformer(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
-        """Draw one chunk per observation: (B, Tp, A), normalised units, of which the policy executes Ta steps
-        from index -first_action on.
+        """Draw one chunk per observation: (B, Tp, A), normalised. Step -first_action is the first to execute.
 
         batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
-        default config.sampler_steps. noise (B, Tp, input_dim): where to start; step_noise: the noises that
-        DDPM adds, one tensor per step but the last; both are drawn from `generator` when not given. trace:
-        receives (B, Tp, A) after every step.
+        default config.sampler_steps. noise (B, Tp, input_dim): where to start; step_noise: what DDPM adds, a
+        tensor per step but the last; both are drawn from `generator` if None. trace: gets every (B, Tp, A).
         """
         config, To, A = self.config, self.config.n_obs_steps, self.config.action_dim
         steps = config.sampler_steps if steps is None else steps
+        # The first level may lie below K - 1: near the top x_t holds little of the data, so noise will do.
         levels = timetable(config.n_diffusion_steps, steps, config.spacing)
-        # Plain numbers: no step waits for the device.
-        alpha_bars = cosine_alpha_bar(config.n_diffusion_steps, "cpu").tolist()
+        alpha_bars = cosine_alpha_bar(config.n_diffusion_steps, "cpu").tolist()  # no wait for the device
         batch = {k: v[:, :To] if k in ("state", "images") else v for k, v in batch.items()}
         cond, given, known = self.condition(batch)
         shape, device = (len(cond), *known.shape), cond.device                  # (B, Tp, input_dim)
         x_t = randn(shape, generator, device) if noise is None else noise.float()
         if given is not None:
             x_t = torch.where(known, given, x_t)                                # [9]
-        # A tensor made of a list would be copied from the host: t is filled in number by number.
+        # Filled in number by number: a tensor made of a list would be copied from the host.
         t = torch.stack([torch.full((), level, device=device) for level in levels])
         memories = self.transformer.memories(t, cond)
         for i, level in enumerate(levels):
             last = i + 1 == len(levels)
-            # Clean data follow the last level, alpha_bar = 1; no noise is added on the way there.
+            # After the last level come clean data: alpha_bar = 1, and no noise is added.
             alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
             out = self.transformer(x_t, next(memories))                         # (B, Tp, input_dim)
             if config.prediction_type == "eps":
@@ -638,7 +603,7 @@ class DiffusionPolicyTransformer(nn.Module):
                 eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
             if config.clip_x0:  # no action lies outside; dividing by a small sqrt(alpha_bar) amplifies errors
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
-            if config.sampler == "ddim":
+            if config.sampler == "ddim":  # clipping x0 does not change eps, as in the original
                 x_t = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * eps  # [6]
             else:
                 beta = 1 - alpha_bar / alpha_bar_prev
@@ -655,7 +620,7 @@ class DiffusionPolicyTransformer(nn.Module):
         return x_t[..., :A]
 
     def param_groups(self, weight_decay):
-        """The transformer's matrices are decayed; its biases, norms and positions are not; the image encoders
+        """The transformer's matrices are decayed, but not its biases, norms and positions; the image encoders
         have a weight decay of their own."""
         matrices = [m.weight for m in self.transformer.modules() if isinstance(m, nn.Linear)]
         decayed = {id(p) for p in matrices}
@@ -666,11 +631,8 @@ class DiffusionPolicyTransformer(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config):
-        """A policy with the weights of a Diffusion Policy checkpoint (low-dimensional or hybrid image).
-
-        config must describe it (PRESETS["lowdim"], "kitchen", "image"). Normaliser entries are left to
-        `official_normalizer`; buffers that hold constants are not read.
-        """
+        """A policy with the weights of a Diffusion Policy checkpoint. config must describe it (the PRESETS
+        "lowdim", "kitchen", "image"). The normaliser: `official_normalizer`."""
         if ("model.mask" in state_dict) != config.causal:
             raise ValueError(f"causal should be {not config.causal}: the masks are stored with the weights")
         weights = convert_official(state_dict, config)
@@ -680,8 +642,6 @@ class DiffusionPolicyTransformer(nn.Module):
 
 
 # ---------------------------------------------------------------- loading official weights
-
-
 def load_strictly(model, weights):
     """Put `weights` into a model that stands on the meta device. One ValueError names what does not fit."""
     want = model.state_dict()
@@ -695,8 +655,8 @@ def load_strictly(model, weights):
     model.load_state_dict(weights, assign=True)
 
 
-# Official names -> ours, applied in this order: the transformer, then torchvision's ResNet as the list of its
-# children. An official encoder is the condition's or, in the BERT-like form, the whole network.
+# Official names -> ours, applied in this order: the transformer, torchvision's ResNet. An official encoder is
+# the condition's or, with arch "bert", the whole network.
 RENAMES = [
     (r"^obs_encoder\.obs_nets\.([^.]+)\.nets\.0\.nets\.", r"encoders.\1.resnet."),
     (r"^obs_encoder\.obs_nets\.([^.]+)\.nets\.1\.", r"encoders.\1.pool."),
@@ -705,13 +665,12 @@ RENAMES = [
     (r"\.decoder\.layers\.(\d+)\.norm2\.", r".blocks.\1.norm_cross."), (r"\.decoder\.layers\.", ".blocks."),
     (r"^transformer\.encoder\.(layers\.)?", "transformer.cond_encoder."),
     (r"\.norm1\.", ".norm_self."), (r"\.norm[23]\.", ".norm_mlp."), (r"\.multihead_attn\.", ".cross_attn."),
-    (r"\.in_proj_", ".in_proj."),
-    (r"\.pool\.(nets\.)?(weight|bias)", r".keypoints.conv.\2"),
+    (r"\.in_proj_", ".in_proj."), (r"\.pool\.(nets\.)?(weight|bias)", r".keypoints.conv.\2"),
     (r"\.resnet\.0\.", ".resnet.conv1."), (r"\.resnet\.1\.", ".resnet.norm1."),
     (r"\.resnet\.([4-7])\.", lambda m: f".resnet.stages.{int(m[1]) - 4}."),
     (r"\.bn([12])\.", r".norm\1."), (r"\.downsample\.", ".shortcut."),
 ]
-# The aliases of the encoder, constants of the architecture, and what belongs to the normaliser.
+# Second names of the encoder's weights, constants, and the normaliser's entries.
 NOT_WEIGHTS = re.compile(r"(_dummy_variable|mask|pos_x|pos_y|temperature)$|^normalizer"
                          r"|^obs_encoder\.obs_nets\.[^.]+\.(backbone|pool)\.")
 
@@ -744,12 +703,10 @@ def official_normalizer(state_dict):
 
 
 # ---------------------------------------------------------------- presets
-
 Model = DiffusionPolicyTransformer
 
 PRESETS = {
-    # learns the built-in task in minutes on two CPU cores; x0, because eps takes several times as many steps
-    # at this size
+    # Learns the built-in task in minutes on two CPU cores; at this size eps takes several times as many steps
     "tiny": {"prediction_type": "x0"},
     "tiny_image": {"prediction_type": "x0", "obs": "image", "resnet_widths": (16, 32, 64, 128),
                    "n_keypoints": 16, "crop_size": (56, 56)},
@@ -765,39 +722,35 @@ PRESETS = {
               "image_size": (84, 84), "crop_size": (76, 76)},
 }
 
-# What train.py takes for these presets unless it is told otherwise.
+# What train.py takes for these presets unless it is told otherwise; ema_max: the final decay of its EMA.
+OFFICIAL = {"lr": 1e-4, "warmup": 1000, "betas": (0.9, 0.95)}  # at every size
 RECIPES = {
     "tiny": {"steps": 7000, "batch_size": 128, "lr": 2e-3, "weight_decay": 1e-3, "betas": (0.9, 0.95),
              "ema_max": 0.999, "eval_every": 1000},
     "tiny_image": {"steps": 2000, "batch_size": 64, "lr": 1e-3, "weight_decay": 1e-3, "betas": (0.9, 0.95),
                    "ema_max": 0.999, "eval_every": 500},
-    "lowdim": {"steps": 350_000, "batch_size": 256, "lr": 1e-4, "warmup": 1000, "weight_decay": 1e-1,
-               "betas": (0.9, 0.95)},
-    "kitchen": {"steps": 350_000, "batch_size": 256, "lr": 1e-4, "warmup": 1000, "weight_decay": 1e-3,
-                "betas": (0.9, 0.95)},
-    "image": {"steps": 500_000, "batch_size": 64, "lr": 1e-4, "warmup": 1000, "weight_decay": 1e-3,
-              "betas": (0.9, 0.95)},
+    "lowdim": OFFICIAL | {"steps": 350_000, "batch_size": 256, "weight_decay": 1e-1},
+    "kitchen": OFFICIAL | {"steps": 350_000, "batch_size": 256, "weight_decay": 1e-3},
+    "image": OFFICIAL | {"steps": 500_000, "batch_size": 64, "weight_decay": 1e-3},
 }
 
 
 # ---------------------------------------------------------------- the file alone
-
-
 def obstacle_paths(n, generator):
     """n paths of 16 points from a given start to (1, 0) that pass an obstacle at the origin on either side
-    with equal odds: state (n, 2, 2), the start twice, and actions (n, 16, 2)."""
+    with equal odds: state (n, To = 2, 2), the start twice, and actions (n, Tp = 16, 2)."""
     start = torch.stack([torch.full((n,), -1.0), torch.rand(n, generator=generator) * 0.6 - 0.3], dim=-1)
     side = torch.randint(2, (n, 1), generator=generator) * 2 - 1
-    way = torch.linspace(0, 1, 16)  # share of the way that is done
-    y = (1 - way) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * way)
-    actions = torch.stack([(2 * way - 1).expand(n, -1), y], dim=-1)
+    progress = torch.linspace(0, 1, 16)
+    y = (1 - progress) * start[:, 1:] + 0.7 * side * torch.sin(math.pi * progress)
+    actions = torch.stack([(2 * progress - 1).expand(n, -1), y], dim=-1)
     return start[:, None].expand(-1, 2, -1), actions
 
 
 def main(steps=1000):
     """Train on paths around an obstacle; print how many sampled paths keep clear of it, on both sides."""
     torch.manual_seed(0)
-    config = Config(action_dim=2, state_dim=2, width=64, prediction_type="x0", dropout=0.0)
+    config = Config(action_dim=2, state_dim=2, width=64, prediction_type="x0")
     model = DiffusionPolicyTransformer(config)
     optimizer = torch.optim.AdamW(model.param_groups(1e-3), lr=1e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
