@@ -43,7 +43,7 @@ a step, terms of the bound | DiT: loss [4, 11, 12], sample [13-15], from_officia
 
 Differs from the original:
  1. The autoencoder can be trained here, with squared error and KL only; Stable Diffusion's adds perceptual
-    and adversarial losses. The standard deviation of [4] is measured, unless its inverse is given.
+    and adversarial losses. The standard deviation of [4] is measured on a batch, unless its inverse is given.
  2. Guidance acts on all channels of eps. The released sampler guides three of four, by accident, and keeps
     doing so for reproducibility: guidance_channels=3.
  3. The released code has adaLN-Zero only. The other three follow the paper's text. Where it is silent they
@@ -134,8 +134,8 @@ class Config:
     @property
     def latent_shape(self):
         """(c, h, w): what the transformer sees."""
-        (C, H, W), levels = self.data_shape, len(self.vae_channels)
-        return (self.latent_channels, H >> levels - 1, W >> levels - 1) if levels else (C, H, W)
+        (C, H, W), n_levels = self.data_shape, len(self.vae_channels)
+        return (self.latent_channels, H >> n_levels - 1, W >> n_levels - 1) if n_levels else (C, H, W)
 
 
 def check_choice(name, value, choices):
@@ -700,11 +700,11 @@ class DiT(nn.Module):
         return eps, (1 + f) / 2 * coef.log_large + (1 - f) / 2 * coef.log_small               # [10]
 
     def bound_term(self, z0, z_t, eps, log_variance, t, coef):
-        """The term of the bound that belongs to t (B,), bits per number, (B,)."""
+        """The term of the bound that belongs to t (B,), bits per number, (B,). As released, at t = 0 latents
+        too are treated as 8-bit pixels."""
         mean = coef.c_x0 * (z_t - coef.sigma * eps) / coef.signal + coef.c_xt * z_t
         true_mean = coef.c_x0 * z0 + coef.c_xt * z_t
         kl = normal_kl(true_mean, coef.log_small, mean, log_variance).flatten(1).mean(1)
-        # As released: at t = 0 latents too are treated as 8-bit pixels.
         nll = pixel_nll(z0, mean, log_variance).flatten(1).mean(1)
         return torch.where(t == 0, nll, kl) / math.log(2)                                     # [12]
 
@@ -796,13 +796,12 @@ class DiT(nn.Module):
         """The checked labels of a batch, (B,); the null class n times, if it has none."""
         n_classes, label = self.config.n_classes, batch.get("label")
         if label is not None and n_classes:
-            # On a GPU every step would wait for the comparison; there the embedding asserts.
+            # On a GPU every step would wait for this comparison; there the embedding checks the range.
             if label.device.type == "cpu" and ((label < 0) | (label >= n_classes)).any():
                 raise ValueError(f"label {label.min()}..{label.max()} is out of range: 0..{n_classes - 1}")
             return label
         if n_classes and (required or not self.config.label_dropout):
-            raise ValueError(f"the batch has no 'label': n_classes = {n_classes}, label_dropout = "
-                             f"{self.config.label_dropout}")
+            raise ValueError(f"the batch has no 'label', which n_classes = {n_classes} asks for")
         return torch.full((n or len(batch["x"]),), n_classes, device=self.scale.device)
 
     def param_groups(self, weight_decay):

@@ -7,9 +7,8 @@
 p(A | O): a chunk A of Tp actions, given O = (images, instruction, proprioception). The joint p(A, O) would
 have to predict images too; as a condition, O is encoded once per chunk. The diffusion is that of dp_cnn.py.
 A ResNet-18 per camera turns images into tokens; the instruction modulates its features. A transformer encoder
-reads these tokens and one of the proprioception. A decoder of DiT blocks denoises the actions. All that block
-i sees of the observation is the mean of layer i's output: with cross-attention, the authors measured fewer
-successes.
+reads these tokens and one of the proprioception. A decoder of DiT blocks denoises the actions: block i sees
+the mean of layer i's output, no more. With cross-attention instead, the authors measured fewer successes.
 
     images -> ResNet-18 (FiLM: text) -> tokens ----+-> layer 1 --> layer 2 --> ... --> layer L
     proprioception -> dropout -> linear -> token --+     |mean       |mean               |mean
@@ -83,9 +82,7 @@ class Config:
     horizon: int = 16  # Tp, predicted steps (ac_chunk)
     n_obs_steps: int = 1  # To: images of all these steps, proprioception of the newest (imgs_per_cam)
     n_action_steps: int = 8  # Ta, executed steps
-    # Past an episode's end the data repeat the last action. True: they are trained on too, so that the policy
-    # learns to stay where it ended; False: they are left out, as in the original
-    train_on_padding: bool = False
+    train_on_padding: bool = False  # learn from actions past an episode's end too, see `loss`
     # -- the instruction
     text_len: int = 40  # longest one in bytes; 0 = none is read, as in the official code
     text_dim: int = 0  # 0: bytes; else the length of batch["text_embedding"] (DistilBERT's: 768)
@@ -137,11 +134,9 @@ class Config:
         if self.time_dim % 2 or not self.time_dim >= 4:
             raise ValueError(f"time_dim {self.time_dim} must be even and at least 4: sines and cosines")
         if not self.n_cameras and (self.reads_text or self.proprioception != "token"):
-            raise ValueError("n_cameras is 0: the only token is proprioception's, set it to 'token'; the "
-                             "instruction is read with the images, set text_len=0 and text_dim=0")
+            raise ValueError("no cameras: set text_len=0, text_dim=0, proprioception='token', the only token")
         if not self.resnet_widths or any(width % self.n_groups for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of n_groups = "
-                             f"{self.n_groups}")
+            raise ValueError(f"resnet_widths {self.resnet_widths}: no multiples of n_groups = {self.n_groups}")
         if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
             raise ValueError(f"image_size {self.image_size} and crop_size {self.crop_size} are two numbers "
                              f"each, height and width; crop_size may be ()")
@@ -245,7 +240,6 @@ class DiTBlock(EncoderLayer):
 
     def __init__(self, config):
         super().__init__(config)
-        # scale, shift, gate of the attention, then of the MLP
         self.modulation = nn.ModuleList([nn.Linear(config.width, config.width) for _ in range(6)])
 
     def prepare(self, c):
@@ -253,7 +247,7 @@ class DiTBlock(EncoderLayer):
         return [linear(c) for linear in self.modulation]                        # [8]
 
     def forward(self, x, modulation):
-        scale1, shift1, gate1, scale2, shift2, gate2 = modulation               # (B, D)
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation               # (B, D) each
         h = modulate(self.norm1(x), shift1, scale1)
         x = x + gate1[:, None] * self.dropout(self.attn(h))                     # [9]
         h = modulate(self.norm2(x), shift2, scale2)
@@ -306,7 +300,7 @@ class NoiseNet(nn.Module):
         for block in self.decoder:
             for linear in block.modulation:
                 nn.init.zeros_(linear.bias)
-            for gate in (block.modulation[2], block.modulation[5]):
+            for gate in (block.modulation[2], block.modulation[5]):  # order: see DiTBlock.forward
                 nn.init.zeros_(gate.weight)                                     # [9]
 
     def encode(self, tokens):
@@ -345,10 +339,8 @@ class FilmBlock(nn.Module):
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(n_groups, dim_out)
         self.film = nn.Linear(text_width, 2 * dim_out) if text_width else None
-        self.shortcut = nn.Identity()
-        if stride != 1 or dim_in != dim_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(dim_in, dim_out, 1, stride, bias=False),
-                                          nn.GroupNorm(n_groups, dim_out))
+        self.shortcut = nn.Identity() if stride == 1 and dim_in == dim_out else nn.Sequential(
+            nn.Conv2d(dim_in, dim_out, 1, stride, bias=False), nn.GroupNorm(n_groups, dim_out))
 
     def forward(self, x, text=None):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -500,9 +492,8 @@ class DiTPolicy(nn.Module):
         if config.reads_text:
             width = config.text_width
             self.text = nn.Linear(config.text_dim, width) if config.text_dim else TextEncoder(width)
-        # One initialisation for all cameras, as in the original.
         n_encoders = min(config.n_cameras, 1) if config.share_encoder else config.n_cameras
-        encoder = ImageEncoder(config)
+        encoder = ImageEncoder(config)          # one initialisation for all cameras, as in the original
         self.encoders = nn.ModuleList([copy.deepcopy(encoder) for _ in range(n_encoders)])
         if config.proprioception == "token":
             self.state_token = nn.Linear(S, C)
@@ -536,8 +527,8 @@ class DiTPolicy(nn.Module):
                 raise ValueError(f"images of {To} steps and {V} cameras given, n_obs_steps = "
                                  f"{config.n_obs_steps} and n_cameras = {config.n_cameras} expected")
             text = self.text_vector(batch)
-            text = None if text is None else text.repeat_interleave(To, dim=0)
-            encoders = self.encoders if not config.share_encoder else [self.encoders[0]] * V
+            text = None if text is None else text.repeat_interleave(To, dim=0)  # (B To, text_width)
+            encoders = [self.encoders[0]] * V if config.share_encoder else self.encoders
             for camera, encoder in enumerate(encoders):
                 cells = encoder(images[:, :, camera].flip(1).flatten(0, 1), text)  # (B To, cells, C)
                 tokens.append(cells.unflatten(0, (B, To)).flatten(1, 2))
@@ -556,17 +547,16 @@ class DiTPolicy(nn.Module):
 
     def loss(self, batch, noise=None, t=None):
         """Mean squared error of the predicted noise (or chunk) over all steps of the batch that are real.
-
         batch: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S), images (B, To, V, 3, H, W) and text
-        (B, text_len) where they are read. noise (n B, Tp, A) and t (n B,), all items once, then again: drawn
-        when not given. Time: t = 0 is almost data, t = K-1 noise. per_sample is each item's own mean.
-        -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}
-        """
+        (B, text_len) where they are read. noise (n B, Tp, A) and t (n B,), all items once, then again, are
+        drawn if not given. Time: t = 0 is almost data, t = K-1 noise. per_sample is each item's own mean.
+        -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}"""
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         if x0.shape[1:] != (self.config.horizon, self.config.action_dim):
             raise ValueError(f"actions of shape {tuple(x0.shape[1:])} per item given, horizon and action_dim "
                              f"are {self.config.horizon} and {self.config.action_dim}")
-        # The mask is False past an episode's end, where the data repeat the last action.
+        # The mask is False past an episode's end, where the data repeat the last action. Learning from them
+        # too makes the policy stay where it ended; the original leaves them out.
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         n = self.config.n_draws if noise is None else len(noise) // len(x0)
         x0, mask = x0.repeat(n, 1, 1), mask.repeat(n, 1)
@@ -586,11 +576,9 @@ class DiTPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
-
         batch: state, images, text as in `loss`. steps: how many noise levels to visit, or a list of them,
-        default config.sampler_steps. noise (B, Tp, A): where to start, drawn from `generator` when not given.
-        trace: receives (B, Tp, A) after every step. The steps are deterministic: all chance is in the noise.
-        """
+        default config.sampler_steps. noise (B, Tp, A): where to start, drawn from `generator` if not given.
+        trace: receives (B, Tp, A) after every step. Steps are deterministic: all chance is in the noise."""
         config, K = self.config, self.config.n_diffusion_steps
         levels = timetable(K, config.sampler_steps if steps is None else steps, config.spacing)
         alpha_bars = cosine_alpha_bar(K, "cpu").tolist()  # plain numbers: no step waits for the device
@@ -684,9 +672,8 @@ PUBLISHED = {"n_obs_steps": 1, "horizon": 100, "n_action_steps": 100, "text_len"
              "token_dropout": 0.1, "prediction_type": "eps", "n_draws": 1}
 PRESETS = {
     "tiny": {},  # learns the built-in task from images and instruction on two CPU cores
-    # 59,446,456 parameters (the original counts 128 more, the frequencies of t)
-    "droid": PUBLISHED | {"n_cameras": 1, "action_dim": 10, "state_dim": 7},
-    "aloha": PUBLISHED | {"n_cameras": 3, "action_dim": 14, "state_dim": 14},  # two arms, 81,807,264
+    "droid": PUBLISHED | {"n_cameras": 1, "action_dim": 10, "state_dim": 7},  # 59,446,456 parameters
+    "aloha": PUBLISHED | {"n_cameras": 3, "action_dim": 14, "state_dim": 14},  # 81,807,264 parameters
 }
 PUBLISHED_RECIPE = {"steps": 150_000, "batch_size": 150, "lr": 3e-4, "warmup": 2000, "betas": (0.95, 0.999),
                     "weight_decay": 1e-6, "ema_max": 0.0}
@@ -695,8 +682,7 @@ PUBLISHED_RECIPE = {"steps": 150_000, "batch_size": 150, "lr": 3e-4, "warmup": 2
 RECIPES = {
     "tiny": {"steps": 3000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
-    # trainer=bc_cos_sched of the original, which does not average weights
-    "droid": PUBLISHED_RECIPE, "aloha": PUBLISHED_RECIPE,
+    "droid": PUBLISHED_RECIPE, "aloha": PUBLISHED_RECIPE,  # trainer=bc_cos_sched, which averages no weights
 }
 
 
