@@ -1,24 +1,24 @@
 """DiT: a transformer that generates images by diffusion in the latent space of an autoencoder.
 
     William Peebles, Saining Xie: "Scalable Diffusion Models with Transformers", arXiv:2212.09748
-    code and weights: github.com/facebookresearch/DiT
+    code and weights: github.com/facebookresearch/DiT;   iDDPM: Nichol, Dhariwal, arXiv:2102.09672
     latent space: Rombach, Blattmann, Lorenz, Esser, Ommer, arXiv:2112.10752 (Stable Diffusion's autoencoder)
     variational inference: Kingma, Welling, arXiv:1312.6114;   guidance: Ho, Salimans, arXiv:2207.12598
 
-Two models, trained one after the other by the same loop. First an autoencoder that makes an image small,
-since attention costs the square of the number of patches. Then a transformer that learns to take the noise
-out of what the encoder makes. Sampling: noise -> latent -> image.
+p(x | y): images x of a class y. Two models are trained one after the other by the same loop. An autoencoder
+makes the image small, since attention costs the square of the number of patches. Then a transformer learns to
+remove noise from the encoder's latents. Sampling: noise -> latent -> image.
 
 TIME: t = 0 is the LEAST noised of K levels (one step of noise, not clean data), K-1 is noise; `prev` is the
 neighbour of t towards the data. The step back from t = 0 adds no noise.
-Axes: B images (C, H, W) in [-1, 1]; z their latents (c, h, w); N patches of p x p latent pixels, D wide; S
-steps of the sampler. eps is drawn from N(0, I).
+Axes: B images (C, H, W) in [-1, 1]; their latents z (c, h, w); N patches of p x p latent pixels, as tokens D
+wide; S steps of the sampler. eps is drawn from N(0, I).
 
-Autoencoder: encoder q(z | x), decoder p(x | z); what z is like a priori: p(z) = N(0, I)
+Autoencoder: encoder q(z | x), decoder p(x | z), prior p(z) = N(0, I)
     [1]  log p(x) >= E_q log p(x | z) - KL(q(z | x) || p(z)),  p(x | z) = N(decoder(z), vae_std^2)      (ELBO)
     [2]  z = mu(x) + sigma(x) eps:   a draw from q(z | x) = N(mu, diag sigma^2) with a gradient
     [3]  KL = 1/2 sum (mu^2 + sigma^2 - 1 - log sigma^2)
-    [4]  z0 = z / std(z):   diffusion expects data of about unit size
+    [4]  z0 = z / std(z), one number for all:   the noise levels are made for data of about unit size
 Transformer
     [5]  token = W patch + b + position;   position: sines and cosines of its column, then of its row
     [6]  cond = time(t) + class(y).   Four ways to let a block's branches (attention, MLP) know t and y:
@@ -26,32 +26,34 @@ Transformer
     [7]  cross-attention   one more attention in each block, from the tokens to these two
     [8]  adaLN             the norm before a branch: LayerNorm(x) (1 + scale(cond)) + shift(cond)
     [9]  adaLN-Zero        ... and x + gate(cond) branch(x); gate starts as 0: the block as the identity
-    [10] decoder: each token -> p x p x 2c: eps_theta and f;
-         log variance of the step back = (1 + f)/2 log beta_t + (1 - f)/2 log var_t
-Diffusion of z0
-    [11] z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps,   beta_t in even steps from 0.1/K to 20/K
+    [10] decoder: each token -> p x p x 2c: eps_theta and f, which sets the log variance of the step back to
+         (1 + f)/2 log beta_t + (1 - f)/2 log var_t,   var_t: the variance of q(z_prev | z_t, z0)
+Diffusion of z0;   z0_hat is [11] solved for z0, with eps_theta as eps
+    [11] z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps,  alpha_bar_t = (1 - beta_0) ... (1 - beta_t),
+         beta_t in even steps from 0.1/K to 20/K
     [12] L = mean (eps - eps_theta)^2 + vb,   vb = KL(q(z_prev | z_t, z0) || p(z_prev | z_t)) for t > 0, else
          -log p(z0 | z_t), in bits per number; only f learns from vb
-    [13] guidance: eps = eps_null + w (eps_y - eps_null),   null: the class that stands for any
-    [14] z_prev = c_x0 z0_hat + c_xt z_t + (standard deviation) eps:   DDPM, the mean of q(z_prev | z_t, z0)
-    [15] z_prev = sqrt(alpha_bar_prev) z0_hat + sqrt(1 - alpha_bar_prev - s^2) eps_theta + s eps:   DDIM
+    [13] guidance: eps = eps_null + guidance (eps_y - eps_null),   null: the class that stands for any
+    [14] DDPM: z_prev = c_x0 z0_hat + c_xt z_t + s eps,   the mean of q(z_prev | z_t, z0_hat); s^2 from [10]
+    [15] DDIM: z_prev = sqrt(alpha_bar_prev) z0_hat + sqrt(1 - alpha_bar_prev - s^2) eps_theta + s eps,
+         s^2 = eta^2 var_t
 
 Map: Config | autoencoder [1-3] | attention, MLP, four blocks [6-9], Transformer [5, 10] | coefficients of
 a step, terms of the bound | DiT: loss [4, 11, 12], sample [13-15], from_official | PRESETS | generate, main.
 
 Differs from the original:
  1. The autoencoder can be trained here, with squared error and KL only; Stable Diffusion's adds perceptual
-    and adversarial losses. The standard deviation of [4] is measured, unless its inverse is given.
- 2. Guidance acts on all channels of eps. The released sampler guides three of four, by accident, and keeps it
-    for reproducibility: guidance_channels=3.
- 3. The code that was released has adaLN-Zero only. The other three follow the paper's text; where it is
-    silent they are plain pre-norm blocks, and adaLN too starts with scale and shift 0.
- 4. Sampling computes what depends on time and class alone (modulation; keys and values of the condition) for
-    all steps at once, ahead of the loop. That is a third of the weights of XL/2.
+    and adversarial losses. The standard deviation of [4] is measured on a batch, unless its inverse is given.
+ 2. Guidance acts on all channels of eps. The released sampler guides three of four, by accident, and keeps
+    doing so for reproducibility: guidance_channels=3.
+ 3. The released code has adaLN-Zero only. The other three follow the paper's text. Where it is silent they
+    are plain pre-norm blocks; adaLN too starts with scale and shift 0.
+ 4. What depends on time and class alone (modulation; keys and values of the condition) is computed for all
+    steps of the sampler at once, before its loop. A third of XL/2's weights is then read only once.
 
 Run alone: `python dit.py` learns to draw four kinds of stripes, without autoencoder, in half a minute on a
-CPU core. `python dit.py DiT-XL-2-256x256.pt VAE.safetensors 207 360` draws these ImageNet classes with the
-released weights (facebookresearch/DiT, stabilityai/sd-vae-ft-ema) into dit.png.
+CPU core. `python dit.py DiT-XL-2-256x256.pt VAE.safetensors 207 360` draws these ImageNet classes into
+dit.png, with the released weights of facebookresearch/DiT and stabilityai/sd-vae-ft-ema.
 """
 import functools
 import math
@@ -75,14 +77,12 @@ class Config:
     label_dropout: float = 0.1  # share of training labels made null; 0 = no null class, no guidance
     flip: bool = False  # mirror half of the training images, drawn by chance, left to right
     # -- the autoencoder
-    # feature maps per level; each level but the first halves the image. () = none: diffusion of the pixels
-    vae_channels: tuple = (8, 16, 32)
+    vae_channels: tuple = (8, 16, 32)  # feature maps per level, all but the first halve x; () = none: z0 = x
     vae_res_blocks: int = 1  # residual blocks per level of the encoder; decoder: one more
     vae_groups: int = 8  # groups of its GroupNorms; must divide every level's feature maps
     latent_channels: int = 4  # c
     vae_std: float = 0.1  # standard deviation of p(x | z) [1]: how exact the decoder has to be
-    # so many optimiser steps train the autoencoder, all later ones the transformer; 0 = it is loaded
-    vae_steps: int = 500
+    vae_steps: int = 500  # steps of the autoencoder, before those of the transformer; 0 = it is loaded
     latent_scale: float = 0.0  # 1/std(z) [4]; 0 = measured after vae_steps. Released: 0.18215
     vae_file: str = ""  # the autoencoder's weights, where --init names the transformer's
     # -- the transformer
@@ -92,14 +92,14 @@ class Config:
     depth: int = 6  # blocks
     n_heads: int = 4  # head dimension is width / n_heads
     mlp_ratio: float = 4.0  # hidden width of the MLPs / D
-    learn_variance: bool = True  # False: no f [10], the step back has variance var_t
+    learn_variance: bool = True  # False: no f, the step back has variance var_t [10]
     # -- the diffusion
     n_diffusion_steps: int = 1000  # K
-    clip_x0: bool = False  # clip z0_hat to [-1, 1]: for pixels; latents have no bounds
+    clip_x0: bool = False  # clip z0_hat to [-1, 1], where all pixels lie; latents have no bounds
     sampler: str = "ddim"  # "ddpm" [14] or "ddim" [15]
     sampler_steps: int = 50  # up to n_diffusion_steps
-    eta: float = 0.0  # "ddim": share of fresh noise; 0 = none
-    guidance: float = 4.0  # w [13]: above 1 the class shows more, images vary less
+    eta: float = 0.0  # "ddim": share of fresh noise [15]; 0 = none
+    guidance: float = 4.0  # [13]: above 1 the class shows more and images vary less; 1 = none
     guidance_channels: int = 0  # how many channels are guided; 0 = all. Released sampler: 3
 
     def __post_init__(self):
@@ -112,11 +112,10 @@ class Config:
         timetable(self.n_diffusion_steps, self.sampler_steps)
         if len(self.data_shape) != 3:
             raise ValueError(f"data_shape {self.data_shape}: (C, H, W) of images is needed (--data shapes)")
-        halvings = max(0, len(self.vae_channels) - 1)
-        multiple = self.patch_size * 2**halvings
+        multiple = self.patch_size * 2 ** max(0, len(self.vae_channels) - 1)
         if any(size % multiple for size in self.data_shape[1:]):
             raise ValueError(f"data_shape {self.data_shape}: height and width must be multiples of {multiple}"
-                             f", patch_size {self.patch_size} times 2 for each of {halvings} halvings")
+                             f", patch_size {self.patch_size} doubled by each halving in vae_channels")
         if any(channels % self.vae_groups for channels in self.vae_channels):
             raise ValueError(f"vae_groups {self.vae_groups} must divide all vae_channels {self.vae_channels}")
         if self.width % self.n_heads or self.width % 4:
@@ -124,8 +123,8 @@ class Config:
         if not self.width * self.mlp_ratio >= 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit: width is {self.width}")
         if self.guidance != 1 and not (self.n_classes and self.label_dropout):
-            raise ValueError(f"guidance {self.guidance} needs a null class, but n_classes = {self.n_classes} "
-                             f"and label_dropout = {self.label_dropout}: set guidance=1")
+            raise ValueError(f"guidance {self.guidance} needs a null class: set guidance=1, or n_classes "
+                             f"({self.n_classes}) and label_dropout ({self.label_dropout}) above 0")
         if self.guidance_channels > self.latent_shape[0]:
             raise ValueError(f"guidance_channels {self.guidance_channels} of {self.latent_shape[0]} channels")
         if not 0 <= self.label_dropout <= 1 or not 0 <= self.eta <= 1 or not self.vae_std > 0:
@@ -135,8 +134,8 @@ class Config:
     @property
     def latent_shape(self):
         """(c, h, w): what the transformer sees."""
-        (C, H, W), levels = self.data_shape, len(self.vae_channels)
-        return (self.latent_channels, H >> levels - 1, W >> levels - 1) if levels else (C, H, W)
+        (C, H, W), n_levels = self.data_shape, len(self.vae_channels)
+        return (self.latent_channels, H >> n_levels - 1, W >> n_levels - 1) if n_levels else (C, H, W)
 
 
 def check_choice(name, value, choices):
@@ -197,8 +196,8 @@ class Upsample(nn.Module):
 
 
 class PlainResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; ddpm.py's ResBlock without time. Group norm looks at one image
-    alone. Batch norm would keep statistics of the run, which averaged weights do not fit."""
+    """Two 3x3 convolutions and a shortcut. Group norm, since batch norm's running statistics would belong to
+    the last weights and not to their average (EMA)."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -218,10 +217,10 @@ def middle(channels, groups):
                          PlainResBlock(channels, channels, groups))
 
 
-def levels(widths, n, groups):
-    """n blocks per level; the first one changes the number of feature maps."""
+def levels(widths, n_blocks, groups):
+    """Residual blocks of every level; the first one changes the number of feature maps."""
     return nn.ModuleList([
-        nn.Sequential(*[PlainResBlock(a, width, groups) for a in [before] + [width] * (n - 1)])
+        nn.Sequential(*[PlainResBlock(c_in, width, groups) for c_in in [before] + [width] * (n_blocks - 1)])
         for before, width in zip((widths[0], *widths), widths)])
 
 
@@ -241,7 +240,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)                                               # (B, width, H, W)
         for blocks, halve in zip(self.down, [*self.downsample, nn.Identity()]):
-            x = halve(blocks(x))                                          # (B, width, H/2^level, W/2^level)
+            x = halve(blocks(x))                                          # (B, width, H/2, W/2) but the last
         x = self.mid(x)                                                   # (B, width, h, w)
         return self.conv_out(F.silu(self.norm_out(x)))                    # (B, 2c, h, w)
 
@@ -262,12 +261,12 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.mid(self.conv_in(z))                                     # (B, width, h, w)
         for blocks, double in zip(self.up, [*self.upsample, nn.Identity()]):
-            x = double(blocks(x))                                         # (B, width, 2^level h, 2^level w)
+            x = double(blocks(x))                                         # (B, width, 2h, 2w) but the last
         return self.conv_out(F.silu(self.norm_out(x)))                    # (B, C, H, W)
 
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder. Its weights start as torch's defaults."""
+    """Stable Diffusion's autoencoder, with its names. Weights start as torch's defaults."""
 
     def __init__(self, config):
         super().__init__()
@@ -280,7 +279,7 @@ class AutoencoderKL(nn.Module):
         """-> mean and log-variance of q(z | x), each (B, c, h, w)."""
         x = self.encoder(x.to(self.quant_conv.weight.dtype))
         mean, log_variance = self.quant_conv(x).chunk(2, dim=1)
-        return mean, log_variance.clamp(-30, 20)
+        return mean, log_variance.clamp(-30, 20)                          # so that exp stays finite
 
     def decode(self, z):
         """-> mean of p(x | z), (B, C, H, W)."""
@@ -326,8 +325,7 @@ class ConditionAttention(nn.Module):
     def __init__(self, width, n_heads):
         super().__init__()
         self.n_heads = n_heads
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.q, self.kv, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
 
     def forward(self, x, kv):
         heads = lambda y: y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)        # (B, heads, N or M, d)
@@ -352,9 +350,8 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, x, 1 + scale)                                                 # [8]
 
 
-# Four blocks with two methods each. `prepare` computes what the block needs of time and class, (..., 2, D) ->
-# (..., k, D or 2D). It sees no tokens, so a sampler calls it once for all its steps. `forward` takes the
-# tokens and what `prepare` returned.
+# Four blocks. `prepare` turns time and class, (..., 2, D), into what the block needs of them (..., n_vectors,
+# D or 2D). It sees no tokens, so a sampler calls it once for all its steps. `forward` takes its result.
 class InContextBlock(nn.Module):
     """Pre-norm block; time and class are tokens among the others."""
 
@@ -367,7 +364,7 @@ class InContextBlock(nn.Module):
         self.mlp = TanhMLP(D, int(D * config.mlp_ratio))
 
     def prepare(self, cond):
-        return cond[..., :0, :]                                           # nothing: k = 0
+        return cond[..., :0, :]                                           # no vector
 
     def forward(self, x, nothing):
         x = x + self.attn(self.norm1(x))
@@ -392,7 +389,7 @@ class CrossAttentionBlock(InContextBlock):
 
 
 class AdaLNBlock(InContextBlock):
-    """Block whose LayerNorms get scale and shift from the condition. They have none of their own."""
+    """Block whose LayerNorms take scale and shift from the condition, and have none of their own."""
 
     n_vectors = 4
 
@@ -401,8 +398,7 @@ class AdaLNBlock(InContextBlock):
         self.modulation = nn.Linear(config.width, self.n_vectors * config.width)
 
     def prepare(self, cond):
-        cond = self.modulation(F.silu(cond.sum(-2)))                                          # [6]
-        return cond.unflatten(-1, (self.n_vectors, -1))                   # (..., n_vectors, D)
+        return self.modulation(F.silu(cond.sum(-2))).unflatten(-1, (self.n_vectors, -1))      # [6]
 
     def forward(self, x, modulation):
         shift1, scale1, shift2, scale2 = modulation[:, :, None].unbind(1)  # (B, 1, D) each
@@ -411,7 +407,7 @@ class AdaLNBlock(InContextBlock):
 
 
 class AdaLNZeroBlock(AdaLNBlock):
-    """... and both branches pass a gate, which is closed at first."""
+    """AdaLNBlock whose branches each pass a gate, which is closed at first."""
 
     n_vectors = 6
 
@@ -475,18 +471,19 @@ class Transformer(nn.Module):
         c, h, w = self.shape
         self.c_out = 2 * c if config.learn_variance else c
         self.patch = nn.Conv2d(c, D, self.p, stride=self.p)
-        # A parameter without gradient, since released files hold it.
+        # Fixed, and yet a parameter, since released files hold it.
         self.position = nn.Parameter(torch.zeros(1, h // self.p * (w // self.p), D), requires_grad=False)
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.label = nn.Embedding(config.n_classes + (config.label_dropout > 0 or not config.n_classes), D)
+        null_class = config.label_dropout > 0 or config.n_classes == 0
+        self.label = nn.Embedding(config.n_classes + null_class, D)
         self.blocks = nn.ModuleList([CONDITIONINGS[config.conditioning](config) for _ in range(config.depth)])
         self.final = FinalLayer(config, self.p**2 * self.c_out)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """As released; last of all what is zero, so that blocks of adaLN-Zero are the identity, and the whole
-        network is zero."""
+        """As released. The zeros come last: with them adaLN-Zero's blocks are the identity at first, and the
+        network's output is zero."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -503,29 +500,28 @@ class Transformer(nn.Module):
             nn.init.zeros_(m.bias)
 
     def condition(self, t, label):
-        """All that depends on time and class alone: t (...), label (...) -> list of tensors (..., k, D): both
-        vectors, what each block makes of them, what the final layer makes of them."""
+        """All that depends on time and class alone: t (...), label (...) -> list of (..., n_vectors, D or
+        2D): both embeddings, then what each block and the final layer make of them."""
         time = self.time(time_embedding(t, 256).to(self.patch.weight.dtype))
         cond = torch.stack(torch.broadcast_tensors(time, self.label(label)), dim=-2)          # (..., 2, D)
         return [cond] + [part.prepare(cond) for part in (*self.blocks, self.final)]
 
     def forward(self, z_t, condition):
         check_shape("a latent", z_t, self.shape)
-        B, (c, h, w), p = len(z_t), self.shape, self.p
+        B, (_, h, w), p = len(z_t), self.shape, self.p
         x = self.patch(z_t.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)            # (B, N, D)
         x, (cond, *parts) = x + self.position, condition
-        x = torch.cat([x, cond], dim=1) if self.in_context else x         # (B, N + 2, D)     [6]
+        x = torch.cat([x, cond], dim=1) if self.in_context else x         # (B, N (+ 2), D)   [6]
         for block, part in zip(self.blocks, parts):
-            x = block(x, part)                                            # (B, N, D)
-        x = x[:, :self.position.shape[1]]                                 # (B, N, D)
-        x = self.final(x, parts[-1])                                      # (B, N, p p c_out)
+            x = block(x, part)                                            # (B, N (+ 2), D)
+        x = self.final(x[:, :self.position.shape[1]], parts[-1])          # (B, N, p p c_out)
         x = x.view(B, h // p, w // p, p, p, self.c_out).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(B, self.c_out, h, w).float()                     # (B, c_out, h, w)  [10]
 
 
 # ---------------------------------------------------------------- diffusion
 class Coefficients(NamedTuple):
-    """The numbers of a step z_t -> z_prev. Each (S,) for a chain of S steps, or shaped to broadcast over z.
+    """The numbers of a step z_t -> z_prev: (S,) each for a chain of S steps, or shaped to broadcast over z.
     It differs from ddpm.py's: the standard deviation instead of beta and the variance."""
 
     signal: torch.Tensor        # sqrt(alpha_bar): how much of z0 is in z_t
@@ -541,12 +537,12 @@ class Coefficients(NamedTuple):
 
 def coefficients(alpha_bar):
     """alpha_bar (S,) float64 of the levels visited, least noised first -> Coefficients, stacked (fields, S).
-    Any selection of the K levels is a chain of its own, with larger betas: so sampling can take fewer steps.
+    Any selection of the K levels is a chain of its own, with larger betas, so a sampler may take fewer steps.
     It differs from ddpm.py's in the fields."""
     prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     beta = 1 - alpha_bar / prev
     variance = beta * (1 - prev) / (1 - alpha_bar)
-    # log 0 at t = 0: the next level's variance there, as iDDPM. No sample depends on it, the bound does.
+    # The variance at t = 0 is 0, its log -inf. As in iDDPM the next level's stands there; only vb sees it.
     floor = variance[1:2] if len(variance) > 1 else beta
     return torch.stack(Coefficients(
         signal=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt(), signal_prev=prev.sqrt(),
@@ -556,7 +552,7 @@ def coefficients(alpha_bar):
 
 
 def linear_alpha_bar(K):
-    """alpha_bar_t of [11] for t = 0 .. K-1, float64 (K,). With few levels beta would exceed 1."""
+    """alpha_bar_t of [11] for t = 0 .. K-1, float64 (K,). Clamped, since with few levels 20/K exceeds 1."""
     beta = torch.linspace(0.1 / K, 20 / K, K, dtype=torch.float64, device="cpu").clamp(max=0.999)
     return torch.cumprod(1 - beta, 0)
 
@@ -612,6 +608,9 @@ def randn(shape, generator, device):
 
 
 # ---------------------------------------------------------------- the model
+MODULATION_LIMIT = 2**27  # numbers that DiT.conditions may compute and keep at a time
+
+
 class DiT(nn.Module):
     """Autoencoder, transformer and diffusion."""
 
@@ -620,17 +619,17 @@ class DiT(nn.Module):
         self.config = config
         self.vae = AutoencoderKL(config).requires_grad_(config.vae_steps > 0) if config.vae_channels else None
         self.net = Transformer(config)
-        # 1/std(z) [4]; 1 until it is measured. A parameter without gradient: what averages the weights takes
-        # it along, as it does the autoencoder. A vector of one, because FSDP2 does not take scalars.
+        # 1/std(z) [4]; 1 until it is measured. A parameter without gradient, so that the average of the
+        # weights (EMA) holds it, as it does the autoencoder. A vector of one, since FSDP2 takes no scalars.
         self.scale = nn.Parameter(torch.tensor([config.latent_scale or 1.0]), requires_grad=False)
-        # Steps of the autoencoder begun so far; vae_steps + 1: they are over. -1: it has no weights yet and
-        # will not be trained. A Python number: to read a tensor, the host would wait for the device.
+        # Steps of the autoencoder begun so far. vae_steps + 1: its training is over. -1: it has no weights,
+        # and vae_steps is 0. A Python number: to read a tensor, the host would wait for the device.
         self.seen = 0 if config.vae_steps or not self.vae else -1
-        self.version = None                     # of the autoencoder's weights when its last step began
+        self.version = None  # of the autoencoder's weights when its last step began; an optimiser raises it
 
     def get_extra_state(self):
-        # Averaged weights come without the counter of their run. A scale [4] that was measured shows that the
-        # autoencoder is trained: who trains on must not begin with it again.
+        # The average of the weights (EMA) never counted steps. If its scale [4] has been measured, its
+        # autoencoder is trained, and a further run must not train it again.
         measures = self.vae and self.config.vae_steps and not self.config.latent_scale
         over = measures and not self.scale.is_meta and self.scale.item() != 1
         return torch.tensor(self.config.vae_steps + 1 if over else self.seen, device="cpu")
@@ -639,12 +638,12 @@ class DiT(nn.Module):
         self.seen = int(state)
 
     def load_state_dict(self, state_dict, **options):
-        """Older files too, whose scale is no vector."""
+        """Takes older files too, whose scale is a scalar."""
         vector = {k: v.reshape(1) for k, v in state_dict.items() if k == "scale"}
         return super().load_state_dict({**state_dict, **vector}, **options)
 
     def _apply(self, fn, recurse=True):
-        """.to(bfloat16) leaves the scale in float32: rounded, it makes all latents too large or too small."""
+        """.to(bfloat16) leaves the scale in float32: rounded, it would resize all latents."""
         scale = self.scale.detach().clone()
         super()._apply(fn, recurse)
         if not scale.is_meta:
@@ -653,7 +652,7 @@ class DiT(nn.Module):
 
     # -- autoencoder
     def elbo(self, x, noise=None):
-        """-> parts of [1] per image, nats per number of x, each (B,): nll and kl. noise: eps of [2]."""
+        """The terms of [1] in nats per number of x, (B,) each: nll and kl. noise: eps of [2]."""
         mean, log_variance = self.vae.encode(x)
         z = reparameterise(mean, log_variance, torch.randn_like(mean) if noise is None else noise)
         variance, error = self.config.vae_std**2, (x - self.vae.decode(z)).square().flatten(1)
@@ -661,7 +660,7 @@ class DiT(nn.Module):
         return nll, kl_to_prior(mean, log_variance) / error.shape[1]
 
     def encode(self, x):
-        """Images -> z0 (B, c, h, w): a draw from q(z | x), not its mean, scaled; pixels stay as they are."""
+        """Images -> z0 (B, c, h, w): a draw from q(z | x), not its mean, scaled; without vae, x itself."""
         if self.vae is None:
             return x
         mean, log_variance = self.vae.encode(x)
@@ -674,7 +673,7 @@ class DiT(nn.Module):
 
     @torch.compiler.disable
     def begin_step(self, x):
-        """Whether these images train the autoencoder. Counts its steps; measures the scale after them [4]."""
+        """Whether this step trains the autoencoder. Counts its steps; measures the scale [4] after them."""
         if self.vae is None or not self.training:
             return False
         if self.seen < 0:
@@ -684,8 +683,8 @@ class DiT(nn.Module):
             raise ValueError("vae_steps is for a single process: train the autoencoder in one, or load one")
         step, weight = self.seen, self.vae.quant_conv.weight
         if weight.grad is not None and weight._version == self.version:
-            step -= 1                           # gradients add up for an optimiser that has not stepped yet
-        elif torch.is_grad_enabled() and step <= self.config.vae_steps:  # a look without gradient is no step
+            step -= 1                           # gradient accumulation: still the step begun last
+        elif torch.is_grad_enabled() and step <= self.config.vae_steps:  # without gradients it is no step
             if step == self.config.vae_steps and not self.config.latent_scale:
                 with torch.no_grad():
                     self.scale.div_(self.encode(x).std())                                     # [4]
@@ -701,19 +700,19 @@ class DiT(nn.Module):
         return eps, (1 + f) / 2 * coef.log_large + (1 - f) / 2 * coef.log_small               # [10]
 
     def bound_term(self, z0, z_t, eps, log_variance, t, coef):
-        """The term of the bound that belongs to t (B,), bits per number, (B,)."""
+        """The term of the bound that belongs to t (B,), bits per number, (B,). As released, at t = 0 latents
+        too are treated as 8-bit pixels."""
         mean = coef.c_x0 * (z_t - coef.sigma * eps) / coef.signal + coef.c_xt * z_t
         true_mean = coef.c_x0 * z0 + coef.c_xt * z_t
         kl = normal_kl(true_mean, coef.log_small, mean, log_variance).flatten(1).mean(1)
-        # As released: at t = 0 latents too are taken for pixels of 8 bits.
         nll = pixel_nll(z0, mean, log_variance).flatten(1).mean(1)
         return torch.where(t == 0, nll, kl) / math.log(2)                                     # [12]
 
     def loss(self, batch, noise=None, t=None):
-        """batch: x (B, C, H, W), label (B,) if n_classes -> loss (0-d), per_sample (B,), t (B,) in [0, 1),
-        and parts: nll and kl for the first vae_steps steps of a training, then mse and, with learned
-        variance, vb (bits per number). noise: eps of what is trained. The argument t is in 0..K-1: t = 0 is
-        one step of noise, not none, and t = K-1 is all noise."""
+        """batch: x (B, C, H, W), label (B,) if n_classes. noise: eps of [2] while the autoencoder is trained,
+        then of [11]. t (B,) in 0..K-1: 0 is one step of noise, not none, and K-1 is all noise.
+        -> loss (), per_sample (B,), t / K (B,) and parts: nll and kl in the first vae_steps steps, then mse
+        and, with learned variance, vb (bits per number)."""
         x, label, K = batch["x"], self.label(batch, required=True), self.config.n_diffusion_steps
         check_shape("an image", x, self.config.data_shape)
         if self.config.flip and self.training:
@@ -737,34 +736,34 @@ class DiT(nn.Module):
         mse = (eps_hat - eps).square().flatten(1).mean(1)
         per_sample, parts = mse, {"mse": mse.mean()}
         if self.config.learn_variance:
-            # detach: the mean learns from the mse alone. The weight of vb is 1, not 1/1000 of K as in iDDPM.
+            # detach: eps_theta learns from the mse alone. vb has weight 1, where iDDPM has K/1000.
             vb = self.bound_term(z0, z_t, eps_hat.detach(), log_variance, t, coef)
             per_sample, parts["vb"] = mse + vb, vb.mean()                                     # [12]
         return {"loss": per_sample.mean(), **parts, "per_sample": per_sample.detach(), "t": t / K}
 
     def conditions(self, ts, label):
-        """Transformer.condition of every step t in ts, one after the other, for label (B,): of all steps in
-        one pass, in which each weight is read once, or of as many as fit into memory."""
-        size = len(label) * self.config.depth * self.config.width * 6
+        """Yields Transformer.condition for label (B,) and each step in ts. One pass computes as many steps as
+        memory allows, since it reads each weight once."""
+        size = len(label) * self.config.depth * self.config.width * 6     # numbers per step, with adaLN-Zero
         # Filled in number by number, since a tensor made of a list would be copied from the host.
-        t = torch.stack([torch.full((1,), t, device=label.device) for t in ts])
-        for some in t.split(max(1, MODULATION_LIMIT // size)):
-            yield from zip(*self.net.condition(some, label[None]))        # (B, k, D) each
+        all_t = torch.stack([torch.full((1,), t, device=label.device) for t in ts])
+        for t in all_t.split(max(1, MODULATION_LIMIT // size)):
+            yield from zip(*self.net.condition(t, label[None]))           # (B, n_vectors, D or 2D) each
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
-        """From noise to images (B, C, H, W). batch says how many, by "n", "label" (B,) or "x"; no label means
-        "any class". steps: how many, or which t (see timetable). noise: the start, (B, c, h, w); step_noise:
-        eps of every step but the last; else drawn from generator. trace: a list that receives the state after
-        every step, decoded."""
+        """From noise to images (B, C, H, W). batch says how many by "n", "label" (B,) or "x"; no label means
+        any class. steps: how many, or a list of t (see timetable). noise (B, c, h, w): the start; step_noise:
+        eps of each step but the last; both are drawn from generator if not given. trace: a list that receives
+        the decoded state after each step."""
         B = batch["n"] if "n" in batch else len(batch.get("label", batch.get("x")))
         config, device, label = self.config, self.scale.device, self.label(batch, B)
         ts = timetable(config.n_diffusion_steps, config.sampler_steps if steps is None else steps)
         table = step_table(config.n_diffusion_steps, device, tuple(ts))   # (fields, S)
         draw = lambda: randn((B, *config.latent_shape), generator, device)
-        z, w = draw() if noise is None else noise, config.guidance
+        z = draw() if noise is None else noise
         check_shape("noise", z, config.latent_shape)
-        guided = w != 1 and "label" in batch
+        guided = config.guidance != 1 and "label" in batch
         if guided:                              # each image twice: with its class, then with the null class
             label = torch.cat([label, torch.full_like(label, config.n_classes)])
         for k, condition in enumerate(self.conditions(ts, label)):
@@ -774,7 +773,8 @@ class DiT(nn.Module):
             if guided:
                 (eps, null), log_variance = eps.chunk(2), log_variance.chunk(2)[0]
                 n = config.guidance_channels or eps.shape[1]
-                eps = torch.cat([null[:, :n] + w * (eps[:, :n] - null[:, :n]), eps[:, n:]], dim=1)  # [13]
+                moved = null[:, :n] + config.guidance * (eps[:, :n] - null[:, :n])            # [13]
+                eps = torch.cat([moved, eps[:, n:]], dim=1)
             x0 = (z - coef.sigma * eps) / coef.signal
             x0 = x0.clamp(-1, 1) if config.clip_x0 else x0
             if to_go == 0 or config.sampler == "ddim" and config.eta == 0:
@@ -796,14 +796,12 @@ class DiT(nn.Module):
         """The checked labels of a batch, (B,); the null class n times, if it has none."""
         n_classes, label = self.config.n_classes, batch.get("label")
         if label is not None and n_classes:
-            # On a GPU every step would wait for the comparison; there the embedding asserts.
+            # On a GPU every step would wait for this comparison; there the embedding checks the range.
             if label.device.type == "cpu" and ((label < 0) | (label >= n_classes)).any():
-                raise ValueError(f"label {label.min()}..{label.max()} is out of range: n_classes = "
-                                 f"{n_classes} means 0..{n_classes - 1}")
+                raise ValueError(f"label {label.min()}..{label.max()} is out of range: 0..{n_classes - 1}")
             return label
         if n_classes and (required or not self.config.label_dropout):
-            raise ValueError(f"the batch has no 'label': n_classes = {n_classes}, label_dropout = "
-                             f"{self.config.label_dropout}")
+            raise ValueError(f"the batch has no 'label', which n_classes = {n_classes} asks for")
         return torch.full((n or len(batch["x"]),), n_classes, device=self.scale.device)
 
     def param_groups(self, weight_decay):
@@ -815,12 +813,10 @@ class DiT(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config):
-        """Released weights: of a transformer (facebookresearch/DiT), of an autoencoder (diffusers'
-        AutoencoderKL, also with its older names of the attention), or of both. The autoencoder's may also lie
-        in config.vae_file. If there is only an autoencoder, the transformer starts untrained.
-
-        config must describe them (PRESETS["XL/2"]). Strict: see load_strictly.
-        """
+        """Released weights of a transformer (facebookresearch/DiT), of an autoencoder (diffusers'
+        AutoencoderKL, also with its older names of the attention), or of both. config.vae_file may hold the
+        autoencoder's. Given an autoencoder alone, the transformer starts untrained. config must describe them
+        (PRESETS["XL/2"]). Strict: see load_strictly."""
         weights = rename_official(state_dict)
         if config.vae_file:
             weights |= rename_official(read_file(config.vae_file))
@@ -848,9 +844,6 @@ def load_strictly(model, weights):
         raise ValueError(f"these weights do not fit the configuration: {'; '.join(problems[:6])}{more}")
     model.load_state_dict(weights, assign=True)
 
-
-# Numbers that a sampler may compute ahead of its loop and keep.
-MODULATION_LIMIT = 2**27
 
 # Official names -> ours, applied in this order: transformer, autoencoder.
 RENAMES = [
@@ -897,11 +890,10 @@ Model = DiT
 RELEASED = {"data_shape": (3, 256, 256), "n_classes": 1000, "vae_channels": (128, 256, 512, 512),
             "vae_res_blocks": 2, "vae_groups": 32, "vae_steps": 0, "latent_scale": 0.18215, "sampler": "ddpm",
             "sampler_steps": 250, "guidance": 4.0, "guidance_channels": 3, "flip": True}
-
 PRESETS = {
     # Learns eight shapes on two CPU cores.
     "tiny": {},
-    # The transformers, fixed positions included: 33, 131, 458 and 675 million parameters.
+    # The paper's four sizes: 33, 131, 458 and 675 million parameters, fixed positions included.
     **{f"{name}/{p}": RELEASED | {"depth": depth, "width": width, "n_heads": n_heads, "patch_size": p}
        for name, depth, width, n_heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16),
                                            ("XL", 28, 1152, 16)) for p in (2, 4, 8)},

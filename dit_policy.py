@@ -5,21 +5,20 @@
     official code: github.com/SudeepDasari/dit-policy
 
 p(A | O): a chunk A of Tp actions, given O = (images, instruction, proprioception). The joint p(A, O) would
-have to predict images too; as a condition, O is encoded once per chunk. The diffusion is that of dp_cnn.py. A
-ResNet-18 per camera turns images into tokens, the instruction acts inside it. A transformer encoder reads
-these tokens and one of the proprioception; a decoder of DiT blocks denoises the actions. Block i knows the
-observation by one vector alone, the mean of layer i's output. There is no cross-attention, with which the
-authors measured fewer successes.
+have to predict images too; as a condition, O is encoded once per chunk. The diffusion is that of dp_cnn.py.
+A ResNet-18 per camera turns images into tokens; the instruction modulates its features. A transformer encoder
+reads these tokens and one of the proprioception. A decoder of DiT blocks denoises the actions: block i sees
+the mean of layer i's output, no more. With cross-attention instead, the authors measured fewer successes.
 
     images -> ResNet-18 (FiLM: text) -> tokens ----+-> layer 1 --> layer 2 --> ... --> layer L
     proprioception -> dropout -> linear -> token --+     |mean       |mean               |mean
                                                          v + e(t)    v + e(t)            v + e(t)
     noised actions x_t -> MLP + positions ----------> block 1 --> block 2 --> ... --> block L --> final layer
 
-Axes: B items, N observation tokens, D width, L layers, Tp steps of the chunk, A action dimensions, S numbers
-of proprioception, To observed steps, V cameras, C channels of an image token.
+Axes: B items, n draws of noise per item, N observation tokens, D width, L layers, Tp steps of the chunk, A
+action dimensions, S numbers of proprioception, To observed steps, V cameras, C channels of an image token.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
-Time of the robot (To = 2 observed, the newest first among the tokens; the chunk starts now):
+Time of the robot, here with To = 2 (among the tokens the newest image comes first):
     step        now-1  now  now+1 ... now+7 ... now+15
     observed      x     x
     predicted           x     x   x     x    x    x       Tp = 16 (x0 below)
@@ -32,30 +31,30 @@ Time of the robot (To = 2 observed, the newest first among the tokens; the chunk
     [5]  x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) eps_theta,   s < t                   DDIM step
     [6]  encoder layer (post-norm), p = sine-cosine positions:  h = LN(h + Attention(q = k = h + p, v = h)),
          h = LN(h + MLP(h))
-    [7]  c_i = mean over tokens of h_i + e(t),   e(t) = MLP([cos, sin](t w)),   w_j = 10000^(-j / (half - 1))
-    [8]  adaLN(x) = scale(c) * LN(x) + shift(c), all of them linear in SiLU(c). Not 1 + scale, as in DiT
+    [7]  c_i = mean over tokens of h_i + e(t),   e(t) = MLP([cos, sin](t w)),   w: 1 down to 1/10000
+    [8]  adaLN(x) = scale(c) * LN(x) + shift(c), both linear in SiLU(c). DiT has 1 + scale
     [9]  adaLN-Zero block:  x += gate(c) * Attention(adaLN(x)),   x += gate'(c) * MLP(adaLN'(x)),   where the
          gates are zero at first: the block is then the identity
     [10] out = W (scale(c_L) * x + shift(c_L)) + b,   without a norm, and not zero at first
-    [11] FiLM in every residual block of a ResNet:  h = (1 + scale(text)) * h + shift(text), zero at first
+    [11] FiLM in each residual block of a ResNet:  h = (1 + scale(text)) * h + shift(text), both zero at first
 
 Map: Config | attention, EncoderLayer, DiTBlock, NoiseNet | FilmBlock, FilmResNet, ImageEncoder, TextEncoder |
 DiTPolicy: loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
- 1. The loss is the mean over the steps that are real. The original sums over the chunk, Tp times as much.
- 2. The code has no instruction. The paper puts a DistilBERT embedding into the ResNets by FiLM; here the
-    embedding may be given (text_dim), or bytes are read by n-gram detectors, which learn with the rest.
+ 1. The loss is a mean over the chunk's real steps. The original sums over the chunk: Tp times as much.
+ 2. The original code reads no instruction. The paper puts a DistilBERT embedding into the ResNets by FiLM;
+    here it may be given (text_dim), or n-gram detectors, trained with the rest, read the bytes.
  3. The ResNets start from scratch, as torchvision initialises them. The original starts from weights trained
     on images: ImageNet's, or its authors' own.
  4. Not carried over: a goal image, frames stacked as channels (early_fusion), batch norm over features.
- 5. Images are cropped at random, and not blurred or resized, when crop_size is set.
+ 5. With crop_size, training images are cropped at random. They are not blurred or resized.
  6. Frequencies and positions are computed; the original keeps them among the weights, as constants.
- 7. A sampler's modulation, all steps and blocks, is computed before its loop. Observations may share several
-    draws of noise and time (n_draws): they are encoded once.
+ 7. The sampler computes the modulation of all steps and blocks before its loop. An observation is encoded
+    once for several draws of noise and time (n_draws).
  8. train.py normalises proprioception too; the original takes it as it is.
- 9. "tiny" is the published architecture with other numbers: sizes, no dropout, a ResNet of fewer stages, and
-    x0 prediction, since eps prediction is slow to learn at this scale.
+ 9. "tiny" is the published architecture, smaller, with fewer ResNet stages, less dropout and x0 prediction,
+    since eps prediction is slow to learn at this scale.
 
 Run alone: `python dit_policy.py` learns to draw half circles and shows them forming out of noise, in half a
 minute on two CPU cores.
@@ -73,35 +72,33 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    # -- the data; train.py fills these in
+    # -- the data; train.py fills these in. In brackets, here and below: the official names
     action_dim: int = 3  # A, length of one action vector
     state_dim: int = 3  # S, length of the proprioception
     n_cameras: int = 2  # V, each with an encoder of its own; 0 = low-dimensional observations only
     image_size: tuple = (64, 64)  # height, width of every camera image, pixels
-    obs: str = "image"  # "lowdim": every float observation; "image": cameras and proprioception
+    obs: str = "image"  # "image": cameras and proprioception are loaded; "lowdim": all float observations
     # -- the timeline (picture above), in control steps
     horizon: int = 16  # Tp, predicted steps (ac_chunk)
     n_obs_steps: int = 1  # To: images of all these steps, proprioception of the newest (imgs_per_cam)
     n_action_steps: int = 8  # Ta, executed steps
-    # True: steps past an episode's end, where the data repeat the last action, are trained on as well: the
-    # policy then learns to stay where it ended. The original leaves them out
-    train_on_padding: bool = False
+    train_on_padding: bool = False  # learn from actions past an episode's end too, see `loss`
     # -- the instruction
     text_len: int = 40  # longest one in bytes; 0 = none is read, as in the official code
     text_dim: int = 0  # 0: bytes; else the length of batch["text_embedding"] (DistilBERT's: 768)
     text_width: int = 64  # numbers that FiLM receives
     # -- the image encoders
-    resnet_widths: tuple = (16, 32, 64)  # channels per stage, all but the first halve (ResNet-18: 64 .. 512)
+    resnet_widths: tuple = (16, 32, 64)  # channels per stage; 64, 128, 256, 512 is ResNet-18
     n_groups: int = 4  # groups of their group norms
     crop_size: tuple = ()  # height, width: random in training, centre in evaluation; () = the whole image
     pool: bool = False  # True: an image is one token, its mean; False: one per cell of the last feature map
     share_encoder: bool = False  # True: all cameras share one (share_cam_features)
     # -- how proprioception enters
-    proprioception: str = "token"  # "token": as one; "pad": beside every image token; "none" (use_obs)
+    proprioception: str = "token"  # a "token", a "pad" beside each image token, or "none" (use_obs)
     state_dropout: float = 0.2  # probability that a number of it is dropped in training
-    # -- the transformers; in brackets the official names
+    # -- the transformers
     token_norm: bool = False  # True: tokens pass a layer norm first (feat_norm)
-    token_dropout: float = 0.0  # dropout of what enters the encoder
+    token_dropout: float = 0.0  # of what enters the encoder
     width: int = 128  # D (hidden_dim)
     depth: int = 4  # L, layers of the encoder and blocks of the decoder (num_blocks)
     n_heads: int = 4  # heads of every attention (nhead)
@@ -113,12 +110,10 @@ class Config:
     prediction_type: str = "x0"  # what the network predicts: "eps" (the original) or "x0"
     n_draws: int = 4  # draws of noise and time per observation
     sampler_steps: int = 8  # noise levels visited when sampling; at most K
-    spacing: str = "leading"  # which levels these are: "leading" or "trailing", see timetable
-    # [4] 0 = no clipping; actions are normalised to [-1, 1], and a normaliser that does not do that needs
-    # another value
-    clip_x0: float = 1.0
+    spacing: str = "leading"  # which: "leading" starts below K-1, as the original; "trailing": see timetable
+    clip_x0: float = 1.0  # [4], 0 = none; 1 fits actions normalised to [-1, 1], train.py's default
 
-    first_action = 0  # step of the chunk's first action, counted from now
+    first_action = 0  # the chunk's first step, counted from now
     pred_horizon = property(lambda self: self.horizon)  # actions in a batch and in a sampled chunk
     n_obs_loaded = property(lambda self: self.n_obs_steps)  # observed steps in a training batch
     reads_text = property(lambda self: self.text_len > 0 or self.text_dim > 0)
@@ -139,11 +134,9 @@ class Config:
         if self.time_dim % 2 or not self.time_dim >= 4:
             raise ValueError(f"time_dim {self.time_dim} must be even and at least 4: sines and cosines")
         if not self.n_cameras and (self.reads_text or self.proprioception != "token"):
-            raise ValueError("n_cameras is 0: the only token is proprioception's, set it to 'token'; the "
-                             "instruction is read with the images, set text_len=0 and text_dim=0")
+            raise ValueError("no cameras: set text_len=0, text_dim=0, proprioception='token', the only token")
         if not self.resnet_widths or any(width % self.n_groups for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of n_groups = "
-                             f"{self.n_groups}")
+            raise ValueError(f"resnet_widths {self.resnet_widths}: no multiples of n_groups = {self.n_groups}")
         if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
             raise ValueError(f"image_size {self.image_size} and crop_size {self.crop_size} are two numbers "
                              f"each, height and width; crop_size may be ()")
@@ -188,8 +181,8 @@ def attention(q, k, v, dropout=0.0):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention, no mask. (B, N, D) -> (B, N, D). It differs from dp_transformer.py's: positions,
-    if given, are seen by queries and keys and not by values."""
+    """Multi-head attention, no mask. (B, N, D) -> (B, N, D). It differs from dp_transformer.py's: queries and
+    keys see the positions, if any are given; values do not."""
 
     def __init__(self, config):
         super().__init__()
@@ -237,25 +230,24 @@ class EncoderLayer(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x (B, Tp, D), shift and scale (B, D). It differs from dit.py's: not 1 + scale. A scale of zero would
-    silence the branch; it starts as random."""
+    """x (B, Tp, D), shift and scale (B, D). It differs from dit.py's, which has 1 + scale. Here the scale
+    starts as random, since zero would silence the branch."""
     return x * scale[:, None] + shift[:, None]                                  # [8] [10]
 
 
 class DiTBlock(EncoderLayer):
-    """adaLN-Zero block of the same parts. (B, Tp, D), what `prepare` returns -> (B, Tp, D)."""
+    """adaLN-Zero block of the same parts. (B, Tp, D) and what `prepare` returns -> (B, Tp, D)."""
 
     def __init__(self, config):
         super().__init__(config)
-        # scale, shift, gate of the attention, then of the MLP
         self.modulation = nn.ModuleList([nn.Linear(config.width, config.width) for _ in range(6)])
 
     def prepare(self, c):
-        """SiLU of the condition (..., D) -> six (..., D): all that block i takes from observation and t."""
+        """SiLU of c_i [7], (..., D) -> six (..., D): all that block i takes from observation and t."""
         return [linear(c) for linear in self.modulation]                        # [8]
 
     def forward(self, x, modulation):
-        scale1, shift1, gate1, scale2, shift2, gate2 = modulation               # (B, D)
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation               # (B, D) each
         h = modulate(self.norm1(x), shift1, scale1)
         x = x + gate1[:, None] * self.dropout(self.attn(h))                     # [9]
         h = modulate(self.norm2(x), shift2, scale2)
@@ -279,8 +271,8 @@ def time_embedding(t, dim):
 
 
 class NoiseNet(nn.Module):
-    """Observation tokens, noised chunk and t -> eps or x0. In two halves, since only one depends on x_t:
-    `encode` and `condition`, then `forward`. Official: _DiTNoiseNet."""
+    """Observation tokens, noised chunk and t -> eps or x0. `encode` and `condition` do all that needs no x_t,
+    `forward` the rest. Official: _DiTNoiseNet."""
 
     def __init__(self, config):
         super().__init__()
@@ -296,19 +288,19 @@ class NoiseNet(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """As the original has it. What is not named here starts by torch's own rule, the final layer too; the
-        gates' zeros come last, so that nothing undoes them."""
+        """As the original. What is not named here starts as torch's default, the final layer too. The gates'
+        zeros come last, so that nothing undoes them."""
         for layer in [*self.encoder, *self.decoder]:
             for p in layer.parameters():
                 if p.ndim > 1:
                     nn.init.xavier_uniform_(p)
             nn.init.zeros_(layer.attn.in_proj.bias)
             nn.init.zeros_(layer.attn.out_proj.bias)
-        nn.init.xavier_uniform_(self.positions[:, None])  # (Tp, 1, D) there: the fans make it small
+        nn.init.xavier_uniform_(self.positions[:, None])  # (Tp, 1, D), as there: the fans make it small
         for block in self.decoder:
             for linear in block.modulation:
                 nn.init.zeros_(linear.bias)
-            for gate in (block.modulation[2], block.modulation[5]):
+            for gate in (block.modulation[2], block.modulation[5]):  # order: see DiTBlock.forward
                 nn.init.zeros_(gate.weight)                                     # [9]
 
     def encode(self, tokens):
@@ -321,8 +313,8 @@ class NoiseNet(nn.Module):
         return outputs
 
     def condition(self, summaries, t):
-        """Means of the layers' outputs, L x (B, D), and t (B,) or (n, 1) -> per block six of (B, D) or (n, B,
-        D); then shift and scale of the final layer."""
+        """Means of the layers' outputs, L x (B, D), and t (B,) or (levels, 1) -> six (B, D) or (levels, B, D)
+        per block; then shift and scale of the final layer."""
         e = self.time_mlp(time_embedding(t, self.time_dim).to(self.out.weight.dtype))
         c = [F.silu(summary + e) for summary in summaries]                      # [7]
         final = self.final_modulation(c[-1]).chunk(2, dim=-1)
@@ -337,8 +329,8 @@ class NoiseNet(nn.Module):
 
 # ---------------------------------------------------------------- observation: images and text to tokens
 class FilmBlock(nn.Module):
-    """ResNet's block of two 3x3 convolutions; FiLM by the text acts on what is added. (B, C, H, W) ->
-    (B, C', H/stride, W/stride)."""
+    """ResNet's block of two 3x3 convolutions; FiLM by the text acts on the residual branch. (B, dim_in, H, W)
+    -> (B, dim_out, H/stride, W/stride)."""
 
     def __init__(self, dim_in, dim_out, stride, n_groups, text_width):
         super().__init__()
@@ -347,24 +339,22 @@ class FilmBlock(nn.Module):
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(n_groups, dim_out)
         self.film = nn.Linear(text_width, 2 * dim_out) if text_width else None
-        self.shortcut = nn.Identity()
-        if stride != 1 or dim_in != dim_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(dim_in, dim_out, 1, stride, bias=False),
-                                          nn.GroupNorm(n_groups, dim_out))
+        self.shortcut = nn.Identity() if stride == 1 and dim_in == dim_out else nn.Sequential(
+            nn.Conv2d(dim_in, dim_out, 1, stride, bias=False), nn.GroupNorm(n_groups, dim_out))
 
     def forward(self, x, text=None):
         h = F.relu(self.norm1(self.conv1(x)))
         h = self.norm2(self.conv2(h))
         if self.film is not None:
-            scale, shift = self.film(text)[..., None, None].chunk(2, dim=1)     # (B, C', 1, 1)
+            scale, shift = self.film(text)[..., None, None].chunk(2, dim=1)     # (B, dim_out, 1, 1)
             h = (1 + scale) * h + shift                                         # [11]
         return F.relu(h + self.shortcut(x))
 
 
 class FilmResNet(nn.Module):
     """ResNet-18 up to its last feature map. (B, 3, H, W), text (B, text_width) -> (B, C, H/32, W/32), rounded
-    up; a stage less, twice the size. Group norm instead of batch norm, whose running statistics belong to the
-    weights of the last steps: where weights are averaged (EMA), they do not fit the average."""
+    up; H/16 with three stages. Group norm, since batch norm's running statistics would belong to the last
+    weights and not to their average (EMA)."""
 
     def __init__(self, config):
         super().__init__()
@@ -393,17 +383,17 @@ class FilmResNet(nn.Module):
 
 
 @functools.lru_cache
+@torch.compiler.assume_constant_result
 def imagenet(device):
-    """Mean and deviation of ImageNet's images in [0, 1], (3, 1, 1) each: the ResNets that the authors start
-    from have seen images normalised by them. Kept for the reason that cosine_alpha_bar names."""
+    """Mean and deviation of ImageNet's images in [0, 1], (3, 1, 1) each: the original's ResNets were trained
+    on images normalised by them. Kept for the reason that cosine_alpha_bar names."""
     numbers = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device="cpu")
     return numbers[..., None, None].to(device).unbind()
 
 
 class ImageEncoder(nn.Module):
-    """One camera: crop, normalise, ResNet; its cells are tokens. (B, 3, H, W), text -> (B, cells, C). uint8
-    images are normalised; float images are taken as normalised already. It differs from dp_cnn.py's: tokens
-    instead of keypoints, and the text."""
+    """One camera: crop, normalise (unless float), ResNet; each cell of its last feature map is a token. (B,
+    3, H, W), text -> (B, cells, C). It differs from dp_cnn.py's: tokens instead of keypoints, and text."""
 
     def __init__(self, config):
         super().__init__()
@@ -412,16 +402,15 @@ class ImageEncoder(nn.Module):
 
     def crop(self, x):
         """A random place per image in training, the centre in evaluation."""
-        N, C, H, W = x.shape
         if not self.crop_size:
             return x
-        h, w = self.crop_size
+        (B, _, H, W), (h, w) = x.shape, self.crop_size
         if not self.training:
-            top, left = round((H - h) / 2), round((W - w) / 2)  # to even, as torchvision's centre crop
+            top, left = round((H - h) / 2), round((W - w) / 2)  # halves to even, as torchvision's centre crop
             return x[:, :, top:top + h, left:left + w]
-        rows = torch.randint(H - h + 1, (N, 1), device=x.device) + torch.arange(h, device=x.device)  # (N, h)
-        cols = torch.randint(W - w + 1, (N, 1), device=x.device) + torch.arange(w, device=x.device)  # (N, w)
-        image = torch.arange(N, device=x.device)[:, None, None]
+        rows = torch.randint(H - h + 1, (B, 1), device=x.device) + torch.arange(h, device=x.device)  # (B, h)
+        cols = torch.randint(W - w + 1, (B, 1), device=x.device) + torch.arange(w, device=x.device)  # (B, w)
+        image = torch.arange(B, device=x.device)[:, None, None]
         return x.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
     def forward(self, x, text=None):
@@ -437,8 +426,8 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Codes (B, text_len), 0 = padding -> (B, text_width): how strongly each of the learned detectors of five
-    bytes responds where it responds most, so that a colour's name counts in a long sentence as in a short."""
+    """Codes (B, text_len), 0 = padding -> (B, text_width). Each learned detector of five bytes gives its
+    largest response, so that a colour's name counts as much in a long sentence as in a short one."""
 
     def __init__(self, width):
         super().__init__()
@@ -455,6 +444,7 @@ class TextEncoder(nn.Module):
 
 # ---------------------------------------------------------------- the policy: loss and sampler
 @functools.lru_cache
+@torch.compiler.assume_constant_result
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
     would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
@@ -500,11 +490,10 @@ class DiTPolicy(nn.Module):
         self.config = config
         C, S, D = config.resnet_widths[-1], config.state_dim, config.width
         if config.reads_text:
-            size = config.text_width
-            self.text = nn.Linear(config.text_dim, size) if config.text_dim else TextEncoder(size)
-        # One initialisation for all cameras, as in the original.
+            width = config.text_width
+            self.text = nn.Linear(config.text_dim, width) if config.text_dim else TextEncoder(width)
         n_encoders = min(config.n_cameras, 1) if config.share_encoder else config.n_cameras
-        encoder = ImageEncoder(config)
+        encoder = ImageEncoder(config)          # one initialisation for all cameras, as in the original
         self.encoders = nn.ModuleList([copy.deepcopy(encoder) for _ in range(n_encoders)])
         if config.proprioception == "token":
             self.state_token = nn.Linear(S, C)
@@ -514,10 +503,10 @@ class DiTPolicy(nn.Module):
         self.noise_net = NoiseNet(config)
 
     def text_vector(self, batch):
-        """What FiLM receives, (B, text_width), or None where no text is read."""
-        size, key = self.config.text_dim, "text_embedding" if self.config.text_dim else "text"
+        """What FiLM receives, (B, text_width), or None if no text is read."""
         if not self.config.reads_text:
             return None
+        size, key = self.config.text_dim, "text_embedding" if self.config.text_dim else "text"
         if key not in batch:
             raise ValueError(f"the batch has no {key!r}, which text_dim = {size} and text_len = "
                              f"{self.config.text_len} ask for; set both to 0 to read no instruction")
@@ -538,8 +527,8 @@ class DiTPolicy(nn.Module):
                 raise ValueError(f"images of {To} steps and {V} cameras given, n_obs_steps = "
                                  f"{config.n_obs_steps} and n_cameras = {config.n_cameras} expected")
             text = self.text_vector(batch)
-            text = None if text is None else text.repeat_interleave(To, dim=0)
-            encoders = self.encoders if not config.share_encoder else [self.encoders[0]] * V
+            text = None if text is None else text.repeat_interleave(To, dim=0)  # (B To, text_width)
+            encoders = [self.encoders[0]] * V if config.share_encoder else self.encoders
             for camera, encoder in enumerate(encoders):
                 cells = encoder(images[:, :, camera].flip(1).flatten(0, 1), text)  # (B To, cells, C)
                 tokens.append(cells.unflatten(0, (B, To)).flatten(1, 2))
@@ -557,20 +546,17 @@ class DiTPolicy(nn.Module):
         return [h.mean(1) for h in self.noise_net.encode(self.tokens(batch))]   # [7]
 
     def loss(self, batch, noise=None, t=None):
-        """Mean squared error of the predicted noise (or of the predicted chunk) over the steps that are real.
-
+        """Mean squared error of the predicted noise (or chunk) over all steps of the batch that are real.
         batch: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S), images (B, To, V, 3, H, W) and text
-        (B, text_len) where they are read. noise (n B, Tp, A) and t (n B,), all items once, then again: drawn
-        when not given. Time: t = 0 is almost data, t = K-1 noise. All real steps of the batch weigh alike; in
-        the mean of per_sample that train.py's validation takes, all items do; gradient accumulation and
-        several processes average over their batches.
-        -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}
-        """
+        (B, text_len) where they are read. noise (n B, Tp, A) and t (n B,), all items once, then again, are
+        drawn if not given. Time: t = 0 is almost data, t = K-1 noise. per_sample is each item's own mean.
+        -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}"""
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         if x0.shape[1:] != (self.config.horizon, self.config.action_dim):
             raise ValueError(f"actions of shape {tuple(x0.shape[1:])} per item given, horizon and action_dim "
                              f"are {self.config.horizon} and {self.config.action_dim}")
-        # Past an episode's end the data repeat the last action, and the mask is False.
+        # The mask is False past an episode's end, where the data repeat the last action. Learning from them
+        # too makes the policy stay where it ended; the original leaves them out.
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         n = self.config.n_draws if noise is None else len(noise) // len(x0)
         x0, mask = x0.repeat(n, 1, 1), mask.repeat(n, 1)
@@ -590,35 +576,30 @@ class DiTPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
-
         batch: state, images, text as in `loss`. steps: how many noise levels to visit, or a list of them,
-        default config.sampler_steps. noise (B, Tp, A): where to start, drawn from `generator` when not given.
-        trace: receives (B, Tp, A) after every step. The steps are deterministic: all chance is in the noise.
-        """
+        default config.sampler_steps. noise (B, Tp, A): where to start, drawn from `generator` if not given.
+        trace: receives (B, Tp, A) after every step. Steps are deterministic: all chance is in the noise."""
         config, K = self.config, self.config.n_diffusion_steps
         levels = timetable(K, config.sampler_steps if steps is None else steps, config.spacing)
         alpha_bars = cosine_alpha_bar(K, "cpu").tolist()  # plain numbers: no step waits for the device
         summaries = self.encode(batch)                                          # L x (B, D)
         shape, device = (len(summaries[0]), config.horizon, config.action_dim), summaries[0].device
         x_t = randn(shape, generator, device) if noise is None else noise.float()
-        # All that does not depend on x_t, for all steps at once, (n, B, D) each. t is filled in number by
-        # number, since a tensor made of a list would be copied from the host.
+        # All that does not depend on x_t, for all levels at once, (levels, B, D) each. t is filled in number
+        # by number, since a tensor made of a list would be copied from the host.
         t = torch.stack([torch.full((1,), level, device=device) for level in levels])
         condition = self.noise_net.condition(summaries, t)
-        for i, level in enumerate(levels):
+        visited = [*(alpha_bars[level] for level in levels), 1.0]  # after the last level: clean data
+        for i, (alpha_bar, alpha_bar_s) in enumerate(zip(visited, visited[1:])):
             out = self.noise_net(x_t, [[m[i] for m in modulation] for modulation in condition])
-            # What follows the last level are clean data, alpha_bar = 1.
-            last = i + 1 == len(levels)
-            alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
             if config.prediction_type == "eps":
                 eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:
                 eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
             if config.clip_x0:
-                # No action lies outside; at noisy levels the division would carry errors of eps far out. eps
-                # itself stays as it is.
+                # No action lies outside, but at noisy levels the division enlarges errors of eps. eps stays.
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
-            x_t = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * eps  # [5]
+            x_t = math.sqrt(alpha_bar_s) * x0 + math.sqrt(1 - alpha_bar_s) * eps  # [5]
             if trace is not None:
                 trace.append(x_t)
         return x_t
@@ -630,10 +611,7 @@ class DiTPolicy(nn.Module):
     @classmethod
     def from_official(cls, state_dict, config):
         """A policy with the weights of a file that the original's trainer has saved, or of its model alone.
-
-        config must describe it (PRESETS["droid"], PRESETS["aloha"]), with text_len 0. Strict: see
-        load_strictly. Constants are not read.
-        """
+        config must describe it (PRESETS["droid"], PRESETS["aloha"]). Strict: see load_strictly."""
         with torch.device("meta"):
             model = cls(config)
         load_strictly(model, convert_official(state_dict))
@@ -656,12 +634,12 @@ def load_strictly(model, weights):
 # Official names -> ours, applied in this order: image encoders (torchvision's ResNet), tokens, noise network.
 RENAMES = [
     (r"^visual_features\._model\.", "encoders.0.resnet."),
-    (r"^visual_features\.(\d+)\._model\.", r"encoders.\1.resnet."),
-    (r"\.bn([12])\.", r".norm\1."), (r"\.downsample\.", ".shortcut."),
+    (r"^visual_features\.(\d+)\._model\.", r"encoders.\1.resnet."), (r"\.bn([12])\.", r".norm\1."),
+    (r"\.downsample\.", ".shortcut."),
     (r"\.resnet\.layer([1-4])\.", lambda m: f".resnet.stages.{int(m[1]) - 1}."),
     (r"^_obs_proc\.1\.", "state_token."), (r"^post_proc\.0\.", "token_proj."),
-    (r"^post_proc\.1\.", "token_norm."),
-    (r"\.dec_pos$", ".positions"), (r"\.time_net\.out_net\.", ".time_mlp."), (r"\.ac_proj\.", ".action_mlp."),
+    (r"^post_proc\.1\.", "token_norm."), (r"\.dec_pos$", ".positions"),
+    (r"\.time_net\.out_net\.", ".time_mlp."), (r"\.ac_proj\.", ".action_mlp."),
     (r"\.(encoder|decoder)\.layers\.", r".\1."), (r"\.self_attn\.in_proj_", ".attn.in_proj."),
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."), (r"\.linear([12])\.", r".mlp.fc\1."),
     (r"\.attn_mod1\.scale\.", ".modulation.0."), (r"\.attn_mod1\.shift\.", ".modulation.1."),
@@ -669,13 +647,12 @@ RENAMES = [
     (r"\.mlp_mod1\.shift\.", ".modulation.4."), (r"\.mlp_mod2\.scale\.", ".modulation.5."),
     (r"\.eps_out\.linear\.", ".out."), (r"\.eps_out\.adaLN_modulation\.1\.", ".final_modulation."),
 ]
-# Frequencies of t and positions of the observation tokens.
-CONSTANTS = re.compile(r"\.time_net\.w$|\.enc_pos\.pe$")
+CONSTANTS = re.compile(r"\.time_net\.w$|\.enc_pos\.pe$")  # frequencies of t, positions of the tokens
 
 
 def convert_official(state_dict):
-    """Rename the keys of an official state_dict (or of a part of it); positions lose an axis. What is renamed
-    differs from file to file."""
+    """Rename the keys of an official state_dict (or of a part of it); positions lose an axis, constants go.
+    What is renamed differs from file to file."""
     state_dict = state_dict.get("model", state_dict)  # the trainer's file: {model, optim, schedule, ..}
     weights = {}
     for key, value in state_dict.items():
@@ -694,12 +671,9 @@ PUBLISHED = {"n_obs_steps": 1, "horizon": 100, "n_action_steps": 100, "text_len"
              "width": 512, "depth": 6, "n_heads": 8, "mlp": 2048, "time_dim": 256, "dropout": 0.1,
              "token_dropout": 0.1, "prediction_type": "eps", "n_draws": 1}
 PRESETS = {
-    # learns the built-in task from images and instruction on two CPU cores
-    "tiny": {},
-    # one camera, 59,446,456 parameters (the original counts 128 more, the frequencies of t)
-    "droid": PUBLISHED | {"n_cameras": 1, "action_dim": 10, "state_dim": 7},
-    # three cameras, two arms, 81,807,264 parameters
-    "aloha": PUBLISHED | {"n_cameras": 3, "action_dim": 14, "state_dim": 14},
+    "tiny": {},  # learns the built-in task from images and instruction on two CPU cores
+    "droid": PUBLISHED | {"n_cameras": 1, "action_dim": 10, "state_dim": 7},  # 59,446,456 parameters
+    "aloha": PUBLISHED | {"n_cameras": 3, "action_dim": 14, "state_dim": 14},  # 81,807,264 parameters
 }
 PUBLISHED_RECIPE = {"steps": 150_000, "batch_size": 150, "lr": 3e-4, "warmup": 2000, "betas": (0.95, 0.999),
                     "weight_decay": 1e-6, "ema_max": 0.0}
@@ -708,21 +682,20 @@ PUBLISHED_RECIPE = {"steps": 150_000, "batch_size": 150, "lr": 3e-4, "warmup": 2
 RECIPES = {
     "tiny": {"steps": 3000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
-    # trainer=bc_cos_sched of the original, which does not average weights
-    "droid": PUBLISHED_RECIPE, "aloha": PUBLISHED_RECIPE,
+    "droid": PUBLISHED_RECIPE, "aloha": PUBLISHED_RECIPE,  # trainer=bc_cos_sched, which averages no weights
 }
 
 
 # ---------------------------------------------------------------- demo
 def half_circles(angle, side, steps=16):
-    """Ways from the angle (n,) of a circle to its other end, anticlockwise where side (n,) is 1 and clockwise
-    where it is -1: (n, steps, 2)."""
+    """Ways (n, steps, 2) from the angle (n,) of a circle to the opposite one: anticlockwise where side (n,)
+    is 1, clockwise where it is -1."""
     turned = angle[:, None] + side[:, None] * math.pi * torch.linspace(0, 1, steps)
     return 0.8 * torch.stack([turned.cos(), turned.sin()], dim=-1)
 
 
 def main(steps=500):
-    """Train on half circles of either sense; print how they form out of noise."""
+    """Train on half circles of both senses; print how they form out of noise."""
     torch.manual_seed(0)
     config = Config(obs="lowdim", n_cameras=0, text_len=0, action_dim=2, state_dim=2, state_dropout=0.0,
                     width=64, depth=2, mlp=128, time_dim=64, sampler_steps=10)
