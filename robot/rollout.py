@@ -31,7 +31,8 @@ def rehearse(policy, environment, seed=0):
 
 
 def closed_loop(policy, environment, episodes, seed, n_rollouts=6, instruction=None):
-    """`episodes` episodes at once from the seeds that belong to `seed`, the same for every policy.
+    """`episodes` episodes at once from the seeds that belong to `seed`, the same for every policy. policy: a
+    Policy, or what has its description, reset and act; the latency is measured where there are chunks.
 
     -> {"success", "interval" (None where the environment does not say it), "episodes", "score" and "return"
     (means over the episodes of the largest reward and of the sum of rewards), "outcomes", "latency_ms",
@@ -69,7 +70,9 @@ def closed_loop(policy, environment, episodes, seed, n_rollouts=6, instruction=N
     rollouts = [{"frames": env.film(seen[i]), "success": bool(success[i]), "outcome": str(outcomes[i]),
                  "instruction": told[i], "seed": int(seeds[i])}
                 for i in to_film(success, len(seen), n_rollouts)]
-    return result | latency(policy) | {"rollouts": rollouts}
+    if hasattr(policy, "sample_chunk"):
+        result |= latency(policy)
+    return result | {"rollouts": rollouts}
 
 
 def latency(policy, repeat=10):

@@ -86,7 +86,7 @@ def test_every_yaml_of_the_project_is_read(path):
     (["--set", "down_dims=16"], ["down_dims = 16", "tuple"]),
     (["--set", "down_dims=[16"], ["down_dims"]),
     (["--set", "down_dims=[]"], ["down_dims"]),
-    (["--set", "horizon=9"], ["horizon 9 cannot be halved", "multiple of 2"]),
+    (["--set", "horizon=9"], ["horizon 9 cannot be halved", "shorten down_dims"]),
     (["--set", "sampler=dpm"], ["'dpm'", "ddpm"]),
     (["--set", "sampler_steps=21"], ["21"]),
     (["--init", "missing.safetensors"], ["missing.safetensors"]),
