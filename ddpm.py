@@ -35,7 +35,7 @@ The step back, in three forms of equal result, then a faster one
          mu = (sqrt(alpha_bar_prev) beta_t x0 + sqrt(1 - beta_t) (1 - alpha_bar_prev) x_t)/(1 - alpha_bar_t),
          where x0 is estimated as (x_t - sqrt(1 - alpha_bar_t) eps)/sqrt(alpha_bar_t), and may be clipped
     [12] x_prev = alpha (x_t - beta_t grad E) + sigma z:   noisy descent of an energy E = -log q(x_t) + const,
-         grad E = -score = eps/sqrt(1 - alpha_bar_t). The factor Z of a density exp(-E)/Z is not in it
+         grad E = -score = eps/sqrt(1 - alpha_bar_t). The gradient does not need the constant
     [13] DDIM: x_prev = sqrt(alpha_bar_prev) x0 + sqrt(1 - alpha_bar_prev - s^2) eps + s z, s = eta sigma
     [14] guidance: eps = eps(any class) + g (eps(class) - eps(any class));   g > 1: clearer, less varied
 
@@ -140,7 +140,7 @@ def check_networks(config):
 # ---------------------------------------------------------------- small modules
 def time_embedding(t, dim):
     """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000 (Ho et
-    al.). Others differ: improved-diffusion and DiT put the cosines first and divide i by half, not half - 1.
+    al.). Others differ: improved-diffusion and DiT put the cosines first and divide by half, not half - 1.
     With the wrong one training still works, but released weights give garbage."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
@@ -149,7 +149,7 @@ def time_embedding(t, dim):
 
 
 class StepEmbedding(nn.Module):
-    """Time t, (B,) or (1,) for all, and label (B,) with n_classes; None = "any class" -> (B or 1, d_out)."""
+    """t (B,), or (1,) for all; label (B,) if there are classes, None = "any class" -> (B or 1, d_out)."""
 
     def __init__(self, d_in, d_out, n_classes):
         super().__init__()
@@ -246,17 +246,17 @@ class UNet(nn.Module):
         self.embed = StepEmbedding(ch, 4 * ch, config.n_classes)
         self.conv_in = nn.Conv2d(c_data, ch, 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        c, skips = ch, [ch]           # feature maps: now, and of every output kept for the way up
+        c, c_skips = ch, [ch]         # feature maps: now, and of every output kept for the way up
         for level, width in enumerate(widths):
             self.down.append(nn.ModuleList([res(a, width, attn_at(level)) for a in [c] + [width] * (n - 1)]))
-            c, skips = width, skips + [width] * n
+            c, c_skips = width, c_skips + [width] * n
             if level + 1 < len(widths):
                 self.downsample.append(halve(c))
-                skips.append(c)
+                c_skips.append(c)
         self.mid = nn.ModuleList([res(c, c, True), res(c, c, False)])
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):            # self.up[0] is the coarsest level
-            inputs = [a + skips.pop() for a in [c] + [width] * n]         # last: conv_in's or downsample's
+            inputs = [a + c_skips.pop() for a in [c] + [width] * n]       # last skip: conv_in or downsample
             self.up.append(nn.ModuleList([res(a, width, attn_at(level)) for a in inputs]))
             c = width
             if level > 0:
@@ -301,7 +301,7 @@ def linear_beta(K, first, last):
 
 
 def cosine_beta(K, s=0.008):
-    # Only the last beta is clipped. diffusers' squaredcos_cap_v2 is the same; it ignores beta_start and _end.
+    # s keeps the first betas from being tiny; only the last is clipped. diffusers calls it squaredcos_cap_v2.
     f = torch.cos((torch.arange(K + 1, dtype=torch.float64) / K + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)                                              # [7]
 
@@ -389,7 +389,7 @@ PREDICTIONS = {
 }
 
 # Log-variance of the step back. Small is right if the data are one point, large if they are N(0, I). Where it
-# is learned, a second output f of the network says what lies between: -1 small, 1 large (f is not bounded).
+# is learned, a second output f of the network says what lies between: -1 small, 1 beta itself (f unbounded).
 VARIANCES = {
     "fixed_small": lambda f, c: c.log_small,
     "fixed_large": lambda f, c: c.log_large,
@@ -479,7 +479,7 @@ class DDPM(nn.Module):
 
     def predict(self, x_t, t, label=None, guidance=1.0):
         """The network's eps, x0 or v (B, ...) for x_t at t (B,) or (1,), and its f (B, ...), None unless
-        learned. label None = "any class". Guiding x0 or v guides eps: given x_t they are linear in it."""
+        learned. label None = "any class". Guiding x0 or v guides eps: both are linear in it, given x_t."""
         split = lambda out: out.chunk(2, dim=1) if self.config.variance == "learned" else (out, None)
         prediction, f = split(self.net(x_t, t.float(), label))            # (B, d, ...) each
         if label is not None and guidance != 1:
@@ -489,8 +489,8 @@ class DDPM(nn.Module):
 
     def x0_estimate(self, x_t, prediction, c, clip):
         x0 = self.to_x0(x_t, prediction, c)
-        # Deep in noise signal is nearly 0, and dividing by it makes a small error of eps a huge one of x0.
-        # Pixels lie in [-1, 1], so what is beyond can be cut off. Points may lie there and are not clipped.
+        # Deep in the noise c.signal is nearly 0: dividing by it makes a small error of eps a huge one of x0.
+        # Pixels lie in [-1, 1], so what is beyond can be cut off. Points may lie beyond: do not clip them.
         return x0.clamp(-1, 1) if clip else x0
 
     def bound_term(self, x0, x_t, x0_hat, f, t, c):
@@ -502,8 +502,8 @@ class DDPM(nn.Module):
 
     def loss(self, batch, noise=None, t=None):
         """batch: x (B, *data_shape), label (B,) if n_classes -> loss (0-d), its parts mse and, with learned
-        variance, vb (bits per dimension), per_sample (B,), t/(K-1) (B,). The argument t is in 0..K-1: t = 0
-        is one step of noise, not none, and t = K-1 is all noise."""
+        variance, vb (bits per dimension), per_sample (B,), and t (B,) scaled to [0, 1]. The argument t is in
+        0..K-1: t = 0 is one step of noise, not none, and t = K-1 is all noise."""
         x0, label, K = batch["x"], self.label(batch, required=True), self.config.n_diffusion_steps
         if self.training and self.config.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
@@ -541,8 +541,8 @@ class DDPM(nn.Module):
             c = at(table, len(ts) - 1 - k, x)                             # rows count from the data
             prediction, f = self.predict(x, torch.full((1,), t, device=device), label, config.guidance)
             x0 = self.x0_estimate(x, prediction, c, config.clip_x0)
-            silent = k == len(ts) - 1 or config.sampler == "ddim" and config.eta == 0     # adds no noise
-            z = 0 if silent else draw() if step_noise is None else step_noise[k]
+            noiseless = k == len(ts) - 1 or config.sampler == "ddim" and config.eta == 0
+            z = 0 if noiseless else draw() if step_noise is None else step_noise[k]
             if config.sampler == "ddim":        # its eps fits the clipped x0; diffusers keeps the network's
                 x = ddim_step(x0, eps_from_x0(x, x0, c), c, config.eta, z)
             else:
@@ -595,7 +595,7 @@ class DDPM(nn.Module):
             name = key
             for pattern, replacement in OFFICIAL_NAMES:
                 name = re.sub(pattern, replacement, name)
-            weights[key if name in weights else name] = value             # a second key of a name: left over
+            weights[key if name in weights else name] = value             # name taken: the key is left over
         with torch.device("meta"):
             model = cls(config or Config(**PRESETS["cifar10"]))
         load_strictly(model.net, weights)
@@ -638,9 +638,9 @@ PRESETS = {
                     sampler_steps=1000),                                  # Ho et al.: 35.7 M, FID 3.17
 }
 
-# What train.py takes for these presets unless it is told otherwise. ema_max: samples are made by a moving
-# average of the weights (EMA), which is less noisy than the weights of any one step. Its memory is short at
-# first, because early weights are soon out of date, and grows to about 1/(1 - ema_max) steps.
+# What train.py takes for these presets unless told otherwise; its defaults are the rest. ema_max: samples
+# are made by a moving average of the weights (EMA), less noisy than those of any one step. Its memory is
+# short at first, because early weights are soon out of date, and grows to about 1/(1 - ema_max) steps.
 ADAM = dict(betas=(0.9, 0.999), weight_decay=0.0)
 RECIPES = {
     "tiny": ADAM | dict(steps=4000, batch_size=512, lr=2e-3, ema_max=0.999),

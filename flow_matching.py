@@ -18,7 +18,7 @@ Axes: B samples, D dimensions of a point; or C, H, W of an image in [-1, 1]. M c
 
 The flow (a continuous normalising flow)
     [1]  dx/dt = v_t(x),   x(0) ~ N(0, I),   samples are x(1)
-    [2]  d log p_t(x(t))/dt = -div v_t(x(t)), div v = trace J = E z^T J z, J = dv/dx, E z z^T = I (Hutchinson)
+    [2]  d log p_t(x(t))/dt = -div v_t(x(t)); Hutchinson: div v = E z^T (dv/dx) z for random z, E z z^T = I
 Its training
     [3]  L_FM = E |v_t(x) - u_t(x)|^2,   u_t(x) = E[u_t(x|x1) | x_t = x]: the field we want, but cannot
          compute, since it is a mean over all data points x1 that may have led to x
@@ -138,7 +138,7 @@ def check_networks(config):
 # ---------------------------------------------------------------- small modules
 def time_embedding(t, dim):
     """t (B,) float -> (B, dim): sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000 (Ho et
-    al.). Others differ: improved-diffusion and DiT put the cosines first and divide i by half, not half - 1.
+    al.). Others differ: improved-diffusion and DiT put the cosines first and divide by half, not half - 1.
     With the wrong one training still works, but released weights give garbage."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
@@ -147,7 +147,7 @@ def time_embedding(t, dim):
 
 
 class StepEmbedding(nn.Module):
-    """Time t, (B,) or (1,) for all, and label (B,) with n_classes; None = "any class" -> (B or 1, d_out)."""
+    """t (B,), or (1,) for all; label (B,) if there are classes, None = "any class" -> (B or 1, d_out)."""
 
     def __init__(self, d_in, d_out, n_classes):
         super().__init__()
@@ -244,17 +244,17 @@ class UNet(nn.Module):
         self.embed = StepEmbedding(ch, 4 * ch, config.n_classes)
         self.conv_in = nn.Conv2d(c_data, ch, 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        c, skips = ch, [ch]           # feature maps: now, and of every output kept for the way up
+        c, c_skips = ch, [ch]         # feature maps: now, and of every output kept for the way up
         for level, width in enumerate(widths):
             self.down.append(nn.ModuleList([res(a, width, attn_at(level)) for a in [c] + [width] * (n - 1)]))
-            c, skips = width, skips + [width] * n
+            c, c_skips = width, c_skips + [width] * n
             if level + 1 < len(widths):
                 self.downsample.append(halve(c))
-                skips.append(c)
+                c_skips.append(c)
         self.mid = nn.ModuleList([res(c, c, True), res(c, c, False)])
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):            # self.up[0] is the coarsest level
-            inputs = [a + skips.pop() for a in [c] + [width] * n]         # last: conv_in's or downsample's
+            inputs = [a + c_skips.pop() for a in [c] + [width] * n]       # last skip: conv_in or downsample
             self.up.append(nn.ModuleList([res(a, width, attn_at(level)) for a in inputs]))
             c = width
             if level > 0:
@@ -296,8 +296,8 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------- paths: alpha, sigma, alpha', sigma' of t
 def ot_path(t, config):
     """Straight lines, each of which a solver follows exactly in one step. The field bends only where lines to
-    different data points cross, so that fewer steps do than on curves. "ot": a line is the optimal transport
-    from N(0, I) to one data point. The coupling "ot" is that from all noise to all data of a batch."""
+    different data points cross, so that it needs fewer steps than curved paths. Both "ot" are optimal
+    transport: this path from N(0, I) to one data point, the coupling from noise to data of a whole batch."""
     shrink = 1 - config.sigma_min
     return t, 1 - shrink * t, torch.ones_like(t), torch.full_like(t, -shrink)                 # [7]
 
@@ -314,7 +314,7 @@ def vp_path(t, config, beta_min=0.1, beta_max=20.0):
 
 def ve_path(t, config):
     """x_t = x1 + sigma x0, with so much noise at t = 0 that sampling may start from noise alone. The network
-    gets x_t as large as it is, unlike Karras et al.'s, and learns this path less well than the others."""
+    gets x_t unscaled, unlike Karras et al.'s, and learns this path less well than the others."""
     rate = math.log(config.sigma_max / config.sigma_min)
     sigma = config.sigma_min * torch.exp(rate * (1 - t))
     return torch.ones_like(t), sigma, torch.zeros_like(t), -rate * sigma                      # [9]
@@ -345,15 +345,15 @@ T_END = {"vp": 1 - 1e-5, "linear_vp": 1 - 1e-5}
 
 # ---------------------------------------------------------------- identities: for the tests and the demo
 def gaussian_velocity(x, mu, sigma, d_mu, d_sigma):
-    """A point that is d standard deviations sigma off the centre mu stays so while both change."""
+    """While mu and sigma change, a point stays as many standard deviations sigma off the centre mu."""
     return d_sigma / sigma * (x - mu) + d_mu                                                  # [6]
 
 
 def marginal(x, t, path, centres, std=0.0):
     """x (B, D), t (B,) -> the field (B, D) that a perfect network would learn, score (B, D), log p_t (B,).
     They are known here because the data are: N(centre, std^2 I) for one of centres (M, D) at random; std = 0
-    makes a finite set. At every t each centre stands for one Gaussian, so that [5] and [6] hold for it with
-    the wider sigma^2 + (alpha std)^2. path: t -> alpha, sigma, alpha', sigma'."""
+    makes a finite set. At every t the points bound for one centre are a Gaussian: [5] and [6] hold for it,
+    with variance sigma^2 + (alpha std)^2. path: t -> alpha, sigma, alpha', sigma'."""
     D, M = x.shape[1], len(centres)
     alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))                      # (B, 1, 1)
     wide = torch.sqrt(sigma**2 + (alpha * std) ** 2)
@@ -418,8 +418,8 @@ def assignment(cost):
 
 
 def optimal_coupling(x0, x1, label):
-    """x0 in another order: its row i now goes with x1[i], and label[i] if given. The assignment is worked out
-    on the CPU, so that the host waits for the device in every step."""
+    """x0 in another order: its row i now goes with x1[i], and label[i] if given. Lines so paired cross less
+    and the field bends less. The assignment runs on the CPU: the host waits for the device in every step."""
     cost = torch.cdist(x1.flatten(1).double(), x0.flatten(1).double()) ** 2                   # (B, B)
     if label is not None:   # noise stays in its class: one pair across classes costs more than all within
         cost = cost + (label[:, None] != label) * (cost.max() + 1) * len(cost)
@@ -500,8 +500,8 @@ def dopri5(f, x, t, end, tolerance, keep):
 
 
 def divergence(f, x, t, probe=None):
-    """f(x, t) and its divergence (B,): exact, by a backward pass per dimension; or Hutchinson's estimate, by
-    one in all, where a z is given as probe, shaped like x."""
+    """f(x, t) and its divergence (B,): exact, by a backward pass per dimension; or, if a random z shaped like
+    x is given as probe, Hutchinson's estimate, by a single pass."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         v = f(x, t)
@@ -576,8 +576,8 @@ class FlowMatching(nn.Module):
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
         """From noise to data: -> x (B, *data_shape). batch says how many, by "n", "label" (B,) or "x"; no
-        label means "any class". steps: how many (see timetable). noise: the start, x0; else drawn from
-        generator. trace: a list that receives every x_t."""
+        label means "any class". steps: how many. noise: the start, x0; else drawn from generator. trace:
+        a list that receives every x_t."""
         config, device = self.config, next(self.parameters()).device
         B = batch["n"] if "n" in batch else len(batch.get("label", batch.get("x")))
         x0 = randn((B, *config.data_shape), generator, device) if noise is None else noise
@@ -653,9 +653,9 @@ PRESETS = {
                     n_res_blocks=2, attn_resolutions=(16,), norm_groups=32, dropout=0.1, solver="dopri5"),
 }
 
-# What train.py takes for these presets unless it is told otherwise. ema_max: samples are made by a moving
-# average of the weights (EMA), which is less noisy than the weights of any one step. Its memory is short at
-# first, because early weights are soon out of date, and grows to about 1/(1 - ema_max) steps.
+# What train.py takes for these presets unless told otherwise; its defaults are the rest. ema_max: samples
+# are made by a moving average of the weights (EMA), less noisy than those of any one step. Its memory is
+# short at first, because early weights are soon out of date, and grows to about 1/(1 - ema_max) steps.
 ADAM = dict(betas=(0.9, 0.999), weight_decay=0.0)
 RECIPES = {
     "tiny": ADAM | dict(steps=4000, batch_size=512, lr=2e-3, ema_max=0.999),
