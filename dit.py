@@ -120,8 +120,8 @@ class Config:
             raise ValueError(f"vae_groups {self.vae_groups} must divide all vae_channels {self.vae_channels}")
         if self.width % self.n_heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of n_heads {self.n_heads} and of 4")
-        if not self.width * self.mlp_ratio >= 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit: width is {self.width}")
+        if not 1 <= self.width * self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} gives no number of hidden units: width is {self.width}")
         if self.guidance != 1 and not (self.n_classes and self.label_dropout):
             raise ValueError(f"guidance {self.guidance} needs a null class: set guidance=1, or n_classes "
                              f"({self.n_classes}) and label_dropout ({self.label_dropout}) above 0")
@@ -574,7 +574,7 @@ def at(table, t, x):
 
 def timetable(K, steps):
     """The levels t that a sampler visits, noisiest first: `steps` of K, evenly from K-1 to 0, or steps itself
-    if it is a list. The policies' differ: diffusers' "leading" starts below K-1, at less than noise alone."""
+    if it is a list. The policy files' timetable differs: its "leading" steps start below K-1."""
     if isinstance(steps, int):
         if not 1 <= steps <= K:
             raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {K}")
