@@ -121,7 +121,7 @@ class Config:
         if self.width % self.n_heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of n_heads {self.n_heads} and of 4")
         if not 1 <= self.width * self.mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} gives no number of hidden units: width is {self.width}")
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} gives no hidden units: width is {self.width}")
         if self.guidance != 1 and not (self.n_classes and self.label_dropout):
             raise ValueError(f"guidance {self.guidance} needs a null class: set guidance=1, or n_classes "
                              f"({self.n_classes}) and label_dropout ({self.label_dropout}) above 0")
