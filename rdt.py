@@ -235,8 +235,13 @@ UNIFIED = {side + pattern.format(part): base + first + i
            for side, base in (("", 0), ("right_", 0), ("left_", 50))
            for pattern, (first, parts) in ARM.items() for i, part in enumerate(parts)}
 UNIFIED |= {"base_vel_x": 100, "base_vel_y": 101, "base_angular_vel": 102}
-# Places as a tensor on a device. Kept: a copy from the host in every step would make the host wait.
-index_of = functools.lru_cache(torch.tensor)
+
+
+@functools.lru_cache
+@torch.compiler.assume_constant_result
+def index_of(places, device):
+    """Places as a tensor. Kept: a copy from the host in every step would make the host wait."""
+    return torch.tensor(places, device=device)
 
 
 def slots(names):
@@ -256,12 +261,12 @@ def slots(names):
 
 def pack(x, places, dim=128):
     """(..., A) -> (..., dim): every number to its place, 0 elsewhere."""
-    return x.new_zeros(*x.shape[:-1], dim).index_copy(-1, index_of(tuple(places), device=x.device), x)
+    return x.new_zeros(*x.shape[:-1], dim).index_copy(-1, index_of(tuple(places), x.device), x)
 
 
 def unpack(x, places):
     """(..., dim) -> (..., A): the inverse of `pack`."""
-    return x.index_select(-1, index_of(tuple(places), device=x.device))
+    return x.index_select(-1, index_of(tuple(places), x.device))
 
 
 # ---------------------------------------------------------------- SigLIP: patches of pictures become tokens
@@ -511,10 +516,13 @@ def position_table(at, dim):
 # ---------------------------------------------------------------- diffusion
 
 @functools.lru_cache
+@torch.compiler.assume_constant_result
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
-    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0. It
-    differs from the other policies': the product is in float32, as it was for the released weights."""
+    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
+
+    As `squaredcos_cap_v2` of diffusers, whose product is taken in float32: released models were trained and
+    are sampled that way. beta_start and beta_end, which every official YAML gives, have no effect on it."""
     u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
