@@ -131,6 +131,8 @@ class Config:
         check_at_least(self, 1, *sizes)
         check_at_least(self, 0, "padded_dim", "text_weight")
         check_at_least(self, 1e-6, "text_share", "qk_init", "image_init")
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size {self.image_size} must be two numbers: height, width")
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: pi0 has no history")
         if self.n_action_steps > self.horizon:
@@ -248,13 +250,15 @@ class Siglip(nn.Module):
 
     def __init__(self, size, patch_size, width, depth, mlp, n_heads, checkpointing=False):
         super().__init__()
-        self.checkpointing = checkpointing
+        self.size, self.checkpointing = size, checkpointing
         self.patch = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.position = nn.Parameter(torch.empty((size // patch_size) ** 2, width))
         self.layers = nn.ModuleList([SiglipLayer(width, mlp, n_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
+        if images.shape[-2:] != (self.size, self.size):
+            raise ValueError(f"float images {tuple(images.shape[-2:])} do not fit vit_size {self.size}")
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position       # (B, N, D)
         for layer in self.layers:
             x = checkpointed(layer, self.checkpointing, x)

@@ -146,6 +146,8 @@ class Config:
         check_at_least(self, 1, "image_size", *sizes)
         check_at_least(self, 0, "pos_init", "state_noise", "mask_prob", *may_be_0)
         check_at_least(self, 1e-6, "time_alpha", "qk_init", "adaptor_init", "image_init")
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size {self.image_size} must be two numbers: height, width")
         for kind, dim in (("action", self.action_dim), ("state", self.state_dim)):
             names = getattr(self, f"{kind}_names")
             if dim != (len(names) or self.unified_dim):
@@ -317,13 +319,15 @@ class Siglip(nn.Module):
 
     def __init__(self, size, patch_size, width, depth, mlp, n_heads, checkpointing=False):
         super().__init__()
-        self.checkpointing = checkpointing
+        self.size, self.checkpointing = size, checkpointing
         self.patch = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.position = nn.Parameter(torch.empty((size // patch_size) ** 2, width))
         self.layers = nn.ModuleList([SiglipLayer(width, mlp, n_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
+        if images.shape[-2:] != (self.size, self.size):
+            raise ValueError(f"float images {tuple(images.shape[-2:])} do not fit vit_size {self.size}")
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position       # (B, N, D)
         for layer in self.layers:
             x = checkpointed(layer, self.checkpointing, x)
