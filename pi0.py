@@ -4,9 +4,8 @@
     "pi0: A Vision-Language-Action Flow Model for General Robot Control", arXiv:2410.24164
     official code: github.com/Physical-Intelligence/openpi, and its port in github.com/huggingface/lerobot
 
-Modelled is p(x0 | o): a chunk x0 of the next Tp actions, given an observation o = (images, instruction, and
-state, the robot's own pose). Not p(x0, o): nobody needs pictures generated, and what is only read stays the
-same while a chunk is denoised.
+Modelled is p(x0 | o): a chunk x0 of the next Tp actions, given an observation o = (images, instruction,
+state: the robot's own pose). Not p(x0, o): nobody needs generated pictures, and o is encoded once per chunk.
 
 A pretrained vision-language model (PaliGemma = SigLIP + Gemma) reads images and instruction. Beside it stands
 a smaller transformer, the action expert, with weights of its own for state and noised actions. They meet in
@@ -16,17 +15,15 @@ one attention. Which query (row) sees which key (column):
                      images  text | state | a_1 ... a_Tp
     images, text        x      x  |   .   |      .        PaliGemma's weights. Nothing here sees the state or
     ----------------------------------------------------  the actions: computed once, kept as keys and values
-    state               x      x  |   x   |      .        the expert's weights
+    state               x      x  |   x   |      .        the expert's weights; the same at every t
     a_1 ... a_Tp        x      x  |   x   |      x        ... actions see each other in both directions
 
-Cameras that a robot lacks and padding behind the text are masked: nothing sees them, and the positions of [7]
-are counted without them.
+Missing cameras and padding behind the text are masked: nothing sees them, and positions [7] skip them.
 
 TIME runs as in openpi, against the paper; released weights depend on it:
     here      t = 1 noise .. 0 data    x_t = t eps + (1 - t) x0            dx/dt = eps - x0, t goes down
     paper     tau = 1 - t              x_tau = tau x0 + (1 - tau) eps      dx/dtau = x0 - eps, tau goes up
-The paper prints the target eps - x0 and adds it while tau goes up, which would lead away from the data: that
-target belongs to time as it runs here.
+The paper prints the target eps - x0 beside tau, which would lead away from the data: it belongs to t.
 
 Axes: B items; To = 1 observed, Tp predicted, Ta executed steps; A, S numbers of an action, of a state; V
 cameras; H, W pixels; L text codes; P prefix tokens (images and text); N queries, M keys of an attention; D
@@ -34,34 +31,34 @@ width, d width of a head; n draws of noise and time per observation.
 
     [1]  t = 0.001 + 0.999 b,   b ~ Beta(1.5, 1): density growing as sqrt(b), more practice at noisy times
     [2]  x_t = t eps + (1 - t) x0,   eps ~ N(0, I)                                             noising
-    [3]  L_flow = mean (v_theta(x_t, t, o) - u_t)^2,   u_t = eps - x0                          flow matching
-    [4]  L_text = - mean log p(l_j | images, l_1 .. l_{j-1}),   L = L_flow + w L_text          one loss
+    [3]  flow = mean (v_theta(x_t, t, o) - u_t)^2,   u_t = eps - x0                            flow matching
+    [4]  text = - mean log p(l_j | images, l_1 .. l_{j-1}),   loss = flow + w text             one loss
     [5]  x_{t - dt} = x_t - dt v_theta(x_t, t, o),   dt = 1/10, from t = 1 to 0                Euler
     [6]  softmax(q [k_prefix, k_suffix]' / sqrt(d)) [v_prefix, v_suffix]                       one attention
     [7]  RoPE: components (i, i + d/2) of q and k turn by (position) 10000^(-2i/d)
     [8]  GeGLU: W_down (gelu(W_gate x) * W_up x)
     [9]  action token = W_2 silu(W_1 [W_in x_t, sin, cos of 2 pi t / period]): time enters here alone
 
-Ten steps are enough because [2] is a straight line along which u_t does not change. Where o leaves one chunk
-only, a single Euler step would land on it; paths bend only where several chunks are still possible.
+[5] needs the mean of u_t over all pairs (x0, eps) whose lines [2] pass through x_t. It is unknown, but it is
+what minimises [3], and [3] takes one pair at a time. Ten steps are enough because lines are straight: where o
+leaves one chunk only, a single Euler step would land on it; paths bend where several are still possible.
 
 Map: Config | Siglip | Gemma | block_mask, time | Pi0: loss, text, sample, from_official | PRESETS | main.
 
 Differs from the original:
  1. The one attention is computed in two parts, prefix first, in training as in sampling. The numbers are the
     same, since the prefix does not see the suffix (state and actions), and n draws of noise and time can
-    share a prefix. Its last layer ends with keys and values: the suffix reads nothing else of it.
+    share a prefix. Its last layer stops at keys and values, since the suffix reads nothing else.
  2. Steps past the end of an episode are left out of the loss. openpi trains on the last action, repeated, so
     that the policy learns to stay: `train_on_padding`.
- 3. openpi's code trains no text. Here L_text is a second pass over a share of the batch: for the flow the
-    instruction is read in both directions, for L_text forwards only, with the mask that PaliGemma was trained
-    with (a code sees the images and the codes before it). Code 0, padding elsewhere, begins and ends a text.
+ 3. openpi's code trains no text. Here the text loss is a second pass over a share of the batch, with the mask
+    that PaliGemma was trained with: a code sees the images and the codes before it, not those behind. Code 0,
+    padding elsewhere, begins and ends a text.
  4. Images are not augmented. A camera that a robot lacks can be left out, which equals masking it.
- 5. pi0.5 is left out: it drops the state token and moves time into every norm, an `if` in every block.
- 6. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values, state
+ 5. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values, state
     and actions without padding, 4 draws per observation, and larger initial queries, keys, patches and
-    positions. Without these attention starts nearly even, the few tokens that matter (some letters, a small
-    block) are lost among the rest, and the colour that is asked for is not found.
+    positions. Without these, attention starts nearly even, patches differ less from each other than words do,
+    and the few tokens that matter (some letters, a small block) are lost among the rest.
 
 Run alone: `python pi0.py` learns to obey a one-letter instruction, in half a minute on two CPU cores.
 """
@@ -89,41 +86,35 @@ class Config:
     n_action_steps: int = 8     # Ta, executed steps
     # -- what the weights are made for
     padded_dim: int = 0         # zeros pad state and actions to this, so that robots share weights; 0 = none
-    max_cameras: int = 3        # more cameras than this are refused
+    max_cameras: int = 3        # most cameras that are accepted
     text_len: int = 24          # L, longest instruction in codes
     vocab_size: int = 257       # number of codes; 257 = bytes + 1, 0 is padding
     tokenizer_path: str = ""    # SentencePiece model file; "" = bytes
     # -- SigLIP, the image encoder
     vit_size: int = 48          # side of the square that images are fitted into, pixels
     patch_size: int = 12        # side of a patch, pixels
-    vit_width: int = 128        # its width
+    vit_width: int = 128        # width of its tokens
     vit_depth: int = 1          # ... layers
     vit_mlp: int = 256          # ... hidden width of the MLPs
     vit_heads: int = 4          # ... heads
     # -- Gemma (prefix) and the action expert (suffix). Depth and heads are common: they meet in the attention
     depth: int = 4              # layers
     n_heads: int = 4            # heads of queries
-    # heads of keys and values, each shared by n_heads / n_kv_heads heads of queries: what is kept of a prefix
-    # shrinks by that factor, and every step of the sampler reads all of it
-    n_kv_heads: int = 2
+    n_kv_heads: int = 2         # ... of keys and values; fewer: less of a prefix to keep, to read per step
     head_dim: int = 32          # d, width of a head
     width: int = 128            # D of Gemma
     mlp: int = 256              # ... hidden width of its MLPs
     expert_width: int = 96      # D of the action expert
     expert_mlp: int = 192       # ... hidden width of its MLPs
-    # factor on the initial weights of queries and keys. More than 1: attention starts focused, not even
-    qk_init: float = 3.0
-    # factor on the initial weights of SigLIP's patches and positions; its square root on the projector's.
-    # More than 1: tokens of different places and scenes differ as much from each other as words do
-    image_init: float = 5.0
-    # -- training
+    qk_init: float = 3.0        # factor on initial queries and keys; above 1: attention starts focused
+    image_init: float = 5.0     # factor on initial patches and positions of SigLIP; its root on the projector
+    # -- training and sampling
     n_draws: int = 4            # n, draws of noise and time per observation
-    text_weight: float = 0.1    # w, weight of the text loss [4]; 0 = flow matching only
+    text_weight: float = 0.1    # w, weight of the text loss [4]; 0, or freeze_vlm: flow matching only
     text_share: float = 0.125   # share of the batch's observations in the text loss
     freeze_vlm: bool = False    # True: SigLIP and Gemma stay as they are, the expert learns
     train_on_padding: bool = False  # True: steps past an episode's end are trained on, as openpi does
     checkpointing: bool = False  # True: each layer is computed again in the backward pass instead of kept
-    # -- sampling
     sampler_steps: int = 10     # Euler steps
 
     def __post_init__(self):
@@ -131,6 +122,8 @@ class Config:
         check_at_least(self, 1, *sizes)
         check_at_least(self, 0, "padded_dim", "text_weight")
         check_at_least(self, 1e-6, "text_share", "qk_init", "image_init")
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size {self.image_size} must be two numbers: height, width")
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: pi0 has no history")
         if self.n_action_steps > self.horizon:
@@ -139,19 +132,17 @@ class Config:
             raise ValueError(f"{self.n_cameras} cameras, but there is room for {self.max_cameras}: name "
                              "those to use in shape_meta, or raise max_cameras")
         for name in ("action_dim", "state_dim"):
-            if 0 < self.padded_dim < getattr(self, name):
-                raise ValueError(f"{name} {getattr(self, name)} is above padded_dim {self.padded_dim}: no "
-                                 "room in released weights; from scratch, set padded_dim=0")
+            if 0 < self.padded_dim < (dim := getattr(self, name)):
+                raise ValueError(f"{name} {dim} is above padded_dim {self.padded_dim}; from scratch, use 0")
         if not self.tokenizer_path and self.vocab_size < 257 and self.text_weight:
             raise ValueError(f"vocab_size {self.vocab_size} must be at least 257 for bytes")
         for name, part in (("vit_size", "patch_size"), ("vit_width", "vit_heads"), ("n_heads", "n_kv_heads")):
             a, b = getattr(self, name), getattr(self, part)
             if a % b:
                 raise ValueError(f"{name} {a} must be a multiple of {part} {b}")
-        if self.head_dim % 2 or self.expert_width % 2:
-            raise ValueError(f"head_dim {self.head_dim} and expert_width {self.expert_width} must be even")
-        if self.text_share > 1:
-            raise ValueError(f"text_share {self.text_share} must be at most 1")
+        if self.head_dim % 2 or self.expert_width % 2 or self.text_share > 1:
+            raise ValueError(f"head_dim {self.head_dim} and expert_width {self.expert_width} must be even, "
+                             f"text_share {self.text_share} at most 1")
 
     # Asked by the data: actions of a chunk, the step of its first one (0 = now), observed steps.
     pred_horizon = property(lambda self: self.horizon)
@@ -161,22 +152,18 @@ class Config:
     def encode_text(self, text):
         """An instruction as codes, int64 (L,), 0 = padding: its UTF-8 bytes + 1, or the pieces of
         tokenizer_path in the form PaliGemma was trained on, with a beginning and a line end."""
+        codes = [byte + 1 for byte in text.encode()]
         if self.tokenizer_path:
-            pieces, text = tokenizer(self.tokenizer_path), text.strip().replace("_", " ").replace("\n", " ")
-            if pieces.vocab_size() > self.vocab_size:
-                raise ValueError(f"{self.tokenizer_path} has {pieces.vocab_size()} pieces, vocab_size is "
-                                 f"{self.vocab_size}")
-            codes = [pieces.bos_id()] + pieces.encode(text) + pieces.encode("\n")
-        else:
-            codes = [byte + 1 for byte in text.encode()]
+            pieces, line = tokenizer(self.tokenizer_path), text.strip().replace("_", " ").replace("\n", " ")
+            if (size := pieces.vocab_size()) > self.vocab_size:
+                raise ValueError(f"{self.tokenizer_path} has {size} pieces, vocab_size is {self.vocab_size}")
+            codes = [pieces.bos_id()] + pieces.encode(line) + pieces.encode("\n")
         if len(codes) > self.text_len:
-            raise ValueError(f"the instruction {text!r} has {len(codes)} codes, more than text_len "
-                             f"{self.text_len}: shorten it or raise text_len")
+            raise ValueError(f"{len(codes)} codes, more than text_len {self.text_len}, in {text!r}")
         return torch.tensor(codes + [0] * (self.text_len - len(codes)))
 
     def decode_text(self, codes):
-        """The text of one row of codes. What is no text is dropped: padding, half a character, codes that the
-        table has and the text does not use."""
+        """The text of one row of codes, without padding, halves of characters and spare codes."""
         codes = [int(c) for c in codes if c > 0]
         if self.tokenizer_path:
             pieces = tokenizer(self.tokenizer_path)
@@ -248,13 +235,15 @@ class Siglip(nn.Module):
 
     def __init__(self, size, patch_size, width, depth, mlp, n_heads, checkpointing=False):
         super().__init__()
-        self.checkpointing = checkpointing
+        self.size, self.checkpointing = size, checkpointing
         self.patch = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.position = nn.Parameter(torch.empty((size // patch_size) ** 2, width))
         self.layers = nn.ModuleList([SiglipLayer(width, mlp, n_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
+        if images.shape[-2:] != (self.size, self.size):
+            raise ValueError(f"float images {tuple(images.shape[-2:])} do not fit vit_size {self.size}")
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position       # (B, N, D)
         for layer in self.layers:
             x = checkpointed(layer, self.checkpointing, x)
@@ -281,15 +270,15 @@ def attention(q, k, v, bias=None):
 # ---------------------------------------------------------------- Gemma: PaliGemma's, and the action expert
 
 def product_dtype(x):
-    """The type that matrix products of x have: autocast's where it is on. A mask in another type would be
-    converted, and the result kept for the backward pass, in every layer anew."""
+    """The type that matrix products of x have: autocast's where it is on. A mask of another type would be
+    converted in every layer anew, and each result kept for the backward pass."""
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 class GemmaNorm(nn.Module):
-    """x / sqrt(mean x^2) * (1 + weight), computed in float32."""
+    """x / sqrt(mean x^2) * (1 + weight), computed in float32. Stored as in Gemma: 0 changes nothing."""
 
     def __init__(self, width):
         super().__init__()
@@ -333,24 +322,22 @@ class GemmaLayer(nn.Module):
         return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, rope, bias, past=None):
-        N = x.shape[1]
-        h = self.norm1(x)
+        N, h = x.shape[1], self.norm1(x)
         k, v = self.keys_values(h, rope)                                        # (B, kv heads, N, d)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, kv heads, M, d)
         q = rotate(self.q(h).unflatten(-1, (-1, self.head_dim)), *rope)         # (B, N, heads, d)
         # g = heads / kv heads share their keys: as g N queries of one head they need no copies of these.
         q = q.unflatten(2, (self.n_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, kv heads, gN, d)
-        h = attention(q, k, v, bias)                                            # [6]
-        h = h.unflatten(2, (-1, N)).permute(0, 3, 1, 2, 4).flatten(2)           # (B, N, heads d)
-        x = x + self.o(h)
+        h = attention(q, k, v, bias)                                            # [6] (B, kv heads, gN, d)
+        x = x + self.o(h.unflatten(2, (-1, N)).permute(0, 3, 1, 2, 4).flatten(2))
         h = self.norm2(x)
         x = x + self.down(F.gelu(self.gate(h), approximate="tanh") * self.up(h))  # [8]
         return x, (k, v)
 
 
 class Gemma(nn.Module):
-    """A stack of layers: PaliGemma's language model, and narrower the action expert."""
+    """A stack of layers: PaliGemma's language model or, narrower, the action expert."""
 
     def __init__(self, width, mlp, config):
         super().__init__()
@@ -386,9 +373,8 @@ def block_mask(valid, starts, first=0):
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t in [0, 1], (B,) -> (B, dim) float32, sines first; differs from the diffusion models' in
-    its periods, 0.004 to 4. In float64 as in the release: with so short a period the last bit of a float32
-    angle is seen in the result. (mps has no float64.)"""
+    """Sinusoids of t in [0, 1], (B,) -> (B, dim), sines first; differs from the diffusion models' in its
+    periods, 0.004 to 4, so short that the last bit of a float32 angle is seen. (mps has no float64.)"""
     dtype = torch.float32 if t.device.type == "mps" else torch.float64
     period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0, 1, dim // 2, dtype=dtype, device=t.device)
     angle = t[:, None].to(dtype) * (2 * math.pi / period)                       # [9]
@@ -396,8 +382,8 @@ def time_embedding(t, dim):
 
 
 def sample_time(count, device):
-    """So many times of [1]. Beta(1.5, 1) has the distribution function b^1.5, which is inverted here. Noisy
-    times come more often: there images and text must decide what is meant; near the data x_t shows it."""
+    """So many times of [1]: b^1.5, the distribution function of Beta(1.5, 1), is inverted. Noisy times come
+    more often: there images and text must decide what is meant; near the data x_t shows it."""
     return 0.001 + 0.999 * torch.rand(count, device=device) ** (1 / 1.5)        # [1]
 
 
@@ -462,28 +448,27 @@ class Pi0(nn.Module):
 
     def embed_images(self, batch):
         """-> tokens of all cameras (B, V patches, D), which of them are real (B, V patches)."""
-        images = batch["images"]                                                # (B, 1, V, 3, H, W)
-        B, To, V = images.shape[:3]
-        if V != self.config.n_cameras:
-            raise ValueError(f"images of {V} cameras given, n_cameras = {self.config.n_cameras} expected")
-        seen = batch.get("image_mask", torch.ones(B, To, V, device=images.device))
-        if seen.shape != (B, To, V):
-            raise ValueError(f"image_mask {tuple(seen.shape)} given, (B, To, V) = {(B, To, V)} expected")
+        c, images = self.config, batch["images"]                                # (B, To, V, 3, H, W)
+        grid = *images.shape[:2], c.n_cameras
+        seen = batch.get("image_mask", images.new_ones(images.shape[:3]))       # (B, To, V)
+        if images.shape[:3] != grid or seen.shape != grid:
+            raise ValueError(f"images {tuple(images.shape[:3])}, image_mask {tuple(seen.shape)} given, "
+                             f"(B, To, V) = {grid} with V = n_cameras = {c.n_cameras} expected")
         images = images[:, -1].flatten(0, 1)                                    # (B V, 3, H, W)
         if not images.is_floating_point():
-            images = fit_images(images.float() / 255, self.config.vit_size)
+            images = fit_images(images.float() / 255, c.vit_size)
         x = self.vision(images.to(self.projector.weight.dtype))                 # (B V, patches, D_vit)
-        x = self.projector(x).unflatten(0, (B, V))                              # (B, V, patches, D)
+        x = self.projector(x).unflatten(0, (-1, c.n_cameras))                   # (B, V, patches, D)
         return x.flatten(1, 2), seen[:, -1].bool().repeat_interleave(x.shape[2], dim=1)
 
     def embed_text(self, text):
-        """Codes (B, L) -> (B, L, D), scaled by sqrt(D) as in Gemma; image tokens are not, and ports of
-        PaliGemma have this wrong at times. Tokens sqrt(D) times too small are drowned by what the first layer
-        adds to them; too large, they hardly change from layer to layer."""
-        if text.shape[1] > self.config.text_len:
-            raise ValueError(f"text of {text.shape[1]} codes given, at most text_len = "
-                             f"{self.config.text_len} expected")
-        return self.embed(text) * self.config.width ** 0.5
+        """Codes (B, L) -> (B, L, D), scaled by sqrt(D) as in Gemma. Image tokens are not scaled, which ports
+        of PaliGemma have wrong at times: tokens that are too small are drowned by what the first layer adds
+        to them; too large, they hardly change from layer to layer."""
+        c, L = self.config, text.shape[1]
+        if L > c.text_len:
+            raise ValueError(f"text of {L} codes given, at most text_len = {c.text_len} expected")
+        return self.embed(text) * c.width ** 0.5
 
     def read_text(self, batch):
         """-> codes of the instruction (B, L), 0 where they are padding; which of them are real (B, L)."""
@@ -491,8 +476,7 @@ class Pi0(nn.Module):
         return batch["text"] * real, real
 
     def encode(self, batch, images, seen):
-        """What the suffix reads of an observation: keys and values of every layer, and which prefix tokens
-        are real, (B, P)."""
+        """What the suffix reads of o: keys and values of every layer; which prefix tokens are real (B, P)."""
         text, real = self.read_text(batch)
         x = torch.cat([images, self.embed_text(text)], dim=1)                   # (B, P, D)
         valid = torch.cat([seen, real], dim=1)                                  # (B, P)
@@ -525,22 +509,21 @@ class Pi0(nn.Module):
         return F.pad(x, (0, max(0, self.config.padded_dim - x.shape[-1])))
 
     def loss(self, batch, noise=None, t=None):
-        """Flow matching on the actions that are real, plus the weighted cross-entropy of the instruction.
+        """Flow matching on real actions, plus the weighted cross-entropy of the instruction. Time: t = 1 is
+        noise, t = 0 data (paper: tau = 1 - t). Padded dimensions count, as in openpi.
 
         batch: actions (B, Tp, A); action_mask (B, Tp), False past an episode's end, where the data repeat the
         last action; state (B, 1, S); images (B, 1, V, 3, H, W), uint8, or floats already fitted to vit_size
-        and scaled to [-1, 1]; text (B, L). Where not every camera and every code above 0 is real: image_mask
-        (B, 1, V), text_mask (B, L), of bool or of 0 and 1. noise (n B, Tp, padded A), t (n B,), all items
-        once, then again: drawn when not given. Time: t = 1 is noise, t = 0 data (paper: tau = 1 - t). Padded
-        dimensions count, as in openpi.
+        and scaled to [-1, 1], with image_mask (B, 1, V) if some are missing; text (B, L), with text_mask
+        (B, L) if a code above 0 is padding. Masks are bool or 0 and 1. noise (n B, Tp, padded A), t (n B,),
+        all items once, then again: drawn when not given.
         -> {"loss": (), "flow": (), "text": (), "per_sample": (n B,) of the flow, "t": (n B,)}"""
-        x0, mask = self.pad(batch["actions"]), batch["action_mask"]             # (B, Tp, A), (B, Tp)
-        mask = torch.ones_like(mask) if self.config.train_on_padding else mask
-        B, n = len(x0), self.config.n_draws if noise is None else len(noise) // len(x0)
+        c, x0, mask = self.config, self.pad(batch["actions"]), batch["action_mask"]
+        mask = torch.ones_like(mask) if c.train_on_padding else mask            # (B, Tp, A), (B, Tp)
+        B, n = len(x0), c.n_draws if noise is None else len(noise) // len(x0)
         x0, mask = draws(x0, n), draws(mask, n)
         noise = torch.randn_like(x0) if noise is None else noise
         t = sample_time(n * B, x0.device) if t is None else t
-
         images, seen = self.embed_images(batch)
         cache, valid = self.encode(batch, images, seen)
         cache, valid = [(draws(k, n), draws(v, n)) for k, v in cache], draws(valid, n)
@@ -552,15 +535,14 @@ class Pi0(nn.Module):
         flow = error.sum() / mask.sum()                                         # [3]
         result = {"loss": flow, "flow": flow.detach(), "t": t,
                   "per_sample": error.detach().sum(1) / mask.sum(1).clamp(min=1)}
-        if self.config.text_weight and not self.config.freeze_vlm:
-            few = math.ceil(B * self.config.text_share)
+        if c.text_weight and not c.freeze_vlm:
+            few = math.ceil(B * c.text_share)
             text = self.text_loss(images[:few], seen[:few], self.read_text(batch)[0][:few])
-            result |= {"loss": flow + self.config.text_weight * text, "text": text.detach()}  # [4]
+            result |= {"loss": flow + c.text_weight * text, "text": text.detach()}  # [4]
         return result
 
     def text_logits(self, images, seen, text):
-        """Logits of code j of the text (B, L), for every j, given the images and codes 0 .. j - 1 alone:
-        (B, L, vocab) float32."""
+        """Logits of each code of the text (B, L), given the images and the codes before it: (B, L, vocab)."""
         L, P = text.shape[1], images.shape[1]
         x = torch.cat([images, self.embed_text(F.pad(text[:, :-1], (1, 0)))], dim=1)  # (B, P + L, D)
         valid = F.pad(seen, (0, L), value=True)
@@ -577,8 +559,8 @@ class Pi0(nn.Module):
 
     @torch.no_grad()
     def complete_text(self, batch, prompt):
-        """An instruction for the images, the likeliest code each time, from how it begins, (B, any) -> codes
-        (B, L). In a row of the prompt, the first 0 is where the model takes over."""
+        """The prompt (B, any), continued with the likeliest code each time: (B, L). The first 0 of a row is
+        where the model takes over."""
         images, seen = self.embed_images(batch)
         text = F.pad(prompt, (0, self.config.text_len - prompt.shape[1]))
         given, going = text > 0, torch.ones(len(text), dtype=torch.bool, device=text.device)
@@ -591,25 +573,22 @@ class Pi0(nn.Module):
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
-        batch: as in `loss`, without actions. steps: of Euler, default config.sampler_steps. noise (B, Tp,
-        padded A): where to start, drawn from `generator` when not given. trace: receives (B, Tp, A) after
-        every step."""
-        A = self.config.action_dim
-        steps = self.config.sampler_steps if steps is None else steps
+        batch: as in `loss`, without actions. steps: of Euler, else sampler_steps. noise (B, Tp, padded A):
+        where to start, else drawn from `generator`. trace: receives (B, Tp, A) after every step."""
+        c, steps = self.config, self.config.sampler_steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"sampler steps {steps} must be at least 1")
         cache, valid = self.encode(batch, *self.embed_images(batch))
         state = self.pad(batch["state"][:, -1])
-        B, device = len(state), state.device
-        shape = (B, self.config.horizon, self.config.padded_dim or A)
-        x_t = randn(shape, generator, device) if noise is None else noise.float()
-        for k in range(steps):
+        shape = (len(state), c.horizon, c.padded_dim or c.action_dim)
+        x_t = randn(shape, generator, state.device) if noise is None else noise.float()
+        for i in range(steps):
             # Not t - dt again and again: rounding adds up, which with the short periods of [9] can be seen.
-            t = torch.full((B,), 1 - k / steps, device=device)
+            t = torch.full((len(state),), 1 - i / steps, device=state.device)
             x_t = x_t - 1 / steps * self.velocity(cache, valid, state, x_t, t)  # [5]
             if trace is not None:
-                trace.append(x_t[..., :A])
-        return x_t[..., :A]
+                trace.append(x_t[..., :c.action_dim])
+        return x_t[..., :c.action_dim]
 
     def param_groups(self, weight_decay):
         """The original decays every parameter alike."""
@@ -618,9 +597,8 @@ class Pi0(nn.Module):
     @classmethod
     def from_official(cls, state_dict, config):
         """A policy with released weights: pi0 in openpi's PyTorch layout or LeRobot's (now or early 2025), or
-        PaliGemma alone, beside which the action expert starts fresh. config must describe it:
-        PRESETS["pi0"]. The tensors become the parameters as they are, nothing is copied. Not read: the
-        expert's unused text head, and the other name of the tied embedding."""
+        PaliGemma alone, beside which the action expert starts fresh. config must describe it
+        (PRESETS["pi0"]). The tensors become the parameters as they are, nothing is copied."""
         weights = convert_official(state_dict)
         with torch.device("meta"):
             model = cls(config)
@@ -644,21 +622,20 @@ RENAMES = [
     (r"^gemma_expert\.(model\.)?", "expert."), (r"^language_model\.(model\.)?", "vlm."),
     (r"^vlm\.embed_tokens\.", "embed."), (r"^vlm\.lm_head\.", "lm_head."),
     (r"^multi_modal_projector\.linear\.", "projector."), (r"^vision_tower\.vision_model\.", "vision."),
-    (r"\.embeddings\.patch_embedding\.", ".patch."),
-    (r"\.embeddings\.position_embedding\.weight", ".position"),
-    (r"\.encoder\.layers\.", ".layers."), (r"\.post_layernorm\.", ".norm."),
+    (r"\.embeddings\.patch_embedding\.", ".patch."), (r"\.encoder\.layers\.", ".layers."),
+    (r"\.embeddings\.position_embedding\.weight", ".position"), (r"\.post_layernorm\.", ".norm."),
     (r"\.layer_norm([12])\.", r".norm\1."), (r"\.self_attn\.out_proj\.", ".out."),
     (r"\.self_attn\.([qkvo])_proj\.", r".\1."), (r"\.mlp\.(fc[12])\.", r".\1."),
     (r"\.mlp\.(gate|up|down)_proj\.", r".\1."), (r"\.input_layernorm\.", ".norm1."),
     (r"\.post_attention_layernorm\.", ".norm2."), (r"^time_mlp_", "action_time_mlp_"),
 ]
-# The expert's text head, and normalisers that early LeRobot files carry.
+# Not read: the expert's unused text head, and normalisers that early LeRobot files carry.
 NOT_WEIGHTS = re.compile(r"^expert\.lm_head\.|^(un)?normalize_")
 
 
 def convert_official(state_dict):
-    """Rename the keys of an official state_dict (what is renamed differs from file to file). Its embedding
-    may stand under either of its two names."""
+    """Rename the keys of official weights (what is renamed differs from file to file). The tied embedding may
+    stand under either of its two names."""
     weights = {}
     for key, value in state_dict.items():
         for pattern, ours in RENAMES:
@@ -685,8 +662,7 @@ def load_strictly(model, weights):
 Model = Pi0
 
 PRESETS = {
-    # Learns the built-in task on two CPU cores.
-    "tiny": {},
+    "tiny": {},  # learns the built-in task on two CPU cores
     # The released size: 3,238,048,528 parameters, of which 311,464,960 in the expert
     "pi0": {"horizon": 50, "n_action_steps": 50, "padded_dim": 32, "action_dim": 32, "state_dim": 32,
             "n_cameras": 3, "image_size": (224, 224), "text_len": 48, "vocab_size": 257152,
@@ -695,8 +671,8 @@ PRESETS = {
             "mlp": 16384, "expert_width": 1024, "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0,
             "n_draws": 1, "text_weight": 0.0, "train_on_padding": True},
 }
-# What acts is an average of the weights, up to ema_max: every batch draws its own noise and times, so the
-# weights of a single step are noisy.
+# ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
+# ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
     "tiny": {"steps": 4000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
@@ -718,9 +694,9 @@ def two_lamps(B, config, generator):
         images[torch.arange(B), 0, 0, channel, 4:12, 8 * side + 2:8 * side + 6] = 255
     side = torch.where(colour == 0, red_side, 1 - red_side) * 2.0 - 1
     texts = torch.stack([config.encode_text(letter) for letter in "rb"])
-    s = torch.linspace(0, 1, config.horizon)
+    way = torch.linspace(0, 1, config.horizon)
     batch = {"images": images, "text": texts[colour], "state": torch.zeros(B, 1, 1),
-             "actions": torch.stack([side[:, None] * s, s.expand(B, -1)], dim=-1),
+             "actions": torch.stack([side[:, None] * way, way.expand(B, -1)], dim=-1),
              "action_mask": torch.ones(B, config.horizon, dtype=torch.bool)}
     return batch, side
 
@@ -749,8 +725,7 @@ def main(steps=500):
     batch, side = two_lamps(500, config, generator)
     chunk = model.sample(batch)                                                 # (500, 8, 2)
     right = ((chunk[:, -1, 0] - side).abs() < 0.3).float().mean().item()
-    print(f"chunks that end where they were asked to: {100 * right:.1f} % (expected: at least 95; 50 without "
-          f"reading)")
+    print(f"chunks that end where asked: {100 * right:.1f} % (expected: at least 95; 50 without reading)")
     return right
 
 

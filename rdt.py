@@ -6,57 +6,51 @@
 
 Modelled is p(x0 | l, o): a chunk x0 of the next Tp actions, given an instruction l and o = (pictures of the
 last To steps, the robot's own state, its control frequency). Not p(x0, l, o): no picture is to be generated.
-Diffusion as in ddpm.py: training mixes noise into a chunk, to a level t, and a network over [t, frequency,
-state, noised actions] predicts the clean chunk; sampling starts with noise alone and lowers t in a few steps.
-Language (T5) and pictures (SigLIP), hundreds or thousands of tokens, stay outside that sequence. They are
-read by cross-attention in turn: in one softmax the many patches would drown the few words.
+Training mixes noise of level t into a chunk, and a network over [t, frequency, state, noised actions]
+predicts the clean chunk; sampling starts with noise alone and lowers t in a few steps. Words (T5) and patches
+(SigLIP) are read by cross-attention, in turn: in one softmax the many patches would drown the few words.
 
-    block 0   [t, hz, s, a_1 .. a_Tp] <-> each other   then <- words of the instruction   then MLP
-    block 1   [t, hz, s, a_1 .. a_Tp] <-> each other   then <- patches of the pictures    then MLP
-    block 2   as block 0, block 3 as block 1, ...
+    block 0   [t, hz, state, a_1 .. a_Tp] <-> each other   then <- words of the instruction   then MLP
+    block 1   [t, hz, state, a_1 .. a_Tp] <-> each other   then <- patches of the pictures    then MLP   ...
 
 Every robot's numbers have their place in one vector of U = 128 (table UNIFIED below), by physical meaning; a
 mask says which of them a robot has. So robots with different arms, actions and rates share all weights.
 
-Axes: B items; To observed, Tp predicted, Ta executed steps; A, S numbers of a robot's action, of its state; U
-places of the unified vector; V cameras; H, W pixels; L text codes; N tokens, M keys of an attention; D width,
-d width of a head; K noise levels; n draws of noise and time per observation.
+Axes: B items; To observed, Tp predicted, Ta executed steps; A, S numbers of an action, of a state; U places
+of the unified vector; V cameras; H, W pixels; L text codes; N tokens, M keys of an attention; D width (D_t5,
+D_vit: the encoders'), d width of a head; K noise levels; n draws of noise and time per observation.
 Time: t = 0 is the least noised of K levels (one step of noise), t = K - 1 is noise.
 
     [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t cut at 0.999
     [2]  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)                     noising
     [3]  loss = mean (x0_hat - x0)^2,   x0_hat = f_theta(l, o, x_t, t): the network predicts x0;        loss
-         t = floor(K b), b ~ Beta(a, 1). Released: a = 1, t uniform in 0..K-1
+         t = floor(K b), b ~ Beta(time_alpha, 1). Released: time_alpha = 1, t uniform in 0..K-1
     [4]  x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) X,   h = lambda_s - lambda_t,       DPM-Solver++
-         lambda = log(alpha / sigma), alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar); 5 steps t -> s,
-         s < t, the last to clean data: alpha_s = 1, sigma_s = 0
+         lambda = log(alpha / sigma), alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), s < t
     [5]  X = x0_hat in the first and the last step, else x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
     [6]  RMSNorm(x) = w x / sqrt(mean(x^2) + 1e-6);   released: w x / sqrt(var(x) + 1e-6)
     [7]  softmax(RMSNorm(q) RMSNorm(k)' / sqrt(d)) v                                                QK-norm
-    [8]  x += self(norm(x));  x += cross(norm(x), read_i);  x += MLP(norm(x)),   three norms as in [6];
-         read_i = language in even blocks i, pictures in odd ones
+    [8]  x += self(norm(x)); x += cross(norm(x), read_i); x += MLP(norm(x)); read_i: words (even i) or patches
     [9]  token of a state or an action = MLP([y, m]), y its 128 numbers, m the mask; MLP decoder at the end
     [10] Fourier features of the paper: sin, cos of 2^j pi y, j = 0 .. J-1, appended to y. Released: J = 0
     [11] token of t and of the control frequency (Hz) = MLP(cos, sin of (value) 10000^(-i/128))
-    [12] training hides each modality independently of the others, with probability 0.1 in the paper
+    [12] training hides each modality with probability 0.1 (paper), lest the policy rely on one of them alone
     [13] T5: softmax(q k' + r(j - i)) v, r learned per head and bucket of the distance; no 1 / sqrt(d)
 
 Map: Config | UNIFIED | Siglip | T5Encoder | RDTBlock | dpm_solver | RDT: loss, sample, from_official | main.
 
 Differs from the original:
- 1. The released norms divide by the deviation around the mean, not by the root mean square: timm 1.0.3's
-    mistake, which their weights rely on. `norm` chooses.
+ 1. The released norms divide by the deviation, not by the root mean square: timm 1.0.3's mistake (`norm`).
  2. `masked` (tiny): places that a robot lacks are 0 in the network's input and left out of the loss. The
     original feeds noise to all 128 and trains all 128. A sample has only the robot's own in both.
  3. Steps past an episode's end are left out of the loss. The original trains on the last action, repeated, so
     that the policy learns to stay: `train_on_padding`.
  4. Keys and values of language and pictures are computed once per chunk, and once for n draws of noise.
- 5. A hidden state is 0, which is the data's mean (what the original puts there) if states are normalised by
-    mean and deviation. At an episode's start the older picture is the first one again; there the background.
+ 5. A hidden state is 0. That is the data's mean, as in the original, if states are normalised by mean and
+    deviation. At an episode's start the older picture is the first one again, not the background.
  6. Colour jitter, image corruption and the exchange of instructions for paraphrases are left out.
- 7. "tiny" is the published architecture with other sizes, bytes for text, initial weights that let attention
-    choose and content outweigh position, and times nearer to noise [3]. Its encoders learn with the rest: the
-    original's are pretrained and frozen, but random ones that are frozen would tell nothing.
+ 7. "tiny" has other sizes, bytes for text, initial weights that let attention choose and content outweigh
+    position, times nearer to noise [3], and encoders that learn with the rest, as they are not pretrained.
 
 Run alone: `python rdt.py` trains two robots on one set of weights, in a quarter of a minute on two CPU cores.
 """
@@ -72,7 +66,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-say_once = functools.lru_cache(print)
+say_once = functools.lru_cache(print)  # the same words are printed only once
 
 
 @dataclass
@@ -84,10 +78,9 @@ class Config:
     n_cameras: int = 2          # V; one encoder; released order: external, right wrist, left wrist
     image_size: tuple = (64, 64)  # H, W of every camera image, pixels
     unified_dim: int = 128      # U, length of the unified vector
-    # names in UNIFIED of an action's numbers, in their order; () = they come packed, with action_valid
+    # names in UNIFIED of an action's numbers, in order; () = all U come, packed, and action_valid with them
     action_names: tuple = ("right_eef_pos_x", "right_eef_pos_y", "right_gripper_open")
-    # ... and of a state's; () = packed, with state_valid
-    state_names: tuple = ("right_eef_pos_x", "right_eef_pos_y", "right_gripper_open")
+    state_names: tuple = ("right_eef_pos_x", "right_eef_pos_y", "right_gripper_open")  # ... of a state's
     # -- the timeline, in control steps: the chunk starts now
     horizon: int = 16           # Tp, predicted steps
     n_obs_steps: int = 2        # To, steps whose pictures are seen
@@ -100,7 +93,7 @@ class Config:
     tokenizer_path: str = ""    # SentencePiece model file of T5; "" = bytes
     encoders: str = "train"     # "train": with the rest; "frozen": as given; "none": batches bring embeddings
     vit_size: int = 48          # SigLIP: side of the square that images are fitted into, pixels
-    patch_size: int = 12        # side of a patch, pixels
+    patch_size: int = 12        # side of a patch, pixels; released weights leave a rim unread (384, of 14)
     vit_width: int = 128        # width of its tokens
     vit_depth: int = 1          # ... layers
     vit_mlp: int = 256          # ... hidden width of the MLPs
@@ -119,16 +112,13 @@ class Config:
     norm: str = "true"          # "true" | "released", see [6]
     n_fourier: int = 0          # J, Fourier frequencies per input number [10]; 0 = as released
     qk_init: float = 1.75       # initial weight of the norms of queries and keys; 1 = as released
-    # factor on the adaptors' initial weights; 1: torch's own rule, as released. It shrinks words and patches
-    # so far that their positions drown them, and what a letter asks for in `main` is not learned
-    adaptor_init: float = 2.4
+    adaptor_init: float = 2.4   # factor on initial adaptors; at 1, as released, positions drown tokens
     pos_init: float = 0.1       # factor on the initial positions, for the same reason; 1 = as released
     image_init: float = 5.0     # factor on initial patches and positions of SigLIP, as in pi0.py
     # -- diffusion and training
     masked: bool = True         # True: only the numbers that a robot has; False: as released (difference 2)
     n_draws: int = 1            # n, draws of noise and time per observation
-    # a in [3]; 1: uniform, as released. 5: half of all t lie above 0.87 K, 1 % below 0.4 K. Near noise only
-    # words and pictures tell what is meant; near the data x_t shows it, and nothing is learned about them
+    # see [3]; 1 = uniform, as released. 5: half of all t above 0.87 K, where x_t does not tell what is meant
     time_alpha: float = 5.0
     mask_prob: float = 0.05     # probability with which training hides each modality (released: 0.1)
     state_noise: float = 0.0    # deviation of noise on the normalised state in training (released: 0.01)
@@ -146,6 +136,8 @@ class Config:
         check_at_least(self, 1, "image_size", *sizes)
         check_at_least(self, 0, "pos_init", "state_noise", "mask_prob", *may_be_0)
         check_at_least(self, 1e-6, "time_alpha", "qk_init", "adaptor_init", "image_init")
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size {self.image_size} must be two numbers: height, width")
         for kind, dim in (("action", self.action_dim), ("state", self.state_dim)):
             names = getattr(self, f"{kind}_names")
             if dim != (len(names) or self.unified_dim):
@@ -154,7 +146,7 @@ class Config:
             if max(slots(names), default=0) >= self.unified_dim:
                 raise ValueError(f"unified_dim {self.unified_dim} has no room for the names given: use 128")
         parts = [("width", "n_heads"), ("vit_width", "vit_heads"), ("vit_size", "patch_size")]
-        for name, part in parts[:{"none": 1, "frozen": 2, "train": 3}[self.encoders]]:  # released: 384, of 14
+        for name, part in parts[:{"none": 1, "frozen": 2, "train": 3}[self.encoders]]:
             a, b = getattr(self, name), getattr(self, part)
             if a % b:
                 raise ValueError(f"{name} {a} must be a multiple of {part} {b}")
@@ -174,7 +166,7 @@ class Config:
         if not 1 <= self.t5_buckets // 4 < self.t5_distance:
             raise ValueError(f"t5_buckets {self.t5_buckets} must lie in 4..{4 * self.t5_distance - 1}")
         if self.n_fourier > 20 or self.mask_prob >= 1:
-            raise ValueError(f"n_fourier {self.n_fourier} is above 20 or mask_prob {self.mask_prob} above 1")
+            raise ValueError(f"n_fourier {self.n_fourier} must be <= 20, mask_prob {self.mask_prob} < 1")
         solver_times(self.n_diffusion_steps, self.sampler_steps)
 
     # Asked by the data: actions of a chunk, the step of its first one (0 = now), observed steps.
@@ -235,8 +227,13 @@ UNIFIED = {side + pattern.format(part): base + first + i
            for side, base in (("", 0), ("right_", 0), ("left_", 50))
            for pattern, (first, parts) in ARM.items() for i, part in enumerate(parts)}
 UNIFIED |= {"base_vel_x": 100, "base_vel_y": 101, "base_angular_vel": 102}
-# Places as a tensor on a device. Kept: a copy from the host in every step would make the host wait.
-index_of = functools.lru_cache(torch.tensor)
+
+
+@functools.lru_cache
+@torch.compiler.assume_constant_result
+def index_of(places, device):
+    """Places as a tensor. Kept: a copy from the host in every step would make the host wait."""
+    return torch.tensor(places, device=device)
 
 
 def slots(names):
@@ -249,19 +246,18 @@ def slots(names):
     places = [UNIFIED[name] for name in names]
     for name, place in zip(names, places):
         if places.count(place) > 1:
-            raise ValueError(f"{name!r} shares place {place} of the unified vector with another name: give "
-                             "each dimension a place of its own")
+            raise ValueError(f"{name!r} shares place {place} of the unified vector with another name")
     return places
 
 
 def pack(x, places, dim=128):
     """(..., A) -> (..., dim): every number to its place, 0 elsewhere."""
-    return x.new_zeros(*x.shape[:-1], dim).index_copy(-1, index_of(tuple(places), device=x.device), x)
+    return x.new_zeros(*x.shape[:-1], dim).index_copy(-1, index_of(tuple(places), x.device), x)
 
 
 def unpack(x, places):
     """(..., dim) -> (..., A): the inverse of `pack`."""
-    return x.index_select(-1, index_of(tuple(places), device=x.device))
+    return x.index_select(-1, index_of(tuple(places), x.device))
 
 
 # ---------------------------------------------------------------- SigLIP: patches of pictures become tokens
@@ -312,20 +308,22 @@ class Siglip(nn.Module):
 
     def __init__(self, size, patch_size, width, depth, mlp, n_heads, checkpointing=False):
         super().__init__()
-        self.checkpointing = checkpointing
+        self.size, self.checkpointing = size, checkpointing
         self.patch = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.position = nn.Parameter(torch.empty((size // patch_size) ** 2, width))
         self.layers = nn.ModuleList([SiglipLayer(width, mlp, n_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
+        if images.shape[-2:] != (self.size, self.size):
+            raise ValueError(f"float images {tuple(images.shape[-2:])} do not fit vit_size {self.size}")
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position       # (B, N, D)
         for layer in self.layers:
             x = checkpointed(layer, self.checkpointing, x)
         return self.norm(x)
 
 
-# ---------------------------------------------------------------- attention and norm
+# ---------------------------------------------------------------- attention, norm, T5's encoder
 
 # Added to the logits of masked keys. Finite, in bfloat16 too: a query all of whose keys are masked (padding,
 # whose output nobody reads) weighs them evenly. With -inf it would be NaN.
@@ -343,8 +341,8 @@ def attention(q, k, v, bias=None):
 
 
 class Norm(nn.Module):
-    """RMSNorm, in float32. kind "released": divided by the deviation, though x itself is not centred, as timm
-    1.0.3 does it; the released weights are used to that."""
+    """RMSNorm, in float32. Not layer norm, whose centring would shift the tokens of a time series (paper).
+    kind "released": divided by the deviation, though x is not centred; released weights are used to that."""
 
     def __init__(self, width, kind="true"):
         super().__init__()
@@ -356,16 +354,13 @@ class Norm(nn.Module):
         return (x32 * torch.rsqrt(square + 1e-6) * self.weight.float()).to(x.dtype)  # [6]
 
 
-# ---------------------------------------------------------------- T5's encoder
-
 def t5_bucket(distance, n_buckets, farthest):
     """Bucket of a distance (key minus query). Half of the buckets are for keys behind, half for keys ahead.
     In each half, the first ones hold a single distance, the rest widen logarithmically up to `farthest`."""
-    half, single = n_buckets // 2, n_buckets // 4
-    size = distance.abs()
-    far = torch.log(size.clamp(min=1) / single) / math.log(farthest / single) * (half - single)
+    half, single, gap = n_buckets // 2, n_buckets // 4, distance.abs()
+    far = torch.log(gap.clamp(min=1) / single) / math.log(farthest / single) * (half - single)
     far = (single + far.long()).clamp(max=half - 1)
-    return torch.where(size < single, size, far) + half * (distance > 0)
+    return torch.where(gap < single, gap, far) + half * (distance > 0)
 
 
 class T5Layer(nn.Module):
@@ -383,8 +378,7 @@ class T5Layer(nn.Module):
     def forward(self, x, bias):
         h = self.norm1(x)
         q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        # `attention` divides by sqrt(d), which T5 does not.
-        h = attention(q * self.head_dim ** 0.5, k, v, bias)                     # [13] (B, heads, L, d)
+        h = attention(q * self.head_dim ** 0.5, k, v, bias)  # [13] undoes 1 / sqrt(d); (B, heads, L, d)
         x = x + self.o(h.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return x + self.down(F.gelu(self.gate(h), approximate="tanh") * self.up(h))
@@ -458,7 +452,7 @@ class NormedCrossAttention(nn.Module):
 
 class FeedForward(nn.Module):
     def __init__(self, width, out):
-        super().__init__()  # the hidden layer is as wide as the input: 1 times, not the usual 4
+        super().__init__()  # the hidden layer is as wide as the input, not the usual 4 times
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, out)
 
     def forward(self, x):
@@ -482,7 +476,7 @@ class RDTBlock(nn.Module):
 
 
 def adaptor(dim, width, layers):
-    """MLP from a modality's own width to the transformer's ("mlp2x_gelu", "mlp3x_gelu")."""
+    """MLP of so many linear layers, from a modality's own width to the transformer's."""
     parts = [nn.Linear(dim, width)]
     for _ in range(layers - 1):
         parts += [nn.GELU(approximate="tanh"), nn.Linear(width, width)]
@@ -490,13 +484,13 @@ def adaptor(dim, width, layers):
 
 
 def fourier(y, J):
-    """y (..., U) -> (..., U (1 + 2 J)): y, sines, cosines. The paper has them, the released network J = 0."""
+    """y (..., U) -> (..., U (1 + 2 J)): y, sines, cosines."""
     angle = y[..., None] * math.pi * 2.0 ** torch.arange(J, device=y.device)    # (..., U, J)
     return torch.cat([y, angle.sin().flatten(-2), angle.cos().flatten(-2)], dim=-1)  # [10]
 
 
 def time_embedding(t, dim=256):
-    """Sinusoids of a time 0 .. K-1, or of a rate in Hz: (B,) -> (B, dim) float32; differs: cosines first."""
+    """Sinusoids of a time or a rate in Hz: (B,) -> (B, dim) float32, cosines first; differs from pi0.py's."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * frequency                                      # [11]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -511,10 +505,13 @@ def position_table(at, dim):
 # ---------------------------------------------------------------- diffusion
 
 @functools.lru_cache
+@torch.compiler.assume_constant_result
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
-    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0. It
-    differs from the other policies': the product is in float32, as it was for the released weights."""
+    would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
+
+    As `squaredcos_cap_v2` of diffusers, whose product is taken in float32: released models were trained and
+    are sampled that way. beta_start and beta_end, which every official YAML gives, have no effect on it."""
     u = torch.arange(K + 1, dtype=torch.float64, device="cpu") / K
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
@@ -522,7 +519,7 @@ def cosine_alpha_bar(K, device):
 
 
 def solver_times(K, steps):
-    """Times visited, evenly from K - 1 down; 0 is left out. 5 of 1000: 999, 799, 599, 400, 200."""
+    """Times visited, evenly from K - 1 down, then clean data, not 0. 5 of 1000: 999, 799, 599, 400, 200."""
     if not 1 <= steps <= max(K - 1, 1):
         raise ValueError(f"sampler steps {steps} must lie in 1..{max(K - 1, 1)}, below n_diffusion_steps")
     times = torch.linspace(0, K - 1, steps + 1, dtype=torch.float64, device="cpu").round().long()
@@ -531,9 +528,9 @@ def solver_times(K, steps):
 
 def dpm_solver(denoise, x_t, alpha_bar, steps):
     """DPM-Solver++ of second order: from noise x_t to a sample, in `steps` calls of denoise(x_t, t) -> x0.
-    Yields x after every step. Why x0 is predicted: at t = K - 1, where sampling starts, alpha_bar is of the
-    order 1e-9, and eps could not be turned into x0 (division by sqrt(alpha_bar)). The step to clean data,
-    sigma = 0 and e^-h = 0, gives the last x0 itself."""
+    Yields x after every step. X extrapolates x0 to the middle of a step; the last one (sigma = 0, e^-h = 0)
+    gives x0 itself. Why x0 is predicted: at t = K - 1, where sampling starts, errors of eps would be divided
+    by sqrt(alpha_bar), about 5e-5. Not clipped: data normalised by mean and deviation have no bounds."""
     times = solver_times(len(alpha_bar), steps)
     alpha = [math.sqrt(alpha_bar[t]) for t in times] + [1.0]
     sigma = [math.sqrt(1 - alpha_bar[t]) for t in times] + [0.0]
@@ -564,14 +561,13 @@ class RDT(nn.Module):
         super().__init__()
         c = self.config = config
         self.places = {"action": slots(c.action_names), "state": slots(c.state_names)}
-        learn = c.encoders == "train"
         if c.encoders != "none":
             self.vision = Siglip(c.vit_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_mlp, c.vit_heads,
-                                 c.checkpointing).requires_grad_(learn)
+                                 c.checkpointing).requires_grad_(c.encoders == "train")
             self.t5 = T5Encoder(c.vocab_size, c.t5_width, c.t5_depth, c.t5_heads, c.t5_head_dim, c.t5_mlp,
-                                c.t5_buckets, c.t5_distance, c.checkpointing).requires_grad_(learn)
-        self.lang_adaptor = adaptor(c.t5_width, c.width, 2)
-        self.img_adaptor = adaptor(c.vit_width, c.width, 2)
+                                c.t5_buckets, c.t5_distance, c.checkpointing)
+            self.t5.requires_grad_(c.encoders == "train")
+        self.lang_adaptor, self.img_adaptor = (adaptor(D, c.width, 2) for D in (c.t5_width, c.vit_width))
         self.state_adaptor = adaptor(c.unified_dim * (2 + 2 * c.n_fourier), c.width, 3)
         self.t_embed, self.freq_embed = (nn.Sequential(nn.Linear(256, c.width), nn.SiLU(),
                                                        nn.Linear(c.width, c.width)) for _ in range(2))
@@ -602,13 +598,12 @@ class RDT(nn.Module):
                     m.bias.zero_()
         for m in (self.t_embed[0], self.t_embed[2], self.freq_embed[0], self.freq_embed[2]):
             m.weight.normal_(std=0.02)
-        # Positions. Half of the channels tells the kind of token (of pictures the step), half its place (the
-        # camera). As released, all words have the same row, and all patches of a picture: T5 and SigLIP have
-        # told them their places.
+        # Positions: half of the channels for the kind of token (of a picture: its step), half for its place
+        # (its camera). All words, all patches of a picture share a row: T5, SigLIP told them their places.
         table = lambda *halves: torch.cat([position_table(at, c.width // 2) for at in halves], dim=1)
         at = torch.arange(3 + c.horizon)
         picture = torch.arange(c.n_obs_steps * c.cameras).repeat_interleave(c.tokens_per_image)
-        self.x_pos[0] = table(at.clamp(max=3), (at - 3).clamp(min=0))           # t, hz, s, a_1, a_2, ...
+        self.x_pos[0] = table(at.clamp(max=3), (at - 3).clamp(min=0))           # t, hz, state, a_1, a_2, ...
         self.lang_pos[0] = position_table(torch.zeros(c.text_len), c.width)
         self.img_pos[0] = table(picture // c.cameras, picture % c.cameras)
         for positions in (self.x_pos, self.lang_pos, self.img_pos):
@@ -626,9 +621,7 @@ class RDT(nn.Module):
                 layer.q.weight.mul_(c.t5_head_dim ** -0.5)
             self.t5.embed.weight.normal_()
             self.t5.relative.weight.normal_()  # so that heads differ in where they look from the start
-        # The last layer is zero: the first prediction is that every action is 0, the mean.
-        self.decoder.fc2.weight.zero_()
-        self.decoder.fc2.bias.zero_()
+        self.decoder.fc2.weight.zero_()  # at first, every action is predicted to be 0, the mean
 
     def unify(self, kind, x):
         """Actions or states (..., A) -> in their places (..., U), where packed ones are already."""
@@ -654,13 +647,13 @@ class RDT(nn.Module):
         if "control_hz" in batch:
             hidden["control_hz"] = batch["control_hz"] * shown()
         if "images" in batch:
-            seen = shown(*batch["images"].shape[1:3])
-            hidden["image_mask"] = seen & batch["image_mask"].bool() if "image_mask" in batch else seen
+            hidden["image_mask"] = shown(*batch["images"].shape[1:3]) & (batch.get("image_mask", 1) > 0)
+        told = shown(1)
         if "lang_embeds" in batch:  # as an empty text: the first word alone, and that one without meaning
-            hidden["lang_embeds"] = batch["lang_embeds"] * (read := shown(1, 1))
-            hidden["lang_mask"] = self.lang_mask(batch) & read[..., 0]
+            hidden["lang_embeds"] = batch["lang_embeds"] * told[..., None]
+            hidden["lang_mask"] = self.lang_mask(batch) & told
         elif "text" in batch:
-            hidden["text"] = batch["text"] * shown(1)
+            hidden["text"] = batch["text"] * told
         return hidden
 
     def encode_images(self, batch):
@@ -680,8 +673,8 @@ class RDT(nn.Module):
                 images = fit_square(images.float(), c.vit_size)                 # (B To V, 3, size, size)
             tokens += [self.vision(images.to(dtype)).unflatten(0, grid)]        # (B, To, V, patches, D_vit)
         if c.n_cameras < c.cameras:  # one picture of the background stands for every camera that is missing
-            grey = fit_square(self.img_pos.new_full((1, 3, 1, 1), BACKGROUND, dtype=torch.float32), 1)
-            x = self.vision(grey.to(dtype).expand(-1, -1, c.vit_size, c.vit_size))  # (1, patches, D_vit)
+            blank = torch.full((1, 3, c.vit_size, c.vit_size), float(BACKGROUND), device=self.img_pos.device)
+            x = self.vision(fit_square(blank, c.vit_size).to(dtype))            # (1, patches, D_vit)
             tokens += [x.expand(*grid[:2], c.cameras - c.n_cameras, -1, -1)]
         return torch.cat(tokens, dim=2).flatten(1, 3)
 
@@ -699,8 +692,7 @@ class RDT(nn.Module):
         c, mask = self.config, self.lang_mask(batch)
         lang, images = batch.get("lang_embeds"), batch.get("image_embeds")
         if c.encoders == "none" and (lang is None or images is None):
-            raise ValueError("encoders='none' takes image_embeds and lang_embeds; for pictures and texts set "
-                             "encoders='frozen' and give weights of SigLIP and T5")
+            raise ValueError("encoders='none' takes image_embeds and lang_embeds, 'frozen' pictures and text")
         if mask.shape[1] > c.text_len:
             raise ValueError(f"text of {mask.shape[1]} codes given, at most text_len = {c.text_len} expected")
         lang = self.t5(batch["text"], mask) if lang is None else lang
@@ -722,8 +714,8 @@ class RDT(nn.Module):
         conditions = []
         for i, block in enumerate(self.blocks):
             tokens, token_bias = (images, None) if i % 2 else (lang, bias)      # [8]
-            keys_values = checkpointed(block.cross_attn.keys_values, c.checkpointing, tokens)
-            conditions.append((*keys_values, token_bias))
+            k, v = checkpointed(block.cross_attn.keys_values, c.checkpointing, tokens)
+            conditions.append((k, v, token_bias))
         valid, state_valid = self.valid("action", batch)[:, None], self.valid("state", batch)[:, None]
         state = self.unify("state", batch["state"][:, -1:])                     # (B, 1, U)
         state = state * state_valid if c.masked else state
@@ -777,18 +769,16 @@ class RDT(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
-        """Draw one chunk per observation: (B, Tp, A), normalised units (packed: (B, Tp, U), 0 where the robot
-        has nothing); the policy executes the first Ta. batch: as in `loss`, without actions. steps: of
-        DPM-Solver++, default config.sampler_steps. noise (B, Tp, U): where to start, drawn from `generator`
-        when not given. trace: receives (B, Tp, A) after every step."""
-        c, K = self.config, self.config.n_diffusion_steps
-        steps = c.sampler_steps if steps is None else steps
+        """Draw one chunk per observation: (B, Tp, A), packed (B, Tp, U), normalised; the policy executes the
+        first Ta. batch: as in `loss`, without actions. steps: of the solver, else sampler_steps. noise
+        (B, Tp, U): where to start, else drawn from `generator`. trace: receives x after every step."""
+        c, steps = self.config, self.config.sampler_steps if steps is None else steps
         encoded, device, places = self.encode(batch), batch["state"].device, self.places["action"]
         shape = (len(batch["state"]), c.horizon, c.unified_dim)
         x_t = randn(shape, generator, device) if noise is None else noise.float()
         denoise = lambda x, t: self.denoise(encoded, x, torch.full((len(x),), t, device=device))
         own = lambda x: unpack(x, places) if places else x * encoded["valid"]   # the robot's own numbers
-        for x_t in dpm_solver(denoise, x_t, cosine_alpha_bar(K, "cpu").tolist(), steps):
+        for x_t in dpm_solver(denoise, x_t, cosine_alpha_bar(c.n_diffusion_steps, "cpu").tolist(), steps):
             if trace is not None:
                 trace.append(own(x_t))
         return own(x_t)
@@ -801,8 +791,7 @@ class RDT(nn.Module):
     def from_official(cls, state_dict, config):
         """A policy with released weights: the diffusion transformer and its adaptors (RDTRunner), and, unless
         encoders is "none", SigLIP's and T5's in the same state_dict, under the names of transformers. config
-        must describe it (PRESETS["1B"]). The tensors become the parameters as they are, nothing is copied.
-        Not read: SigLIP's pooling head and text half, T5's decoder, the other name of its embedding."""
+        must describe it (PRESETS["1B"]). The tensors become the parameters as they are, nothing is copied."""
         weights = convert_official(state_dict)
         with torch.device("meta"):
             model = cls(config)
@@ -815,9 +804,9 @@ RENAMES = [
     (r"^module\.", ""), (r"^model\.", ""), (r"^(t|freq)_embedder\.mlp\.", r"\1_embed."),
     (r"^x_pos_embed$", "x_pos"), (r"^(lang|img)_cond_pos_embed$", r"\1_pos"),
     (r"^final_layer\.norm_final\.", "final_norm."), (r"^final_layer\.ffn_final\.", "decoder."),
-    (r"^vision_model\.", "vision."), (r"^vision\.embeddings\.patch_embedding\.", "vision.patch."),
-    (r"^vision\.embeddings\.position_embedding\.weight$", "vision.position"),
-    (r"^vision\.encoder\.layers\.", "vision.layers."), (r"^vision\.post_layernorm\.", "vision.norm."),
+    (r"^vision_model\.", "vision."),
+    (r"\.embeddings\.patch_embedding\.", ".patch."), (r"\.encoder\.layers\.", ".layers."),
+    (r"\.embeddings\.position_embedding\.weight", ".position"), (r"\.post_layernorm\.", ".norm."),
     (r"\.layer_norm([12])\.", r".norm\1."), (r"\.self_attn\.out_proj\.", ".out."),
     (r"\.self_attn\.([qkv])_proj\.", r".\1."), (r"\.mlp\.(fc[12])\.", r".\1."),
     (r"^(shared|encoder\.embed_tokens)\.", "t5.embed."), (r"^encoder\.final_layer_norm\.", "t5.norm."),
@@ -827,6 +816,7 @@ RENAMES = [
     (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".gate."), (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".up."),
     (r"\.layer\.1\.DenseReluDense\.wo\.", ".down."),
 ]
+# Not read: SigLIP's pooling head and text half, T5's decoder and the other name of its embedding.
 NOT_WEIGHTS = re.compile(r"^vision\.(head|embeddings\.position_ids)|^text_model\.|^logit_(scale|bias)$"
                          r"|^decoder\.(block|embed_tokens|final_layer_norm)|^lm_head\.")
 
@@ -868,17 +858,17 @@ RELEASED = {"action_dim": 14, "state_dim": 14, "action_names": ALOHA, "state_nam
             "adaptor_init": 1.0, "image_init": 1.0, "pos_init": 1.0, "masked": False, "n_draws": 1,
             "time_alpha": 1.0, "mask_prob": 0.1, "train_on_padding": True}
 PRESETS = {
-    # Learns the built-in task on two CPU cores.
-    "tiny": {},
+    "tiny": {},  # learns the built-in task on two CPU cores
     # 166,229,888 and 1,228,319,872 parameters, adaptors included; SigLIP 412,987,248, T5-XXL 4,762,310,656
     "170M": RELEASED | {"width": 1024, "depth": 14, "n_heads": 32},
     "1B": RELEASED | {"width": 2048, "depth": 28, "n_heads": 32},
 }
 FINE_TUNING = {"steps": 200_000, "batch_size": 32, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
                "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 1e-2, "normalizer": "meanstd"}
+# ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
+# ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
-    # Which block is meant matters in one window of five only. Uniform times with batches of 32, and times
-    # near noise with batches of 64, were too little. What acts is an average of the weights, up to ema_max.
+    # Which block is meant matters in one window of five only: batches of 32 or 64 were too little.
     "tiny": {"steps": 2000, "batch_size": 128, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16", "normalizer": "meanstd"},
     "170M": FINE_TUNING, "1B": FINE_TUNING,
@@ -902,8 +892,8 @@ def lamps_for_two_robots(B, config, generator):
         images[torch.arange(B), 0, 0, channel, 4:12, 8 * side + 2:8 * side + 6] = 255
     side = torch.where(colour == 0, red_side, 1 - red_side) * 2.0 - 1
     texts = torch.stack([config.encode_text(letter) for letter in "rb"])
-    s = torch.linspace(0, 1, config.horizon)
-    position = torch.stack([side[:, None] * s, s.expand(B, -1)], dim=-1)        # (n, Tp, 2)
+    way = torch.linspace(0, 1, config.horizon)
+    position = torch.stack([side[:, None] * way, way.expand(B, -1)], dim=-1)    # (B, Tp, 2)
     velocity = torch.stack([side, torch.ones(B)], dim=-1)[:, None].expand_as(position)
     both = torch.stack([pack(x, slots(names)) for x, names in zip((position, velocity), ROBOTS)])
     valid = torch.stack([pack(torch.ones(2), slots(names)) for names in ROBOTS])
@@ -939,10 +929,10 @@ def main(steps=200):
     batch, side, robot = lamps_for_two_robots(500, config, generator)
     chunk = model.sample(batch)                                                 # (500, 8, 128)
     end = torch.stack([unpack(chunk, slots(names))[:, -1, 0] for names in ROBOTS])[robot, torch.arange(500)]
-    shares = [((end - side).abs() < 0.3)[robot == r].float().mean().item() for r in (0, 1)]
-    print(f"chunks that go where they were asked to: first robot {100 * shares[0]:.1f} %, second "
-          f"{100 * shares[1]:.1f} % (expected: at least 95; 50 without reading)")
-    return min(shares)
+    first, second = (((end - side).abs() < 0.3)[robot == r].float().mean().item() for r in (0, 1))
+    print(f"chunks that end where asked: {100 * first:.1f} % of the first robot, {100 * second:.1f} % of the "
+          "second (expected: at least 95; 50 without reading)")
+    return min(first, second)
 
 
 if __name__ == "__main__":
