@@ -6,9 +6,9 @@
 
 The policy is a distribution p(A | O) over a whole chunk of actions A, given the last observations O. It is a
 distribution because demonstrators may pass an obstacle on either side: the mean, which regression learns,
-hits it. A network learns to tell the noise in a noised chunk; sampling starts from pure noise and removes it
-step by step. O is a condition, encoded once per chunk: the joint p(A, O) would have to predict observations
-as well. Only inpainting [9] models the joint (of encoded observations); it is told the observed steps.
+hits it. A network learns to predict the noise in a noised chunk; sampling starts from pure noise and removes
+it step by step. O is a condition, encoded once per chunk: the joint p(A, O) would have to predict O as well.
+Only inpainting [9] models the joint (of encoded observations); it is told the observed steps.
 
 Axes: B batch, T steps of the chunk, A action dimensions (in p(A | O): the chunk), D denoised numbers per step
 (A, or A + obs_dim when inpainting), G length of the condition, To observed steps, V cameras, C channels.
@@ -25,7 +25,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     [4]  x0_hat = (x_t - sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_bar_t), clipped to [-1, 1]
     [5]  x_{t-1} = c1 x0_hat + c2 x_t + sigma_t z,   c1 = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t),
          c2 = sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t),
-         sigma_t^2 = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t                                DDPM step
+         sigma_t^2 = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t,   z ~ N(0, I)                 DDPM step
          If levels are skipped, t-1 is the next level visited and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
          Unclipped this is the paper's A^{k-1} = alpha (A^k - gamma eps_theta(O, A^k, k)) + N(0, sigma^2 I)
          with alpha = 1 / sqrt(1 - beta_t) and gamma = beta_t / sqrt(1 - alpha_bar_t).
@@ -38,12 +38,12 @@ Map: Config | Conv1d, ResidualBlock1d, UNet1d | ResNet, SpatialSoftmax, ImageEnc
 loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
- 1. Past an episode's end the data repeat its last action (before its start, the first). These steps are left
-    out of the loss; the original trains on them, so that the policy learns to stay (train_on_padding), and
-    LeRobot does either.
+ 1. Past an episode's end the data repeat its last step, before its start the first: actions and observations.
+    Repeated actions are left out of the loss. The original trains on them, so that the policy learns to stay
+    (train_on_padding); LeRobot does either.
  2. A random crop can start at every offset; the original never draws the last one.
  3. FiLM's linear layer over [step, observation] is computed as a sum of two shares. The numbers are the same,
-    and a sampler reads each weight once per chunk instead of once per step.
+    and a sampler reads this layer's weights once per chunk instead of once per step.
  4. On a CPU some convolutions are computed as matrix products (Conv1d below).
  5. With images the features are ordered [cameras, state] for every data set; LeRobot's [state, cameras,
     environment state] is permuted while loading.
@@ -130,7 +130,7 @@ class Config:
         timetable(self.n_diffusion_steps, self.sampler_steps, self.spacing)
 
     @property
-    def pred_horizon(self):  # actions in a batch and in a sampled chunk
+    def pred_horizon(self):  # Tp below: actions in a batch and in a sampled chunk
         return self.n_action_steps if self.pred_action_steps_only else self.horizon
 
     @property
@@ -158,7 +158,7 @@ def check_at_least(config, least, *fields):
 # ---------------------------------------------------------------- the network: a U-Net along the time axis
 class Conv1d(nn.Conv1d):
     """nn.Conv1d, (B, C, T) -> (B, C', T'). On a CPU a matrix product is faster for a short sequence (1.5
-    times: nearly all time goes into reading weights) and in bfloat16 (several times, for gradients)."""
+    times: nearly all time goes into reading weights) and in bfloat16 (several times, with gradients)."""
 
     def forward(self, x):
         B, C, T = x.shape
@@ -183,7 +183,7 @@ def time_embedding(t, dim):
 
 class ResidualBlock1d(nn.Module):
     """Two convolutions with group norm and Mish; FiLM acts between them. (B, C, T) -> (B, C', T). of_step and
-    of_obs (B or 1, 2C'; C' to shift only) are the shares of its parameters that come from t and from O."""
+    of_obs (B or 1, 2C'; C' to shift only): the shares of FiLM's parameters that come from t and from O."""
 
     def __init__(self, dim_in, dim_out, cond_dim, config):
         super().__init__()
@@ -208,7 +208,7 @@ class ResidualBlock1d(nn.Module):
 
 class UNet1d(nn.Module):
     """eps_theta: noised chunk (B, T, D), FiLM parameters -> (B, T, D) float32. As in the official
-    ConditionalUnet1D the way up has one level less than the way down; the skip of full length is not used."""
+    ConditionalUnet1D the way up has one level less than the way down: the skip at full length is not used."""
 
     def __init__(self, input_dim, obs_dim, config):
         super().__init__()
@@ -256,7 +256,7 @@ class UNet1d(nn.Module):
             x = block(x, *next(shares))
         for block1, block2, lengthen in self.up:
             x = torch.cat([x, skips.pop()], dim=1)                              # (B, 2C, T)
-            x = lengthen(block2(block1(x, *next(shares)), *next(shares)))       # (B, C/2, 2T)
+            x = lengthen(block2(block1(x, *next(shares)), *next(shares)))       # (B, C', 2T)
         x = F.mish(self.final_norm(self.final_conv(x)))                         # (B, C, T)
         return self.final_out(x).transpose(1, 2).float()                        # (B, T, D)
 
@@ -407,7 +407,7 @@ class DiffusionPolicyCNN(nn.Module):
         self.encoders = nn.ModuleList([ImageEncoder(config) for _ in range(n_encoders)])
 
     def encode(self, batch):
-        """Observations, one vector a step: images through their encoders, then the state. (B, n, obs_dim)"""
+        """Observations, one vector for each of n steps: image features, then the state. -> (B, n, obs_dim)"""
         state, images = batch["state"], batch.get("images")  # (B, n, S), (B, n, V, 3, H, W)
         if not self.config.n_cameras:
             return state
@@ -432,19 +432,19 @@ class DiffusionPolicyCNN(nn.Module):
         return obs.new_zeros(B, 0), F.pad(obs, (A, 0, 0, Tp - n)), known
 
     def loss(self, batch, noise=None, t=None):
-        """Mean squared error of the predicted noise (or chunk) over the real steps, which all weigh alike.
+        """Mean squared error of the predicted noise (or chunk) over a batch's real steps, which weigh alike.
+        Batches (accumulated, or of several processes) weigh alike too, however many real steps each has.
 
         batch: actions (B, Tp, A), action_mask (B, Tp), True: real; state (B, n, S), with n = n_obs_loaded;
         with cameras images (B, n, V, 3, H, W), uint8 or floats in [-1, 1]. noise (B, Tp, D), t (B,): drawn
-        if None. Time: t = 0 is almost data, t = K-1 noise. -> {"loss": (), "per_sample": (B,), each
-        item's mean, "t": t / (K-1)}. (Accumulated batches, and those of several processes, weigh alike.)
-        """
+        if None. Time: t = 0 is almost data, t = K-1 noise. -> {"loss": (), "per_sample": (B,), each item's
+        mean, "t": t / (K-1)}"""
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         cond, given, known = self.condition(batch)
         if given is not None:
-            # The observations of all Tp steps are denoised too. Their encoder learns through the known
-            # entries alone: as a target it could make the loss small by encoding nothing.
+            # The observations of all Tp steps are denoised too. Their encoder gets no gradient through this
+            # target, which would be easiest if it encoded nothing: it learns through the known entries.
             x0 = torch.cat([x0, given[..., x0.shape[-1]:].detach()], dim=-1)    # (B, Tp, A + obs_dim)
         B, K = len(x0), self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
@@ -463,7 +463,7 @@ class DiffusionPolicyCNN(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
-        """Draw one chunk per observation: (B, Tp, A), normalised. Step -first_action is the first to execute.
+        """Draw one chunk per observation: (B, Tp, A), normalised. Index -first_action is executed first.
 
         batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
         default config.sampler_steps. noise (B, Tp, D): where to start; step_noise: what DDPM adds, one tensor

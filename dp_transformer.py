@@ -6,14 +6,14 @@
 
 The policy is a distribution p(A | O) over a whole chunk of actions A, given the last observations O. It is a
 distribution because demonstrators may pass an obstacle on either side: the mean, which regression learns,
-hits it. O is a condition: the joint p(A, O) would have to predict observations as well. Only inpainting [9]
-models the joint (of encoded observations); it is told the observed steps.
-This is dp_cnn.py with another network (`diff` shows it). Every action is a token, which looks at the actions
-before it and at the observations up to its own time. The paper turns to it where actions change fast, which
-convolutions over time smooth out; it is harder to tune.
+hits it. A network learns to predict the noise in a noised chunk; sampling starts from pure noise and removes
+it step by step. O is a condition: the joint p(A, O) would have to predict observations as well. Inpainting
+[9] alone models the joint (of encoded observations); it is told the observed steps. This is dp_cnn.py with
+another network: an action is a token that sees the actions before it and the observations up to its own time.
+The paper turns to it where actions change fast, which convolutions smooth out; it is harder to tune.
 
-Axes: B batch, T tokens (steps of the chunk), M condition tokens (diffusion step, To observations), D width,
-d = D / heads, L layers, A action dimensions (in p(A | O): the chunk), V cameras, C channels.
+Axes: B batch, T tokens (steps of the chunk), M condition tokens (t, To observations), D width, d = D / heads,
+L layers, A action dimensions (in p(A | O): the chunk), input_dim A or A + obs_dim [9], V cameras, C channels.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
 Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     step        now-1  now  now+1 ... now+7 ... now+14
@@ -27,7 +27,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     [4]  x0_hat = (x_t - sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_bar_t), clipped to [-1, 1]
     [5]  x_{t-1} = c1 x0_hat + c2 x_t + sigma_t z,   c1 = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t),
          c2 = sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t),
-         sigma_t^2 = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t                                DDPM step
+         sigma_t^2 = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t,   z ~ N(0, I)                 DDPM step
          If levels are skipped, t-1 is the next level visited and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
          Unclipped this is the paper's A^{k-1} = alpha (A^k - gamma eps_theta(O, A^k, k)) + N(0, sigma^2 I)
          with alpha = 1 / sqrt(1 - beta_t) and gamma = beta_t / sqrt(1 - alpha_bar_t).
@@ -39,8 +39,8 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     [9]  inpainting instead of tokens for O: x = [action, observation]; known entries are put back each step
     [10] causal masks: an action sees the step t, and the actions and observations that are not later than it
            self-attention, T = 4      cross-attention, T = 4, To = 2
-                 a0 a1 a2 a3                  t  o0 o1
-             a0   x  .  .  .              a0  x  x  .    a0 belongs to the time of o0 and does not see the
+                 a0 a1 a2 a3                  t  o1 o2
+             a0   x  .  .  .              a0  x  x  .    a0 belongs to the time of o1 and does not see the
              a1   x  x  .  .              a1  x  x  x    newest observation; it lies in the past, and is
              a2   x  x  x  .              a2  x  x  x    not executed. With pred_action_steps_only a0 is the
              a3   x  x  x  x              a3  x  x  x    present action: every action sees all of O
@@ -52,11 +52,11 @@ Map: Config | Linear, SelfAttention, CrossAttention, Block, DecoderTransformer, 
 SpatialSoftmax, ImageEncoder | DiffusionPolicyTransformer: loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
- 1. Past an episode's end the data repeat its last action (before its start, the first). These steps are left
+ 1. Past an episode's end the data repeat its last step, before its start the first. These actions are left
     out of the loss; the original trains on them, so that the policy learns to stay (train_on_padding).
  2. A random crop can start at every offset; the original never draws the last one.
  3. Cross-attention is computed as [11]. The numbers are the same. As M is small (3 for To = 2), a whole step
-    takes 5 to 12 % less than with plain attention to kept keys and values.
+    of sampling takes 5 to 12 % less time than with plain attention to kept keys and values.
  4. With inpainting the image encoder learns, through the known entries; the original cuts its gradient off.
  5. With pred_action_steps_only positions and masks are those of the Ta tokens; the original's are for Tp.
  6. With images the features are ordered [cameras, state] for every data set.
@@ -88,7 +88,7 @@ class Config:
     train_on_padding: bool = False  # True: past an episode's end the policy learns to stay ("Differs", 1)
     # -- how the observation enters
     obs: str = "lowdim"  # "lowdim": every float observation; "image": cameras and proprioception
-    conditioning: str = "tokens"  # "tokens": to cross-attend to [7]; "inpaint": known entries of x [9]
+    conditioning: str = "tokens"  # "tokens": O as condition tokens [7]; "inpaint": as known entries of x [9]
     # -- the transformer; in brackets the official names
     arch: str = "decoder"  # the step t is a condition; "bert": it is among the actions [12] (time_as_cond)
     width: int = 96  # D, width of a token (n_emb)
@@ -142,7 +142,7 @@ class Config:
         timetable(self.n_diffusion_steps, self.sampler_steps, self.spacing)
 
     @property
-    def pred_horizon(self):  # actions in a batch and in a sampled chunk
+    def pred_horizon(self):  # Tp below: actions in a batch and in a sampled chunk
         return self.n_action_steps if self.pred_action_steps_only else self.horizon
 
     @property
@@ -216,7 +216,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(SelfAttention):
-    """Multi-head attention of T tokens to M condition tokens, with the same weights, computed as [11]:
+    """Multi-head attention of T tokens to M condition tokens, SelfAttention's parameters, computed as [11]:
     `memory` does all projections, once per condition; `forward` compares x with keys and sums values."""
 
     def memory(self, m, mask):
@@ -261,7 +261,7 @@ class Block(nn.Module):
 
 
 class DecoderTransformer(nn.Module):
-    """eps_theta: noised chunk (B, T, input_dim), memory -> (B, T, output_dim). As in the official
+    """eps_theta: noised chunk (B, T, input_dim), `memory` of t, O -> (B, T, output_dim). As in the official
     TransformerForDiffusion no MLP follows the step's sinusoids, and no norm the condition's encoder."""
 
     def __init__(self, input_dim, output_dim, obs_dim, config):
@@ -335,13 +335,13 @@ class BertTransformer(nn.Module):
 
     def __init__(self, input_dim, output_dim, obs_dim, config):
         super().__init__()
-        N, D = 1 + config.pred_horizon, config.width
+        T, D = config.pred_horizon, config.width
         self.input_emb = Linear(input_dim, D)
-        self.pos_emb = nn.Parameter(torch.zeros(1, N, D))
+        self.pos_emb = nn.Parameter(torch.zeros(1, 1 + T, D))
         self.drop = nn.Dropout(config.embed_dropout)
         self.blocks = nn.ModuleList([Block(config, cross=False) for _ in range(config.depth)])
         self.norm, self.head = nn.LayerNorm(D), Linear(D, output_dim)
-        token = torch.arange(N)
+        token = torch.arange(1 + T)
         # The step's token comes first, so every action sees it, and it sees no action.
         mask = additive(token <= token[:, None]) if config.causal else None     # [10]
         self.register_buffer("mask", mask, persistent=False)
@@ -516,7 +516,7 @@ class DiffusionPolicyTransformer(nn.Module):
         self.encoders = nn.ModuleList([ImageEncoder(config) for _ in range(config.n_cameras)])
 
     def encode(self, batch):
-        """Observations, one vector a step: images through their encoders, then the state. (B, n, obs_dim)"""
+        """Observations, one vector for each of n steps: image features, then the state. -> (B, n, obs_dim)"""
         state, images = batch["state"], batch.get("images")  # (B, n, S), (B, n, V, 3, H, W)
         if not self.config.n_cameras:
             return state
@@ -541,19 +541,19 @@ class DiffusionPolicyTransformer(nn.Module):
         return obs.new_zeros(B, 0, 0), F.pad(obs, (A, 0, 0, Tp - n)), known
 
     def loss(self, batch, noise=None, t=None):
-        """Mean squared error of the predicted noise (or chunk) over the real steps, which all weigh alike.
+        """Mean squared error of the predicted noise (or chunk) over a batch's real steps, which weigh alike.
+        Batches (accumulated, or of several processes) weigh alike too, however many real steps each has.
 
         batch: actions (B, Tp, A), action_mask (B, Tp), True: real; state (B, n, S), with n = n_obs_loaded;
         with cameras images (B, n, V, 3, H, W), uint8 or floats in [-1, 1]. noise (B, Tp, input_dim), t (B,):
         drawn if None. Time: t = 0 is almost data, t = K-1 noise. -> {"loss": (), "per_sample": (B,), each
-        item's mean, "t": t / (K-1)}. (Accumulated batches, and those of several processes, weigh alike.)
-        """
+        item's mean, "t": t / (K-1)}"""
         x0, mask = batch["actions"], batch["action_mask"]                       # (B, Tp, A), (B, Tp)
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         cond, given, known = self.condition(batch)
         if given is not None:
-            # The observations of all Tp steps are denoised too. Their encoder learns through the known
-            # entries alone: as a target it could make the loss small by encoding nothing.
+            # The observations of all Tp steps are denoised too. Their encoder gets no gradient through this
+            # target, which would be easiest if it encoded nothing: it learns through the known entries.
             x0 = torch.cat([x0, given[..., x0.shape[-1]:].detach()], dim=-1)    # (B, Tp, A + obs_dim)
         B, K = len(x0), self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
@@ -572,7 +572,7 @@ class DiffusionPolicyTransformer(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
-        """Draw one chunk per observation: (B, Tp, A), normalised. Step -first_action is the first to execute.
+        """Draw one chunk per observation: (B, Tp, A), normalised. Index -first_action is executed first.
 
         batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
         default config.sampler_steps. noise (B, Tp, input_dim): where to start; step_noise: what DDPM adds, a
