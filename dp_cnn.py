@@ -528,7 +528,7 @@ class DiffusionPolicyCNN(nn.Module):
 
 # ---------------------------------------------------------------- loading official weights
 def load_strictly(model, weights):
-    """Put `weights` into a model, which may stand on the meta device. One ValueError names what does not fit."""
+    """Put `weights` into a model, be it on the meta device. One ValueError names what does not fit."""
     want = model.state_dict()
     problems = [f"missing {k}" for k in want if k not in weights]
     problems += [f"left over {k}" for k in weights if k not in want]

@@ -643,7 +643,7 @@ class DiffusionPolicyTransformer(nn.Module):
 
 # ---------------------------------------------------------------- loading official weights
 def load_strictly(model, weights):
-    """Put `weights` into a model, which may stand on the meta device. One ValueError names what does not fit."""
+    """Put `weights` into a model, be it on the meta device. One ValueError names what does not fit."""
     want = model.state_dict()
     problems = [f"missing {k}" for k in want if k not in weights]
     problems += [f"left over {k}" for k in weights if k not in want]
