@@ -33,8 +33,7 @@ Time of the robot, here with To = 2 (among the tokens the newest image comes fir
     [6]  encoder layer (post-norm):  h = LN(h + Attention(q = k = h + positions, v = h)),  h = LN(h + MLP(h))
     [7]  c_i = mean over tokens of h_i + e(t),   e(t) = MLP([cos, sin](t w)),   w: 1 down to 1/10000
     [8]  adaLN(x) = scale(c) * LN(x) + shift(c), both linear in SiLU(c). DiT has 1 + scale
-    [9]  adaLN-Zero block:  x += gate(c) * Attention(adaLN(x)),   x += gate'(c) * MLP(adaLN'(x)),   where the
-         gates are zero at first: the block is then the identity
+    [9]  x += gate(c) * Attention(adaLN(x)),  x += gate'(c) * MLP(adaLN'(x));  gates 0 at first: the identity
     [10] out = W (scale(c_L) * x + shift(c_L)) + b,   without a norm, and not zero at first
     [11] FiLM in each residual block of a ResNet:  h = (1 + scale(text)) * h + shift(text), both zero at first
 
@@ -136,7 +135,8 @@ class Config:
         if not self.n_cameras and (self.reads_text or self.proprioception != "token"):
             raise ValueError("no cameras: set text_len=0, text_dim=0, proprioception='token', the only token")
         if not self.resnet_widths or any(width % self.n_groups for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths}: no multiples of n_groups {self.n_groups}")
+            raise ValueError(f"resnet_widths {self.resnet_widths}: one or more are needed, all "
+                             f"multiples of n_groups = {self.n_groups}")
         if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
             raise ValueError(f"image_size {self.image_size} and crop_size {self.crop_size} are two numbers "
                              f"each, height and width; crop_size may be ()")
@@ -236,7 +236,7 @@ def modulate(x, shift, scale):
 
 
 class DiTBlock(EncoderLayer):
-    """adaLN-Zero block of the same parts. (B, Tp, D) and what `prepare` returns -> (B, Tp, D)."""
+    """adaLN-Zero block [9] of the same parts. (B, Tp, D) and what `prepare` returns -> (B, Tp, D)."""
 
     def __init__(self, config):
         super().__init__(config)
