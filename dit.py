@@ -25,14 +25,14 @@ Transformer
          in-context        both are appended as two more tokens
     [7]  cross-attention   one more attention in each block, from the tokens to these two
     [8]  adaLN             the norm before a branch: LayerNorm(x) (1 + scale(cond)) + shift(cond)
-    [9]  adaLN-Zero        ... and x + gate(cond) branch(x); gate starts as 0: the block as the identity
+    [9]  adaLN-Zero        ... and x + gate(cond) branch(x); gate is 0 at first: the block is the identity
     [10] decoder: each token -> p x p x 2c: eps_theta and f, which sets the log variance of the step back to
          (1 + f)/2 log beta_t + (1 - f)/2 log var_t,   var_t: the variance of q(z_prev | z_t, z0)
 Diffusion of z0;   z0_hat is [11] solved for z0, with eps_theta as eps
     [11] z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps,  alpha_bar_t = (1 - beta_0) ... (1 - beta_t),
          beta_t in even steps from 0.1/K to 20/K
     [12] L = mean (eps - eps_theta)^2 + vb,   vb = KL(q(z_prev | z_t, z0) || p(z_prev | z_t)) for t > 0, else
-         -log p(z0 | z_t), in bits per number; only f learns from vb
+         -log p(z0 | z_t): a term of the variational bound, in bits per number. Only f learns from it
     [13] guidance: eps = eps_null + guidance (eps_y - eps_null),   null: the class that stands for any
     [14] DDPM: z_prev = c_x0 z0_hat + c_xt z_t + s eps,   the mean of q(z_prev | z_t, z0_hat); s^2 from [10]
     [15] DDIM: z_prev = sqrt(alpha_bar_prev) z0_hat + sqrt(1 - alpha_bar_prev - s^2) eps_theta + s eps,
@@ -75,9 +75,9 @@ class Config:
     data_shape: tuple = (3, 32, 32)  # (C, H, W) of an image in [-1, 1]
     n_classes: int = 8  # 0 = no labels. Class n_classes is the null class, "any"
     label_dropout: float = 0.1  # share of training labels made null; 0 = no null class, no guidance
-    flip: bool = False  # mirror half of the training images, drawn by chance, left to right
+    flip: bool = False  # mirror each training image left to right with probability 1/2
     # -- the autoencoder
-    vae_channels: tuple = (8, 16, 32)  # feature maps per level, all but the first halve x; () = none: z0 = x
+    vae_channels: tuple = (8, 16, 32)  # feature maps per level; each further one halves x; () = none: z0 = x
     vae_res_blocks: int = 1  # residual blocks per level of the encoder; decoder: one more
     vae_groups: int = 8  # groups of its GroupNorms; must divide every level's feature maps
     latent_channels: int = 4  # c
@@ -94,7 +94,7 @@ class Config:
     mlp_ratio: float = 4.0  # hidden width of the MLPs / D
     learn_variance: bool = True  # False: no f, the step back has variance var_t [10]
     # -- the diffusion
-    n_diffusion_steps: int = 1000  # K
+    n_diffusion_steps: int = 1000  # K, noise levels in training
     clip_x0: bool = False  # clip z0_hat to [-1, 1], where all pixels lie; latents have no bounds
     sampler: str = "ddim"  # "ddpm" [14] or "ddim" [15]
     sampler_steps: int = 50  # up to n_diffusion_steps
@@ -266,7 +266,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder, with its names. Weights start as torch's defaults."""
+    """Stable Diffusion's autoencoder. Weights start as torch's defaults."""
 
     def __init__(self, config):
         super().__init__()
@@ -561,7 +561,7 @@ def linear_alpha_bar(K):
 @torch.compiler.assume_constant_result
 def step_table(K, device, levels=None):
     """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
-    `device`. Kept: a copy from the host in every step would make the host wait. No buffer of the model:
+    `device`. Cached: a copy from the host in every step would make the host wait. Not a buffer of the model:
     .to(bfloat16) would round sqrt(alpha_bar_0) to 1. It differs from ddpm.py's: there is one schedule."""
     alpha_bar = linear_alpha_bar(K)
     return coefficients(alpha_bar if levels is None else alpha_bar[list(levels[::-1])]).float().to(device)
@@ -771,10 +771,10 @@ class DiT(nn.Module):
             coef = at(table, to_go, z)
             eps, log_variance = self.predict(z.repeat(1 + guided, 1, 1, 1), coef, condition)
             if guided:
-                (eps, null), log_variance = eps.chunk(2), log_variance.chunk(2)[0]
+                (eps, eps_null), log_variance = eps.chunk(2), log_variance.chunk(2)[0]
                 n = config.guidance_channels or eps.shape[1]
-                moved = null[:, :n] + config.guidance * (eps[:, :n] - null[:, :n])            # [13]
-                eps = torch.cat([moved, eps[:, n:]], dim=1)
+                eps_guided = eps_null[:, :n] + config.guidance * (eps[:, :n] - eps_null[:, :n])  # [13]
+                eps = torch.cat([eps_guided, eps[:, n:]], dim=1)
             x0 = (z - coef.sigma * eps) / coef.signal
             x0 = x0.clamp(-1, 1) if config.clip_x0 else x0
             if to_go == 0 or config.sampler == "ddim" and config.eta == 0:

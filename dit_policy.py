@@ -15,8 +15,8 @@ the mean of layer i's output, no more. With cross-attention instead, the authors
                                                          v + e(t)    v + e(t)            v + e(t)
     noised actions x_t -> MLP + positions ----------> block 1 --> block 2 --> ... --> block L --> final layer
 
-Axes: B items, n draws of noise per item, N observation tokens, D width, L layers, Tp steps of the chunk, A
-action dimensions, S numbers of proprioception, To observed steps, V cameras, C channels of an image token.
+Axes: B items, n draws of noise per item, N observation tokens, D width, L layers, A action dimensions (in
+p(A | O): the chunk), S numbers of proprioception, V cameras, C channels of an image token; Tp, To, Ta: below.
 Time of the diffusion, t: 0 is the least noised of K levels (one step of noise, not clean data), K-1 is noise.
 Time of the robot, here with To = 2 (among the tokens the newest image comes first):
     step        now-1  now  now+1 ... now+7 ... now+15
@@ -24,17 +24,16 @@ Time of the robot, here with To = 2 (among the tokens the newest image comes fir
     predicted           x     x   x     x    x    x       Tp = 16 (x0 below)
     executed            x     x   x     x                 Ta = 8, then look again and re-plan
 
-    [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),  beta_t <= 0.999 schedule
+    [1]  alpha_bar_t = f((t+1)/K) / f(0),  f(u) = cos^2((u + 0.008) / 1.008 * pi/2),
+         with each beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} cut to at most 0.999                   schedule
     [2]  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)                     noising
-    [3]  L = mean (eps - eps_theta(O, x_t, t))^2,   t uniform in 0..K-1                              loss
+    [3]  loss = mean (eps - eps_theta(O, x_t, t))^2,   t uniform in 0..K-1
     [4]  x0_hat = (x_t - sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_bar_t), clipped to [-1, 1]
     [5]  x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) eps_theta,   s < t                   DDIM step
-    [6]  encoder layer (post-norm), p = sine-cosine positions:  h = LN(h + Attention(q = k = h + p, v = h)),
-         h = LN(h + MLP(h))
+    [6]  encoder layer (post-norm):  h = LN(h + Attention(q = k = h + positions, v = h)),  h = LN(h + MLP(h))
     [7]  c_i = mean over tokens of h_i + e(t),   e(t) = MLP([cos, sin](t w)),   w: 1 down to 1/10000
     [8]  adaLN(x) = scale(c) * LN(x) + shift(c), both linear in SiLU(c). DiT has 1 + scale
-    [9]  adaLN-Zero block:  x += gate(c) * Attention(adaLN(x)),   x += gate'(c) * MLP(adaLN'(x)),   where the
-         gates are zero at first: the block is then the identity
+    [9]  x += gate(c) * Attention(adaLN(x)),  x += gate'(c) * MLP(adaLN'(x));  gates 0 at first: the identity
     [10] out = W (scale(c_L) * x + shift(c_L)) + b,   without a norm, and not zero at first
     [11] FiLM in each residual block of a ResNet:  h = (1 + scale(text)) * h + shift(text), both zero at first
 
@@ -95,7 +94,7 @@ class Config:
     share_encoder: bool = False  # True: all cameras share one (share_cam_features)
     # -- how proprioception enters
     proprioception: str = "token"  # a "token", a "pad" beside each image token, or "none" (use_obs)
-    state_dropout: float = 0.2  # probability that a number of it is dropped in training
+    state_dropout: float = 0.2  # probability of dropping each of its numbers in training
     # -- the transformers
     token_norm: bool = False  # True: tokens pass a layer norm first (feat_norm)
     token_dropout: float = 0.0  # of what enters the encoder
@@ -110,7 +109,7 @@ class Config:
     prediction_type: str = "x0"  # what the network predicts: "eps" (the original) or "x0"
     n_draws: int = 4  # draws of noise and time per observation
     sampler_steps: int = 8  # noise levels visited when sampling; at most K
-    spacing: str = "leading"  # which: "leading" starts below K-1, as the original; "trailing": see timetable
+    spacing: str = "leading"  # "leading" (the original) may start below K-1; "trailing" starts at it
     clip_x0: float = 1.0  # [4], 0 = none; 1 fits actions normalised to [-1, 1], train.py's default
 
     first_action = 0  # the chunk's first step, counted from now
@@ -136,7 +135,8 @@ class Config:
         if not self.n_cameras and (self.reads_text or self.proprioception != "token"):
             raise ValueError("no cameras: set text_len=0, text_dim=0, proprioception='token', the only token")
         if not self.resnet_widths or any(width % self.n_groups for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths}: no multiples of n_groups = {self.n_groups}")
+            raise ValueError(f"resnet_widths {self.resnet_widths}: one or more are needed, all "
+                             f"multiples of n_groups = {self.n_groups}")
         if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
             raise ValueError(f"image_size {self.image_size} and crop_size {self.crop_size} are two numbers "
                              f"each, height and width; crop_size may be ()")
@@ -204,7 +204,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """(..., D) -> (..., D). It differs from the networks of this name in ddpm.py and dit.py."""
+    """(..., D) -> (..., D). It differs from the networks of this name in ddpm.py and flow_matching.py."""
 
     def __init__(self, config):
         super().__init__()
@@ -216,7 +216,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm transformer layer. (B, N, D) -> (B, N, D)."""
+    """Post-norm transformer layer, as in the original. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -236,7 +236,7 @@ def modulate(x, shift, scale):
 
 
 class DiTBlock(EncoderLayer):
-    """adaLN-Zero block of the same parts. (B, Tp, D) and what `prepare` returns -> (B, Tp, D)."""
+    """adaLN-Zero block [9] of the same parts. (B, Tp, D) and what `prepare` returns -> (B, Tp, D)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -255,7 +255,7 @@ class DiTBlock(EncoderLayer):
 
 
 def position_table(n, dim, device=None):
-    """Fixed positions of n tokens, (n, dim). It differs from rdt.py's: sine and cosine in turn."""
+    """Fixed positions of n tokens [6], (n, dim). It differs from rdt.py's: sine and cosine in turn."""
     frequency = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10000) / dim))
     angle = torch.arange(n, device=device)[:, None] * frequency                 # (n, dim / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
@@ -296,7 +296,7 @@ class NoiseNet(nn.Module):
                     nn.init.xavier_uniform_(p)
             nn.init.zeros_(layer.attn.in_proj.bias)
             nn.init.zeros_(layer.attn.out_proj.bias)
-        nn.init.xavier_uniform_(self.positions[:, None])  # (Tp, 1, D), as there: the fans make it small
+        nn.init.xavier_uniform_(self.positions[:, None])  # as (Tp, 1, D), like the original: smaller numbers
         for block in self.decoder:
             for linear in block.modulation:
                 nn.init.zeros_(linear.bias)
@@ -385,15 +385,15 @@ class FilmResNet(nn.Module):
 @functools.lru_cache
 @torch.compiler.assume_constant_result
 def imagenet(device):
-    """Mean and deviation of ImageNet's images in [0, 1], (3, 1, 1) each: the original's ResNets were trained
-    on images normalised by them. Kept for the reason that cosine_alpha_bar names."""
+    """Mean and deviation of ImageNet's images in [0, 1], (3, 1, 1) each, with which the original normalises.
+    Cached for the same reason as cosine_alpha_bar."""
     numbers = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device="cpu")
     return numbers[..., None, None].to(device).unbind()
 
 
 class ImageEncoder(nn.Module):
-    """One camera: crop, normalise (unless float), ResNet; each cell of its last feature map is a token. (B,
-    3, H, W), text -> (B, cells, C). It differs from dp_cnn.py's: tokens instead of keypoints, and text."""
+    """One camera: crop, normalise bytes (not floats), ResNet; a token is a cell of its last feature map.
+    (B, 3, H, W), text -> (B, cells, C). It differs from dp_cnn.py's: tokens, not keypoints, and text."""
 
     def __init__(self, config):
         super().__init__()
@@ -555,8 +555,8 @@ class DiTPolicy(nn.Module):
         if x0.shape[1:] != (self.config.horizon, self.config.action_dim):
             raise ValueError(f"actions of shape {tuple(x0.shape[1:])} per item given, horizon and action_dim "
                              f"are {self.config.horizon} and {self.config.action_dim}")
-        # The mask is False past an episode's end, where the data repeat the last action. Learning from them
-        # too makes the policy stay where it ended; the original leaves them out.
+        # The mask is False past an episode's end, where the data repeat the last action. Learning from the
+        # repeats makes the policy stay where the episode ended; the original leaves them out.
         mask = torch.ones_like(mask) if self.config.train_on_padding else mask
         n = self.config.n_draws if noise is None else len(noise) // len(x0)
         x0, mask = x0.repeat(n, 1, 1), mask.repeat(n, 1)
@@ -597,7 +597,7 @@ class DiTPolicy(nn.Module):
             else:
                 eps, x0 = (x_t - math.sqrt(alpha_bar) * out) / math.sqrt(1 - alpha_bar), out
             if config.clip_x0:
-                # No action lies outside, but at noisy levels the division enlarges errors of eps. eps stays.
+                # Actions lie within; at noisy levels the division enlarges errors of eps. eps itself is kept.
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)                  # [4]
             x_t = math.sqrt(alpha_bar_s) * x0 + math.sqrt(1 - alpha_bar_s) * eps  # [5]
             if trace is not None:
@@ -726,13 +726,13 @@ def main(steps=500):
     trace = []
     model.sample(batch, generator=generator, trace=trace)
     for k, x_t in enumerate(trace, 1):
-        off = (x_t - both).norm(dim=-1).mean(-1)                                # (2, 500)
-        print(f"denoising step {k:2d}: {off.amin(0).mean():.3f} from the nearer half circle")
-    near = (off.amin(0) < 0.1).float().mean().item()
-    left = (off.argmin(0) == 1).float().mean().item()
+        distance = (x_t - both).norm(dim=-1).mean(-1)                           # (2, 500)
+        print(f"denoising step {k:2d}: {distance.amin(0).mean():.3f} from the nearer half circle")
+    near = (distance.amin(0) < 0.1).float().mean().item()
+    anticlockwise = (distance.argmin(0) == 1).float().mean().item()
     print(f"trajectories that are a half circle: {100 * near:.1f} % (expected: at least 95); anticlockwise: "
-          f"{100 * left:.0f} % (expected: about 50)")
-    return near, left
+          f"{100 * anticlockwise:.0f} % (expected: about 50)")
+    return near, anticlockwise
 
 
 if __name__ == "__main__":
