@@ -574,7 +574,7 @@ def at(table, t, x):
 
 def timetable(K, steps):
     """The levels t that a sampler visits, noisiest first: `steps` of K, evenly from K-1 to 0, or steps itself
-    if it is a list. The policy files' timetable differs: its "leading" steps start below K-1."""
+    if it is a list. The policy files' timetable differs: its "leading" steps may start below K-1."""
     if isinstance(steps, int):
         if not 1 <= steps <= K:
             raise ValueError(f"sampler steps {steps} must lie in 1..n_diffusion_steps = {K}")
