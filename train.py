@@ -314,6 +314,7 @@ def carry_out(run):
         save(run)
     if any(evaluations_due(run)) and not any(r["step"] == run.step and "lr" not in r for r in run.rows):
         evaluate_on_the_way(run)  # what was interrupted after its checkpoint and before this
+    died = None
     try:
         loop(run, stream)
     except torch.OutOfMemoryError as e:
@@ -322,7 +323,11 @@ def carry_out(run):
     except RuntimeError as e:  # torch notices it at any place of the loop
         if "DataLoader worker" not in str(e):
             raise
-        raise UserError(f"a worker process died ({one_line(e)[:99]}): go on with --resume") from None
+        died = one_line(e)[:99]
+    finally:
+        stream.close()  # the workers that are left end here; they do not heed the SIGTERM of an exit
+    if died:  # raised here, where nothing of the loop is held any more
+        raise UserError(f"a worker process died ({died}): go on with --resume")
     release_signals()  # all is saved: from here on an interruption costs the evaluation only
     return finish(run)
 

@@ -719,7 +719,9 @@ if __name__ == "__main__":
     ("os.killpg(0, signal.SIGTERM)", 128 + signal.SIGTERM, "stopped after step 4"),
     ("os.killpg(0, signal.SIGINT)", 128 + signal.SIGINT, "stopped after step 4"),
     ("import multiprocessing as m; m.active_children()[0].kill(); import time; time.sleep(2)", 2,
-     "a worker process died")], ids=["SIGTERM", "SIGINT", "worker"])
+     "a worker process died"),
+    ("import multiprocessing as m; m.active_children()[0].kill()", 2, "a worker process died")],
+    ids=["SIGTERM", "SIGINT", "worker", "worker, noticed by the loader"])
 def test_signals_to_the_group_and_dead_workers(act, status, said, demos, tmp_path):
     """Ctrl-C, a container that is stopped: workers get the signal too, and must not die of it."""
     (tmp_path / "group.py").write_text(GROUP.format(act=act))
@@ -735,6 +737,20 @@ def test_signals_to_the_group_and_dead_workers(act, status, said, demos, tmp_pat
     assert read_checkpoint(tmp_path / "out")["step"] == (3 if status == 2 else 4)
 
 
+def test_the_norm_of_the_gradient_is_clipped(demos, tmp_path, monkeypatch):
+    """What the optimiser sees is as short as --clip says; what is logged is the norm before."""
+    seen, real = [], torch.optim.AdamW.step
+
+    def step(self):
+        norms = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(torch.stack(norms).norm().item())
+        return real(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train.main(command(demos, tmp_path, steps=3, clip=0.01, eval_every=0))
+    assert seen == pytest.approx([0.01] * 3, rel=1e-3)
+    assert all(row["grad_norm"] > 0.02 for row in read_rows(tmp_path) if "grad_norm" in row)
+
+
 @pytest.mark.parametrize("env, named", [("{id: no_such_package/Env-v0}", "no_such_package"),
                                         ("{di: x}", "'di'"), ("{id: 3}", "names no environment")])
 def test_an_environment_that_is_wrong_costs_no_training(env, named, demos, tmp_path, capsys):
@@ -746,7 +762,8 @@ def test_an_environment_that_is_wrong_costs_no_training(env, named, demos, tmp_p
 
 def test_stopped_between_two_rows(demos, tmp_path, monkeypatch):
     """The row that comes next is the mean over all of its steps, those before the stop among them."""
-    argv = {name: command(demos, tmp_path / name, log_every=4, checkpoint_every=50, eval_every=0, grad_accum=2)
+    argv = {name: command(demos, tmp_path / name, log_every=4, checkpoint_every=50, eval_every=0,
+                          grad_accum=2)
             for name in ("whole", "stopped")}
     train.main(argv["whole"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
