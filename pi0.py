@@ -48,7 +48,7 @@ Map: Config | Siglip | Gemma | block_mask, time | Pi0: loss, text, sample, from_
 Differs from the original:
  1. The one attention is computed in two parts, prefix first, in training as in sampling. The numbers are the
     same, since the prefix does not see the suffix (state and actions), and n draws of noise and time can
-    share a prefix. Its last layer stops at keys and values, since the suffix reads nothing else.
+    share a prefix. The prefix's last layer stops at keys and values: the suffix reads nothing else.
  2. Steps past the end of an episode are left out of the loss. openpi trains on the last action, repeated, so
     that the policy learns to stay: `train_on_padding`.
  3. openpi's code trains no text. Here the text loss is a second pass over a share of the batch, with the mask
@@ -100,7 +100,7 @@ class Config:
     # -- Gemma (prefix) and the action expert (suffix). Depth and heads are common: they meet in the attention
     depth: int = 4              # layers
     n_heads: int = 4            # heads of queries
-    n_kv_heads: int = 2         # ... of keys and values; fewer: less of a prefix to keep, to read per step
+    n_kv_heads: int = 2         # ... of keys and values; fewer: a smaller prefix to keep and to read per step
     head_dim: int = 32          # d, width of a head
     width: int = 128            # D of Gemma
     mlp: int = 256              # ... hidden width of its MLPs
@@ -382,8 +382,8 @@ def time_embedding(t, dim):
 
 
 def sample_time(count, device):
-    """So many times of [1]: b^1.5, the distribution function of Beta(1.5, 1), is inverted. Noisy times come
-    more often: there images and text must decide what is meant; near the data x_t shows it."""
+    """`count` times of [1], by inverting b^1.5, the distribution function of Beta(1.5, 1). None of the ten
+    steps starts below 0.001. Noisy times come more often: there o tells what is meant; near data x_t does."""
     return 0.001 + 0.999 * torch.rand(count, device=device) ** (1 / 1.5)        # [1]
 
 
@@ -519,7 +519,7 @@ class Pi0(nn.Module):
         all items once, then again: drawn when not given.
         -> {"loss": (), "flow": (), "text": (), "per_sample": (n B,) of the flow, "t": (n B,)}"""
         c, x0, mask = self.config, self.pad(batch["actions"]), batch["action_mask"]
-        mask = torch.ones_like(mask) if c.train_on_padding else mask            # (B, Tp, A), (B, Tp)
+        mask = torch.ones_like(mask) if c.train_on_padding else mask            # (B, Tp); x0 (B, Tp, A)
         B, n = len(x0), c.n_draws if noise is None else len(noise) // len(x0)
         x0, mask = draws(x0, n), draws(mask, n)
         noise = torch.randn_like(x0) if noise is None else noise
@@ -553,7 +553,7 @@ class Pi0(nn.Module):
     def text_loss(self, images, seen, text):
         """Mean cross-entropy, nats per code, of the instruction (B, L) and the 0 that ends it."""
         logits = self.text_logits(images, seen, text)                           # (B, L, vocab)
-        real = F.pad(text > 0, (1, 0), value=True)[:, :-1]  # as far as the first padding
+        real = F.pad(text > 0, (1, 0), value=True)[:, :-1]  # the first 0 too: it ends a text
         error = F.cross_entropy(logits.transpose(1, 2), text, reduction="none")  # (B, L)
         return (error * real).sum() / real.sum()                                # [4]
 
@@ -583,7 +583,7 @@ class Pi0(nn.Module):
         shape = (len(state), c.horizon, c.padded_dim or c.action_dim)
         x_t = randn(shape, generator, state.device) if noise is None else noise.float()
         for i in range(steps):
-            # Not t - dt again and again: rounding adds up, which with the short periods of [9] can be seen.
+            # Not t - dt again and again: rounding errors add up, and the short periods of [9] show them.
             t = torch.full((len(state),), 1 - i / steps, device=state.device)
             x_t = x_t - 1 / steps * self.velocity(cache, valid, state, x_t, t)  # [5]
             if trace is not None:
@@ -604,9 +604,9 @@ class Pi0(nn.Module):
             model = cls(config)
         if "embed.weight" in weights and not any(k.startswith(ACTION_PARTS) for k in weights):
             # PaliGemma alone; the last rows of its table are spare.
-            like = weights["embed.weight"] = weights["embed.weight"][:config.vocab_size]
+            table = weights["embed.weight"] = weights["embed.weight"][:config.vocab_size]
             for name in ACTION_PARTS:
-                part = getattr(model, name).to_empty(device=like.device).to(like.dtype)
+                part = getattr(model, name).to_empty(device=table.device).to(table.dtype)
                 model.init_weights(part)
                 weights |= {f"{name}.{k}": v for k, v in part.state_dict().items()}
         load_strictly(model, weights)

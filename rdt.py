@@ -40,14 +40,14 @@ Time: t = 0 is the least noised of K levels (one step of noise), t = K - 1 is no
 Map: Config | UNIFIED | Siglip | T5Encoder | RDTBlock | dpm_solver | RDT: loss, sample, from_official | main.
 
 Differs from the original:
- 1. The released norms divide by the deviation, not by the root mean square: timm 1.0.3's mistake (`norm`).
+ 1. Norms: "released" divides by the deviation, not by the root mean square, as timm 1.0.3 does. Whether the
+    released weights were trained so is not known: with apex installed, timm takes a true RMS norm (`norm`).
  2. `masked` (tiny): places that a robot lacks are 0 in the network's input and left out of the loss. The
     original feeds noise to all 128 and trains all 128. A sample has only the robot's own in both.
- 3. Steps past an episode's end are left out of the loss. The original trains on the last action, repeated, so
-    that the policy learns to stay: `train_on_padding`.
+ 3. Steps past an episode's end are left out of the loss. The original trains on them (`train_on_padding`).
  4. Keys and values of language and pictures are computed once per chunk, and once for n draws of noise.
  5. A hidden state is 0. That is the data's mean, as in the original, if states are normalised by mean and
-    deviation. At an episode's start the older picture is the first one again, not the background.
+    deviation. At an episode's start the older picture repeats the first; the original shows the background.
  6. Colour jitter, image corruption and the exchange of instructions for paraphrases are left out.
  7. "tiny" has other sizes, bytes for text, initial weights that let attention choose and content outweigh
     position, times nearer to noise [3], and encoders that learn with the rest, as they are not pretrained.
@@ -93,7 +93,7 @@ class Config:
     tokenizer_path: str = ""    # SentencePiece model file of T5; "" = bytes
     encoders: str = "train"     # "train": with the rest; "frozen": as given; "none": batches bring embeddings
     vit_size: int = 48          # SigLIP: side of the square that images are fitted into, pixels
-    patch_size: int = 12        # side of a patch, pixels; released weights leave a rim unread (384, of 14)
+    patch_size: int = 12        # side of a patch, pixels; released (14 in 384): a rim stays unread
     vit_width: int = 128        # width of its tokens
     vit_depth: int = 1          # ... layers
     vit_mlp: int = 256          # ... hidden width of the MLPs
@@ -122,7 +122,7 @@ class Config:
     time_alpha: float = 5.0
     mask_prob: float = 0.05     # probability with which training hides each modality (released: 0.1)
     state_noise: float = 0.0    # deviation of noise on the normalised state in training (released: 0.01)
-    train_on_padding: bool = False  # True: steps past an episode's end are trained on, as in the original
+    train_on_padding: bool = False  # True: steps past an episode's end are trained on, which teaches to stay
     checkpointing: bool = False  # True: each layer is computed again in the backward pass instead of kept
     n_diffusion_steps: int = 1000  # K, noise levels in training
     sampler_steps: int = 5      # steps of DPM-Solver++
@@ -146,9 +146,9 @@ class Config:
             if max(slots(names), default=0) >= self.unified_dim:
                 raise ValueError(f"unified_dim {self.unified_dim} has no room for the names given: use 128")
         parts = [("width", "n_heads"), ("vit_width", "vit_heads"), ("vit_size", "patch_size")]
-        for name, part in parts[:{"none": 1, "frozen": 2, "train": 3}[self.encoders]]:
-            a, b = getattr(self, name), getattr(self, part)
-            if a % b:
+        n_checked = {"none": 1, "frozen": 2, "train": 3}[self.encoders]  # frozen: a rim may stay unread
+        for name, part in parts[:n_checked]:
+            if (a := getattr(self, name)) % (b := getattr(self, part)):
                 raise ValueError(f"{name} {a} must be a multiple of {part} {b}")
         if self.n_action_steps > self.horizon:
             raise ValueError(f"n_action_steps {self.n_action_steps} must lie in 1..horizon = {self.horizon}")
@@ -167,7 +167,7 @@ class Config:
             raise ValueError(f"t5_buckets {self.t5_buckets} must lie in 4..{4 * self.t5_distance - 1}")
         if self.n_fourier > 20 or self.mask_prob >= 1:
             raise ValueError(f"n_fourier {self.n_fourier} must be <= 20, mask_prob {self.mask_prob} < 1")
-        solver_times(self.n_diffusion_steps, self.sampler_steps)
+        solver_times(self.n_diffusion_steps, self.sampler_steps)  # raises if they do not fit
 
     # Asked by the data: actions of a chunk, the step of its first one (0 = now), observed steps.
     pred_horizon = property(lambda self: self.horizon)
@@ -342,7 +342,7 @@ def attention(q, k, v, bias=None):
 
 class Norm(nn.Module):
     """RMSNorm, in float32. Not layer norm, whose centring would shift the tokens of a time series (paper).
-    kind "released": divided by the deviation, though x is not centred; released weights are used to that."""
+    kind "released": over the unbiased deviation, though x is not centred, as in timm 1.0.3 without apex."""
 
     def __init__(self, width, kind="true"):
         super().__init__()
@@ -355,7 +355,7 @@ class Norm(nn.Module):
 
 
 def t5_bucket(distance, n_buckets, farthest):
-    """Bucket of a distance (key minus query). Half of the buckets are for keys behind, half for keys ahead.
+    """Bucket of a distance (key minus query). Half of the buckets are for keys before the query.
     In each half, the first ones hold a single distance, the rest widen logarithmically up to `farthest`."""
     half, single, gap = n_buckets // 2, n_buckets // 4, distance.abs()
     far = torch.log(gap.clamp(min=1) / single) / math.log(farthest / single) * (half - single)
@@ -476,7 +476,7 @@ class RDTBlock(nn.Module):
 
 
 def adaptor(dim, width, layers):
-    """MLP of so many linear layers, from a modality's own width to the transformer's."""
+    """MLP of `layers` linear layers, from a modality's own width to the transformer's."""
     parts = [nn.Linear(dim, width)]
     for _ in range(layers - 1):
         parts += [nn.GELU(approximate="tanh"), nn.Linear(width, width)]
@@ -687,7 +687,7 @@ class RDT(nn.Module):
         return mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
 
     def read(self, batch):
-        """What the blocks read, as embeddings that the batch brings or from the encoders: tokens of the
+        """What the blocks read, brought by the batch or made by the encoders: tokens of the
         instruction (B, L, D_t5), which of them are real (B, L), tokens of the pictures (B, M, D_vit)."""
         c, mask = self.config, self.lang_mask(batch)
         lang, images = batch.get("lang_embeds"), batch.get("image_embeds")
@@ -750,7 +750,7 @@ class RDT(nn.Module):
         (n B,), all items once, then again: drawn when not given. Time: t = 0 is almost data, t = K - 1 noise.
         -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}"""
         c, x0, mask = self.config, self.unify("action", batch["actions"]), batch["action_mask"]
-        mask = torch.ones_like(mask) if c.train_on_padding else mask            # (B, Tp, U), (B, Tp)
+        mask = torch.ones_like(mask) if c.train_on_padding else mask            # (B, Tp); x0 (B, Tp, U)
         B, n, K = len(x0), c.n_draws if noise is None else len(noise) // len(x0), c.n_diffusion_steps
         encoded = self.encode(self.hide(batch) if self.training and (c.mask_prob or c.state_noise) else batch)
         valid = self.valid("action", batch) if c.masked else torch.ones_like(x0[:, 0])
@@ -868,7 +868,7 @@ FINE_TUNING = {"steps": 200_000, "batch_size": 32, "lr": 1e-4, "lr_schedule": "c
 # ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
 # ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
-    # Which block is meant matters in one window of five only: batches of 32 or 64 were too little.
+    # The task's instruction matters in one window of five only: batches of 32 or 64 were too small.
     "tiny": {"steps": 2000, "batch_size": 128, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16", "normalizer": "meanstd"},
     "170M": FINE_TUNING, "1B": FINE_TUNING,
