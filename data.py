@@ -19,7 +19,7 @@ would be padding, because it trains on the padding.)
 """
 import copy
 import dataclasses
-import signal
+import os
 import sys
 
 import numpy as np
@@ -253,14 +253,13 @@ def batches(windows, batch_size, seed, start_step=0, rank=0, world=1, workers=0)
     # A generator of its own: the loader draws a seed for its workers, which must not disturb the run's.
     loader = torch.utils.data.DataLoader(BatchByIndices(windows), batch_size=None, sampler=stream,
                                          num_workers=workers, pin_memory=windows.device.type == "cuda",
-                                         generator=torch.Generator(), worker_init_fn=ignore_signals)
+                                         generator=torch.Generator(), worker_init_fn=own_group)
     return (received(indices, batch, windows.device) for indices, batch in loader)
 
 
-def ignore_signals(worker):
-    """Ctrl-C and a container's SIGTERM reach the whole group; the main process says what they mean."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def own_group(worker):
+    """Ctrl-C and a SIGTERM to the group are for the main process to hear; it ends its workers itself."""
+    os.setpgid(0, 0)
 
 
 def received(indices, batch, device):

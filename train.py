@@ -307,25 +307,25 @@ def carry_out(run):
     options = run.options
     stream = data.batches(run.items, options.batch_size, options.seed, run.step * options.grad_accum,
                           run.rank, run.world, options.workers)
-    if run.main:
-        rehearse_all(run)
-        announce(run)
-    if not options.resume:
-        save(run)
-    if any(evaluations_due(run)) and not any(r["step"] == run.step and "lr" not in r for r in run.rows):
-        evaluate_on_the_way(run)  # what was interrupted after its checkpoint and before this
     died = None
     try:
+        if run.main:
+            rehearse_all(run)
+            announce(run)
+        if not options.resume:
+            save(run)
+        if any(evaluations_due(run)) and not any(r["step"] == run.step and "lr" not in r for r in run.rows):
+            evaluate_on_the_way(run)  # what was interrupted after its checkpoint and before this
         loop(run, stream)
     except torch.OutOfMemoryError as e:
         raise UserError(f"step {run.step + 1} needs more memory than {run.device} has ({one_line(e)[:120]}): "
                         f"lower --batch_size and raise --grad_accum") from None
-    except RuntimeError as e:  # torch notices it at any place of the loop
-        if "DataLoader worker" not in str(e):
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as e:  # at any place of the loop
+        if not options.workers or isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
             raise
         died = one_line(e)[:99]
     finally:
-        stream.close()  # the workers that are left end here; they do not heed the SIGTERM of an exit
+        stream.close()  # the workers that are left end here
     if died:  # raised here, where nothing of the loop is held any more
         raise UserError(f"a worker process died ({died}): go on with --resume")
     release_signals()  # all is saved: from here on an interruption costs the evaluation only
