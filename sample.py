@@ -11,21 +11,23 @@ import json
 import re
 from pathlib import Path
 
-import yaml
-
 from demos.images import open_samples
 from robot.checkpoint import load_model
+from robot.cli import SEEDS, Parser
 from robot.environments import ENVIRONMENTS
-from robot.errors import UserError, run_command, write_json
-from robot.models import load_module, model_config, pick_device
+from robot.errors import UserError, input_text, run_command, write_json
+from robot.models import load_module, pick_device, sampler_config
 from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.rollout import closed_loop
 from tools import report
-from tools.options import Parser, parse_set
+from tools.options import parse_set, read_values
 from tools.pictures import pictures
 from tools.quality import compare_samples
 from tools.words import about
+
+
+RANGES = {"episodes": (1, 100_000), "seed": SEEDS, "sampler_steps": (0, 100_000)}
 
 
 def add_flags(parser):
@@ -36,7 +38,7 @@ def add_flags(parser):
     add("--config", default="", help="YAML whose env: maps the environment's observations")
     add("--episodes", type=int, default=100, help="of the closed loop (default: 100)")
     add("--sampler_steps", type=int, default=0, help="default: as the model was configured")
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. sampler=ddpm")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="of the sampler, e.g. sampler=ddpm")
     add("--robot", default="", help="which of the robots that it was trained on")
     add("--without", action="append", default=[], metavar="CAMERA", help="cover this camera")
     add("--swap", action="append", default=[], metavar="A,B", help="exchange two words in the instruction")
@@ -52,7 +54,7 @@ def load_run(path, args):
     device, dtype = pick_device(args.device, args.dtype)
     model, checkpoint = load_model(path, device, replay=not args.no_replay)
     changes = parse_set(args.set)
-    model.config = model_config(load_module(checkpoint["model"]), checkpoint["config"] | changes, "--set")
+    model.config = sampler_config(load_module(checkpoint["model"]), checkpoint["config"], changes)
     if checkpoint["normalizer"] is None:
         model.config.sampler_steps = args.sampler_steps or model.config.sampler_steps
         return model, checkpoint, None
@@ -79,10 +81,10 @@ def environment_of(args, checkpoint):
     options = checkpoint["options"]
     env = options["env"]
     if args.config:
-        try:
-            env = yaml.safe_load(Path(args.config).read_text())["env"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as e:
-            raise UserError(f"--config {args.config}: no env: can be read ({type(e).__name__})") from None
+        content = read_values(input_text(args.config), f"--config {args.config}")
+        env = content.get("env") if isinstance(content, dict) else None
+        if not isinstance(env, dict):
+            raise UserError(f"--config {args.config} holds no env: of KEY: VALUE lines")
     robot = options.get("robots", {}).get(args.robot, {})
     data = robot.get("data", args.robot) or options["data"] or "tabletop"
     if args.env in ENVIRONMENTS or not args.env and not env and data in ENVIRONMENTS:
@@ -96,9 +98,7 @@ def main(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", nargs="+", help="folder of a training run, or its checkpoint.pt")
     add_flags(parser)
-    args = parser.parse(argv)
-    if args.episodes < 1:
-        raise UserError(f"--episodes {args.episodes} must be at least 1")
+    args = parser.parse(argv, RANGES)
     if len(args.run) > 1:
         raise UserError(f"{len(args.run)} runs are given: python -m tools.compare shows them side by side")
     path = Path(args.run[0])

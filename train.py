@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from robot.environments import ENVIRONMENTS
-from robot.errors import UserError, one_line, run_command, write_json, written_aside
+from robot.errors import UserError, one_line, run_command, write_json
 from robot.models import load_module, pick_device
 from robot.normalizer import Normalizer
 from robot.policy import Policy
@@ -38,7 +38,7 @@ from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import pictures
 from tools.quality import compare_samples, validate
 from tools.runs import (Run, Since, catch_signals, collect, keep_best, locked, log, n_parameters, prepare_out,
-                        release_signals, save, stop_status)
+                        release_signals, save, stop_status, write_rows)
 from tools.starting import build, earlier_run, resume
 
 # ----------------------------------------------------------------------------------------------------------
@@ -288,8 +288,7 @@ def announce(run):
           f"{len(run.held_out):,} held-out items, {run.device.type}, {str(run.dtype)[6:]}")
     if run.normalizer is not None:
         print(run.normalizer.summary())
-    with written_aside(run.out / "metrics.jsonl") as aside:
-        aside.write_text("".join(json.dumps(r) + "\n" for r in run.rows))
+    write_rows(run.out / "metrics.jsonl", run.rows)
 
 
 def train(options, module):

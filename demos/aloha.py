@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from demos.episodes import make_episode
+from robot.errors import input_text
 
 
 def matches(file):
@@ -18,6 +19,7 @@ def episodes(path, file):
     """The one episode of an open file, see demos/files.py."""
     # RDT's annotation draws from "instruction", a short form and paraphrases; here it is always the first.
     notes = sorted(Path(path).parent.glob("expanded_instruction*.json"))
-    instruction = str(json.loads(notes[0].read_text()).get("instruction", "")) if notes else ""
+    noted = json.loads(input_text(notes[0])) if notes else {}
+    instruction = str(noted.get("instruction", ""))
     return [make_episode(path, Path(path).name, file["action"], file["observations"], [file],
                         rollout=str(path), split=None, instruction=instruction)]

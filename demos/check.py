@@ -5,7 +5,6 @@
 What it lists under "must be mended" training refuses (open_demos raises the first such line); what stands
 under "worth a look" it takes as it is. Exit status 2, with one line, only if nothing can be read.
 """
-import argparse
 import collections
 import contextlib
 from pathlib import Path
@@ -17,6 +16,7 @@ from demos.episodes import decode_jpeg, faults, nonfinite
 from demos.files import OPENERS, find_files, open_file, read_episodes
 from demos.generated import tabletop_file
 from demos.images import read_arrays, read_images
+from robot.cli import Parser
 from robot.errors import UserError, one_line, run_command
 from robot.normalizer import Normalizer
 
@@ -164,6 +164,8 @@ def report_motion(episodes, numbers, odd):
 def holds_images(path):
     if Path(path).suffix == ".npz":
         return ".npz" not in OPENERS    # then a layout of yours has episodes in them
+    if not Path(path).is_file():
+        return False            # a folder; a pipe, which would never end
     try:
         with h5py.File(path, "r") as file:
             return "data" not in file and ("x" in file or "x_train" in file)
@@ -206,10 +208,10 @@ def report_faults(wrong, odd):
         print("nothing looks wrong")
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m demos.check", description=__doc__.partition("\n")[0])
+def main(argv=None):
+    parser = Parser(prog="python -m demos.check", description=__doc__.partition("\n")[0])
     parser.add_argument("path", help="HDF5 file, folder or glob; .npz or HDF5 of images; tabletop")
-    inspect(parser.parse_args().path)
+    inspect(parser.parse(argv).path)
 
 
 if __name__ == "__main__":

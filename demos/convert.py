@@ -7,12 +7,12 @@ before step episode_ends[e]. `action` becomes `actions`, every other array an ob
 flattened to (T, 18); pictures (N, H, W, 3) are taken only with --images and become uint8. Needs the package
 zarr, version 2 or 3 (pip install zarr).
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from demos.generated import new_hdf5
+from robot.cli import Parser
 from robot.errors import UserError, nearest, one_line, run_command
 
 
@@ -80,14 +80,14 @@ def write_array(demo, key, x):
                             compression=4, chunks=(min(16, len(x)), *x.shape[1:]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(argv=None):
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("source", help="replay buffer: a .zarr folder or a .zarr.zip")
     parser.add_argument("out", help="HDF5 file to write; must not exist")
     parser.add_argument("--images", action="store_true", help="take the pictures along")
     parser.add_argument("--fps", type=float, default=10.0, help="control steps per second (10 is Push-T's)")
     parser.add_argument("--instruction", default="", help="the task in words, for policies that read")
-    args = parser.parse_args()
+    args = parser.parse(argv, {"fps": (0.001, 1e6)})
     episodes, steps = convert(args.source, args.out, args.images, args.fps, args.instruction)
     print(f"{args.out}: {episodes} episodes, {steps} steps. python -m demos.check {args.out} tells more.")
 

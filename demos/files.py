@@ -10,19 +10,18 @@ close(). docs/extending.md adds a layout in ten lines.
 """
 import contextlib
 import glob
-import os
 import re
 from pathlib import Path
 
 import h5py
 
 from demos import aloha, robomimic
-from robot.errors import UserError, nearest, one_line
+from robot.errors import UserError, input_file, nearest, one_line, user_path
 
 
 def find_files(source):
     """Files of a path, a folder (searched to the bottom) or a glob; episode_10 comes after episode_9."""
-    source, path = str(source), Path(source).expanduser()
+    source, path = str(source), user_path(source)
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.suffix in OPENERS]
     else:
@@ -43,11 +42,10 @@ def find_files(source):
 
 
 def open_hdf5(path):
+    path = input_file(path)
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        if not os.path.exists(path):
-            raise UserError(f"no such file: {path}") from None
         reason = "is cut short, copy it again" if "truncated" in str(error) else "cannot be opened as HDF5"
         raise UserError(f"{path} {reason}: {one_line(error)}") from None
 

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from robot import tabletop
-from robot.errors import written_aside
+from robot.errors import run_command, user_path, written_aside
 from robot.tabletop import FPS, MAX_STEPS, REACH, Expert, Tabletop, render
 
 WHOLE = 3                               # with cameras, one rollout in so many goes on after the grasp
@@ -106,7 +106,7 @@ def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
     version = hashlib.sha256(sources).hexdigest()[:8]
     folder = cache or os.environ.get("ACTION_DIFFUSION_CACHE") or "~/.cache/action_diffusion"
     name = f"{robot}_{rollouts}_{'cameras' if cameras else 'lowdim'}_seed{seed}_{version}.hdf5"
-    path = Path(folder).expanduser() / name
+    path = user_path(folder) / name
     if path.exists():
         return path
     print(f"note: generating {rollouts} demonstrations, kept in {path}", file=sys.stderr)
@@ -135,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,11 +1,11 @@
 """Checkpoints: weights, configuration, description of the data and a recorded pair to replay, in one file."""
 import zipfile
-from pathlib import Path
 
 import torch
 
-from .errors import UserError, one_line, written_aside
+from .errors import UserError, input_file, one_line, user_path, written_aside
 from .models import load_module, model_config
+from .normalizer import Normalizer
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
 
@@ -18,20 +18,61 @@ def save_checkpoint(path, content):
             raise OSError(f"torch.save: {str(e).splitlines()[0]}") from None
 
 
-# What a checkpoint holds, and of which type.
-CONTENT = {"model": str, "preset": str, "options": dict, "config": dict, "data": dict,
-           "normalizer": (dict, type(None)), "step": int, "train_seconds": (int, float), "weights": dict,
-           "ema": dict, "optimizer": dict, "replay": dict}
+# What a checkpoint holds, and of which type; [str]: a list of these.
+CONTENT = {"model": str, "preset": str, "config": dict, "data": dict, "normalizer": (dict, type(None)),
+           "options": {"data": str, "seed": int, "steps": int, "demos": int, "env": dict},
+           "step": int, "train_seconds": (int, float), "weights": dict, "ema": dict, "optimizer": dict,
+           "replay": {"batch": dict, "output": torch.Tensor}}
+# ... and "data" of it, of a policy and of a generative model.
+DATA = {"source": str, "state_keys": dict, "camera_keys": [str], "image_size": (list, type(None)),
+        "fps": (int, float, type(None)), "action_dim": int, "state_dim": int, "action_names": [str],
+        "instructions": [str]}
+SAMPLES = {"source": str, "shape": [int], "n_classes": int, "class_names": [str]}
+
+
+def sound(value, kind):
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(k in value and sound(value[k], kind[k]) for k in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(isinstance(x, kind[0]) for x in value)
+    return isinstance(value, kind)
+
+
+def faults(content):
+    """Names of the parts that a checkpoint lacks, or holds as something else."""
+    yield from (key for key, kind in CONTENT.items() if key not in content or not sound(content[key], kind))
+    unlogged = content.get("unlogged", {"step": 0})  # older ones have none
+    losses = unlogged.get("losses", torch.zeros(0)) if sound(unlogged, {"step": int}) else None
+    if not torch.is_tensor(losses) or losses.ndim != 1 or not losses.dtype.is_floating_point:
+        yield "unlogged"
+    if content.get("normalizer") is None:
+        yield from () if sound(content.get("data"), SAMPLES) else ["data"]
+    elif not sound(content.get("data"), DATA):
+        yield "data"
+    else:
+        try:
+            check_normalizer(Normalizer.from_state(content["normalizer"]), content["data"])
+        except Exception:  # any: whatever an edited one makes of these few lines
+            yield "normalizer"
+
+
+def check_normalizer(normalizer, data):
+    for key, dim in (("actions", data["action_dim"]), ("state", data["state_dim"])):
+        there_and_back = normalizer.unnormalize(key, normalizer.normalize(key, torch.zeros(1, dim)))
+        stats = [normalizer.stats[key][name] for name in ("min", "max", "mean", "std")]
+        numbers = torch.stack([there_and_back[0], *stats])
+        assert numbers.shape == (5, dim) and numbers.isfinite().all() and numbers.dtype == torch.float32
 
 
 def read_checkpoint(path, device="cpu"):
     """The checkpoint's dict. `path` may be the run's folder. Only tensors, numbers, texts and containers of
     them are read; anything else a pickle could hold is refused. The file's checksums are compared, so that no
     flipped bit becomes a weight."""
-    path = Path(path)
+    path = user_path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"there is no {path}; give the --out folder of a training run")
+    path = input_file(path)
     try:
         with zipfile.ZipFile(path) as parts:
             damaged = parts.testzip()
@@ -47,9 +88,8 @@ def read_checkpoint(path, device="cpu"):
     if not isinstance(found, int) or found > FORMAT:
         raise UserError(f"{path} has format {str(found)[:20]}, this code reads up to {FORMAT}: update the "
                         f"code")
-    for key, kind in CONTENT.items():
-        if not isinstance(content.get(key), kind):
-            raise UserError(f"{path} holds no sound '{key}': it was edited, train again or take another copy")
+    for key in faults(content):
+        raise UserError(f"{path} holds no sound '{key}': it was edited, train again or take another copy")
     return content
 
 
@@ -97,9 +137,10 @@ def load_model(path, device="cpu", module=None, replay=True):
 def load_official(module, config, path):
     """A model with official weights from a .safetensors file (package safetensors) or a plain torch
     state_dict."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--init {path}: there is no such file")
+    try:
+        path = input_file(path)
+    except UserError as e:
+        raise UserError(f"--init {e}") from None
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -109,7 +150,7 @@ def load_official(module, config, path):
     except ImportError:
         raise UserError("reading .safetensors needs a package: pip install safetensors") from None
     except Exception as e:  # either library has types of its own for files that are cut short or foreign
-        raise UserError(f"--init {path} cannot be read ({' '.join(str(e).split())[:150]}); it must be a "
+        raise UserError(f"--init {path} cannot be read ({one_line(e, 150)}); it must be a "
                         f".safetensors file or a torch file that holds tensors only") from None
     try:
         return module.Model.from_official(state_dict, config)

@@ -5,30 +5,48 @@ and exits with status 2.
 """
 import contextlib
 import difflib
+import errno
 import functools
 import hashlib
 import json
 import os
+import stat
 import sys
+import warnings
 from pathlib import Path
+
+def one_line(foreign, most=200):
+    """What others wrote (an error of a library, a name or a text in a file), for a message: on one line,
+    without control characters, and cut where it is long."""
+    text = " ".join(str(foreign)[:4 * most].split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= most else text[:most - 4] + " ..."
+
+
+def few(names, most=8):
+    """Names from a file, for a message: the first ones, each cut where it is long; "nothing" if none."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(one_line(name, 40) for name in names[:most]) + more or "nothing"
 
 
 class UserError(Exception):
-    """What a user can get wrong. The message is one line: what, where, how to mend it."""
+    """What a user can get wrong. The message is one line: what, where, how to mend it. Of one that is too
+    long the middle is left out: it begins with what is wrong, and ends with how to mend it."""
+
+    def __init__(self, message):
+        text = one_line(message, 1_000_000)
+        super().__init__(text if len(text) <= 380 else f"{text[:250]} ... {text[-125:]}")
 
 
 def nearest(name, names):
     """", did you mean 'xyz'?" or nothing, as the end of a message."""
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], 1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(str(name)[:100], [str(n) for n in names], 1)
+    return f", did you mean {one_line(close[0], 60)!r}?" if close else ""
 
 
 def hint(name, names):
-    return nearest(name, names) or f"; known: {', '.join(map(str, names))}"
-
-
-def one_line(error):
-    return " ".join(str(error).split())
+    return nearest(name, names) or f"; known: {few(names, 12)}"
 
 
 def fingerprint(*arrays):
@@ -40,9 +58,42 @@ def fingerprint(*arrays):
     return digest.hexdigest()[:16]
 
 
+def say(note):
+    print(f"note: {one_line(note, 390)}", file=sys.stderr)
+
+
 @functools.lru_cache
 def say_once(note):
-    print(f"note: {note}", file=sys.stderr)
+    say(note)
+
+
+def user_path(path):
+    """A path as a user writes it: ~ is a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:        # ~nobody
+        raise UserError(f"{path}: there is no such user, so no such home: write the path in full") from None
+
+
+def input_file(path):
+    """The path of a file to read. A pipe or a device may never end: it is refused, unread, with UserError."""
+    path = user_path(path)
+    try:
+        kind = path.stat().st_mode
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+    if not stat.S_ISREG(kind):
+        raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}, no file")
+    return path
+
+
+def input_text(path):
+    """What stands in a text file: UTF-8, whatever the locale."""
+    try:
+        return input_file(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is no text in UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8"
+                        ) from None
 
 
 @contextlib.contextmanager
@@ -65,21 +116,50 @@ def written_aside(path):
 
 def write_json(path, content):
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n")
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# What the system says, and how to mend it.
+FULL = {number: "make room or choose another folder" for number in (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)}
+ADVICE = FULL | {errno.EACCES: "change its permissions or choose another",
+                 errno.EPERM: "change its permissions or choose another", errno.EMFILE: "raise ulimit -n"}
+
+
+def drop_output():
+    """What cannot be written is not tried again at exit, where Python would complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def run_command(main):
-    """Call main(); a user's mistake becomes one line on stderr and exit status 2."""
-    try:
-        main()
-        return
-    except UserError as e:
-        message = str(e)
-    except OSError as e:  # a disk that is full when metrics or the report are written
-        message = (f"cannot write {e.filename or 'to --out'} ({e.strerror or e}): make room or choose "
-                   f"another folder")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    """Call main(); a user's mistake becomes one line on stderr and exit status 2. What libraries have to say
+    becomes notes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a locale that lacks a character writes it as \\x..
+            stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say_once(str(message))
+        try:
+            main()
+            sys.stdout.flush()                  # here, so that a full disk or a closed pipe is noticed
+            return
+        except UserError as e:
+            message = str(e)
+        except BrokenPipeError:                 # `... | head` has seen enough
+            drop_output()
+            raise SystemExit(141) from None
+        except OSError as e:                    # of files that are read or written as the command goes on
+            where = f"cannot write {e.filename or 'to --out or the terminal'}" if e.errno in FULL else (
+                e.filename or "a file or the terminal")
+            message = f"{where}: {e.strerror or e}" + f": {ADVICE.get(e.errno)}" * (e.errno in ADVICE)
+        except MemoryError as e:
+            message = f"out of memory ({one_line(e)}): take less data, a smaller preset or a larger machine"
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+    drop_output()
     # Printed only here: the progress bar went with the frames of the error, and has ended its line.
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(one_line(f"{Path(sys.argv[0]).name}: {message}", 400), file=sys.stderr)
     raise SystemExit(2)

@@ -3,13 +3,16 @@ import contextlib
 import dataclasses
 import importlib
 import math
-import os
 
 import torch
 
-from .errors import UserError, hint
+from .cli import environ_number
+from .errors import UserError, hint, one_line
 
 MODELS = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0")
+# Fields of the Configs that may be changed after training; the others decide what the weights are.
+SAMPLER_FIELDS = ("sampler", "sampler_steps", "spacing", "eta", "clip_x0", "solver", "tolerance", "guidance",
+                  "guidance_channels")
 
 
 def load_module(name):
@@ -31,7 +34,7 @@ def load_module(name):
 def typed(name, value, like, where):
     """`value` as the type of the default `like`: lists become tuples, whole numbers may stand for floats. The
     elements of a tuple are checked as well. Numbers are finite, and whole ones fit into 64 bits."""
-    shown = f"{where}: {name} = {repr(value)[:60]}"
+    shown = f"{where}: {name} = {one_line(repr(value), 60)}"
     if isinstance(like, tuple) and isinstance(value, (list, tuple)):
         element = (like or value or (0,))[0]  # an empty default does not say: then all are like the first
         if not isinstance(element, (int, float, str)):
@@ -55,10 +58,22 @@ def model_config(module, values, where):
     for key in values:
         if key not in defaults:
             raise UserError(f"{where}: {module.__name__}.Config has no field {key!r}{hint(key, defaults)}")
+        if key.endswith(("depth", "blocks")) and type(values[key]) is int and values[key] > 1000:
+            raise UserError(f"{where}: {key} = {values[key]}: no network here has more than 1000 layers")
     try:
         return module.Config(**{k: typed(k, v, defaults[k], where) for k, v in values.items()})
     except ValueError as e:
         raise UserError(f"{module.__name__}: {e}") from None
+
+
+def sampler_config(module, config, changes):
+    """The Config of a trained model with some of its sampler's fields changed, for --set."""
+    known = [f.name for f in dataclasses.fields(module.Config) if f.name in SAMPLER_FIELDS]
+    for key in changes:
+        if key not in known:
+            raise UserError(f"--set {key}: only the sampler of a trained {module.__name__} can be changed"
+                            f"{hint(key, known)}")
+    return model_config(module, config | changes, "--set")
 
 
 def pick_device(name, dtype):
@@ -76,7 +91,10 @@ def pick_device(name, dtype):
               "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise UserError(f"--dtype {dtype!r} is not known{hint(dtype, dtypes)}")
-    index = index or os.environ.get("LOCAL_RANK", "0")
-    if name == "cuda" and not (index.isdigit() and int(index) < torch.cuda.device_count()):
-        raise UserError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, from cuda:0 on")
+    local, count = environ_number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if index and name != "cuda":
+        raise UserError(f"--device {name}:{index}: only cuda has numbers")
+    index = index or str(local)
+    if name == "cuda" and not (index.isascii() and index.isdigit() and int(index[:9]) < count):
+        raise UserError(f"--device cuda:{index}: there are {count} GPUs, from cuda:0 on")
     return torch.device(name, int(index)) if name == "cuda" else torch.device(name), dtypes[dtype]

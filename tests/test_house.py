@@ -122,6 +122,23 @@ def test_a_function_fits_on_a_screen(module):
     assert max(long.values(), default=0) <= 80, max(long, key=long.get)
 
 
+@pytest.mark.parametrize("module", sorted(CODE))
+def test_text_files_are_utf_8_whatever_the_locale(module):
+    for node in ast.walk(ast.parse(CODE[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            text = called == "open" and "b" not in "".join(map(ast.unparse, node.args[1:2])) or \
+                re.search(r"(?<!^self)\.(read|write)_text$", called)
+            assert not text or "encoding" in {word.arg for word in node.keywords}, f"{module}:{node.lineno}"
+
+
+@pytest.mark.parametrize("module", sorted(set(CODE) - set(MODELS) - {"data", "robot.tabletop"}))
+def test_every_command_ends_in_one_line(module):
+    for node in ast.parse(CODE[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+            assert ast.unparse(node.body).strip() == "run_command(main)"
+
+
 def test_the_loop_and_its_files_stay_short():
     lines = {name: len(CODE[name].read_text().splitlines()) for name in ("train", "data", "sample")}
     assert lines["train"] <= 350 and lines["data"] <= 350 and lines["sample"] <= 150, lines

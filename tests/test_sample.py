@@ -1,5 +1,6 @@
 """sample.py: the command line, and whether a trained policy works."""
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import sample
 import train
 from robot import tabletop
 from robot.errors import UserError
+from robot.models import MODELS, load_module, sampler_config
 from robot.policy import Policy
 from robot.rollout import closed_loop
 
@@ -30,6 +32,11 @@ def test_command_line(solved, capsys):
     (["--instruction", "7"], ["instruction", "0..3"]), (["--sampler_steps", "1000"], ["1000"]),
     (["--episodes", "0"], ["--episodes 0"]), (["--episode", "3"], ["did you mean 'episodes'"]),
     (["--set", "samplr=ddpm"], ["did you mean 'sampler'"]), (["--set", "sampler=dpm"], ["dpm"]),
+    (["--set", "horizon=8"], ["--set horizon", "sampler of a trained dp_cnn", "sampler_steps"]),
+    (["--set", "obs=image"], ["--set obs"]), (["--set", "n_diffusion_steps=50"], ["--set n_diffusion_steps"]),
+    (["--set", "guidance=2.0"], ["--set guidance"]), (["--set", "clip_x0=.nan"], ["clip_x0", "not finite"]),
+    (["--seed", "-1"], ["--seed -1"]), (["--seed", str(2**63)], ["--seed"]),
+    (["--sampler_steps", "-1"], ["--sampler_steps -1"]), (["--config", "/dev/zero"], ["a pipe or a device"]),
     (["--device", "tpu"], ["tpu"]), (["--env", "NoSuch-v0"], ["NoSuch"]),
     (["--config", "missing.yaml"], ["missing.yaml"])])
 def test_wrong_flags(argv, named, solved, capsys):
@@ -87,5 +94,29 @@ def test_a_generative_checkpoint_is_sampled_and_compared_with_held_out_data(tmp_
     result = sample.main([str(tmp_path), "--sampler_steps", "5"])
     assert 0 < result["floor"] < result["distance"]      # two steps of training do not reach the data
     assert (tmp_path / "evaluation.html").stat().st_size > 10_000
+    with pytest.raises(UserError, match="generates samples, it is no policy"):
+        Policy.load(tmp_path)
     with pytest.raises(UserError, match="2000"):
         sample.main([str(tmp_path), "--sampler_steps", "2000"])
+
+
+def test_set_reaches_the_sampler_of_every_model():
+    """What a Config says of its sampler may be changed after training, all else is what the weights are."""
+    structure = {"horizon", "n_obs_steps", "n_diffusion_steps", "action_dim", "width", "data_shape", "obs"}
+    expected = {"ddpm": {"sampler", "sampler_steps", "eta", "clip_x0", "guidance"},
+                "flow_matching": {"solver", "sampler_steps", "tolerance", "guidance"},
+                "dp_cnn": {"sampler", "sampler_steps", "spacing", "clip_x0"},
+                "dp_transformer": {"sampler", "sampler_steps", "spacing", "clip_x0"},
+                "dit": {"sampler", "sampler_steps", "eta", "clip_x0", "guidance", "guidance_channels"},
+                "dit_policy": {"sampler_steps", "spacing", "clip_x0"}, "rdt": {"sampler_steps"},
+                "pi0": {"sampler_steps"}}
+    for name in MODELS:
+        module = load_module(name)
+        config = dataclasses.asdict(module.Config())
+        for key in config:
+            if key in expected[name]:
+                assert sampler_config(module, config, {key: config[key]}) == module.Config()
+            else:
+                with pytest.raises(UserError, match=f"--set {key}: only the sampler"):
+                    sampler_config(module, config, {key: config[key]})
+        assert expected[name] <= set(config) and not expected[name] & structure

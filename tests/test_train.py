@@ -123,9 +123,13 @@ def test_golden_steps(case, monkeypatch, tmp_path):
     A = config.action_dim
     one, zero = ({key: torch.full((d,), float(v)) for key, d in (("actions", A), ("state", config.state_dim))}
                  for v in (1, 0))
-    unscaled = Normalizer("minmax", one, zero, {}, {})
+    stats = {key: dict.fromkeys(("min", "max", "mean", "std"), x) for key, x in zero.items()}
+    unscaled = Normalizer("minmax", one, zero, stats, {key: [] for key in zero})
+    description = {"source": "given", "state_keys": {"state": config.state_dim}, "camera_keys": [],
+                   "image_size": None, "fps": None, "action_dim": A, "state_dim": config.state_dim,
+                   "action_names": [], "instructions": []}
     rows, none = GivenBatch(batches[0]), GivenBatch({"actions": ()})
-    opened = dataclasses.asdict(config), lambda *_: [rows, none], {"source": "given"}, unscaled
+    opened = dataclasses.asdict(config), lambda *_: [rows, none], description, unscaled
     monkeypatch.setattr(data, "open_data", lambda *_, **__: opened)
     monkeypatch.setattr(data, "batches", lambda *_: ((None, batch) for batch in batches))
     draws, loss = iter(zip(case.inp["noise"], case.inp["timesteps"])), module.Model.loss

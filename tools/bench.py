@@ -13,14 +13,13 @@ trains the regression baseline of the built-in task instead: the network of dp_c
 import copy
 import dataclasses
 import json
+import math
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,17 +27,20 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import train
 from demos.dataset import open_demos
+from demos.generated import new_hdf5
 from demos.images import Samples
+from robot.cli import Parser
 from robot.errors import run_command
 from robot.models import load_module, pick_device
 from tools import regression
-from tools.options import Options, Parser, make_config, parse_set
+from tools.options import Options, make_config, parse_set
+from tools.starting import check_size, one_model
 
 
 def random_demos(config, folder):
     """A file of random demonstrations with the shapes of `config`: fetching is then measured as it is."""
     rng, path = np.random.default_rng(0), Path(folder) / "random.hdf5"
-    with h5py.File(path, "w") as f:
+    with new_hdf5(path) as f:
         f.create_group("data").attrs["fps"] = 10.0
         for i in range(20):
             demo = f.create_group(f"data/demo_{i}")
@@ -118,6 +120,13 @@ def bench(options, repeat):
     device, dtype = pick_device(options.device, options.dtype)
     module = load_module(options.model)
     config = make_config(module, options, {})
+    with one_model(options.model):
+        return measure(options, module, config, device, dtype, repeat)
+
+
+def measure(options, module, config, device, dtype, repeat):
+    with torch.device("meta"):
+        check_size(module.Model(config), device)
     torch.manual_seed(0)
     model = module.Model(config).to(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +166,8 @@ def main(argv=None):
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--regression", action="store_true", help="train the regression baseline on tabletop")
     parser.add_argument("--steps", type=int, default=0, help="of --regression; default: as dp_cnn")
-    args = vars(parser.parse(argv if argv is not None else sys.argv[1:]))
+    ranges = {"batch_size": (1, 10**6), "repeat": (1, 10**6), "steps": (0, math.inf)}
+    args = vars(parser.parse(argv, ranges))
     args["set"] = parse_set(args["set"])
     repeat, baseline, steps = args.pop("repeat"), args.pop("regression"), args.pop("steps")
     options = Options(**args)

@@ -8,6 +8,7 @@ The first shows what checkpoints do that are there. The second trains them: `bud
 """
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -18,14 +19,16 @@ import data
 import sample
 import train
 from robot.checkpoint import read_checkpoint
+from robot.cli import SEEDS, Parser
 from robot.environments import make_episodes
 from robot.errors import UserError, run_command, write_json
 from robot.models import load_module, pick_device
 from robot.rollout import EVALUATION_SEEDS, closed_loop, wilson
 from tools import bench, regression, report
-from tools.options import Parser, make_config, parse_options, with_recipe
+from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import frame_of_chunks, pictures, step_labels
 from tools.quality import compare_samples
+from tools.runs import read_rows, write_rows
 from tools.words import about
 
 # ----------------------------------------------------------------------------------------------------------
@@ -223,7 +226,8 @@ def budget(args):
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "results.jsonl"
     wanted = args.only or list(TASKS[args.task])
-    done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    done = read_rows(lines)
+    write_rows(lines, done)             # without what a killed comparison left half written
     same = {"task": args.task, "minutes": args.minutes, "episodes": args.episodes, "demos": args.demos,
             "preset": args.preset}
     done = [row for row in done if all(row.get(k) == v for k, v in same.items())]
@@ -232,7 +236,7 @@ def budget(args):
             if not any(row["name"] == name and row["seed"] == seed for row in done):
                 folder = out / f"{args.task}_{args.preset}_{args.minutes:g}min_{name}_seed{seed}"
                 row = {"name": name, "seed": seed} | same | train_one(name, seed, folder, args)
-                with open(lines, "a") as f:
+                with open(lines, "a", encoding="utf-8") as f:
                     f.write(json.dumps(row) + "\n")
                 done.append(row)
     done = sorted((row for row in done if row["seed"] in args.seeds), key=lambda row: row["seed"])
@@ -312,16 +316,13 @@ def main(argv=None):
                                                 "pictures get two in three up to the grasp only")
     add("--preset", default="tiny", help="where a file has it; else tiny")
     add("--data", default="", help="pusht: its HDF5 file")
-    args = parser.parse(argv)
-    if args.episodes < 1:
-        raise UserError(f"--episodes {args.episodes} must be at least 1")
+    ranges = {"minutes": (0.001, 10**6), "seeds": SEEDS, "demos": (1, math.inf)}
+    args = parser.parse(argv, sample.RANGES | ranges)
     if args.run:
         return side_by_side(args)
     unknown = [name for name in args.only or () if name not in TASKS[args.task]]
     if unknown:
         raise UserError(f"--only {unknown[0]}: --task {args.task} has {', '.join(TASKS[args.task])}")
-    if not 0 < args.minutes < 1e6:
-        raise UserError(f"--minutes {args.minutes:g} must be above 0")
     return budget(args)
 
 

@@ -4,27 +4,29 @@ DDP keeps whole weights in every process and averages the gradients. --fsdp (FSD
 weights, keeps a part of every weight, of its average and of the optimiser's state in each process. With one
 process nothing here does anything.
 """
-import os
-
 import torch
 import torch.distributed as dist
 
+from robot.cli import environ_number
 from robot.errors import UserError
 
 
 def join(device, fsdp):
     """-> (number of this process, how many there are)"""
-    try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError:
-        raise UserError("RANK and WORLD_SIZE are no whole numbers: leave them to torchrun") from None
+    rank, world = environ_number("RANK", 0), environ_number("WORLD_SIZE", 1)
+    if rank >= max(1, world):
+        raise UserError(f"RANK={rank} of WORLD_SIZE={world} in the environment: leave them to torchrun")
     if fsdp and world == 1:
         raise UserError("--fsdp needs several processes: torchrun --nproc_per_node 4 train.py ... --fsdp")
     if fsdp and not hasattr(getattr(torch, device.type).Stream, "record_event"):  # torch 2.6 on a CPU
         raise UserError(f"--fsdp: FSDP2 of torch {torch.__version__} does not run on {device.type}: "
                         f"pip install 'torch>=2.13'")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as e:  # MASTER_ADDR is not set, or nobody answers there
+            raise UserError(f"the {world} processes do not find each other, start them by torchrun: {e}"
+                            ) from None
         if device.type == "cuda":
             torch.cuda.set_device(device)
     return rank, world

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from data import batches, open_data
+from robot.cli import Parser
 from robot.errors import run_command
 from robot.models import MODELS, pick_device
 from robot.text import decode_text
-from tools.options import Parser, make_config
+from tools.options import make_config
 
 TAG = r"(?<![\w\])])\[(\d+)\]"  # [3], but neither x[3] nor f()[3] nor [3][3]
 
@@ -71,7 +72,7 @@ def equation_map(folder):
         path = Path(folder) / f"{name}.py"
         if path.exists():
             out += ["", f"## [{name}.py]({name}.py)", "", "| | equation | lines |", "|---|---|---|"]
-            for n, text, lines in equations(path.read_text()):
+            for n, text, lines in equations(path.read_text(encoding="utf-8")):
                 text = text.replace("|", "\\|")
                 links = ", ".join(f"[{line}]({name}.py#L{line})" for line in lines)
                 out.append(f"| [{n}] | `{text}` | {links} |")
@@ -142,7 +143,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, file, model=None):
         super().__init__()
-        self.model, self.file, source = model, file, Path(file).read_text()
+        self.model, self.file, source = model, file, Path(file).read_text(encoding="utf-8")
         self.tags = computed(source)
         self.lines = source.splitlines()
         self.classes = {node.name: node.lineno for node in ast.parse(source).body
@@ -452,7 +453,8 @@ def explain(module, config, items, description, normalizer, device="cpu", seed=0
     title("EQUATIONS: where this run met them, and the lines that carry their number", [
         f"{f'[{number}]':5}{text[:60]:60}  "
         + (", ".join(name for name in watches if number in watches[name].reached) or "-").ljust(24)
-        + ", ".join(map(str, lines)) for number, text, lines in equations(Path(path).read_text())])
+        + ", ".join(map(str, lines))
+        for number, text, lines in equations(Path(path).read_text(encoding="utf-8"))])
 
 
 def explain_one_batch(options, module):

@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from robot import tabletop
 from robot.environments import make_episodes
+from robot.cli import SEEDS, Parser
 from robot.errors import UserError, run_command, written_aside
 from robot.policy import Policy
 from robot.rollout import EVALUATION_SEEDS
 from tools import movie_svg
-from tools.options import Parser
 
 COPIES = 32                             # chunks sampled at each look
 EPISODES = 30                           # evaluation seeds that are tried
@@ -117,7 +117,7 @@ def main(argv=None):
     parser.add_argument("target", help="the .svg that is written")
     parser.add_argument("--seed", type=int, default=0, help="of the sampler and of the episodes (default: 0)")
     parser.add_argument("--robot", default="", help="which of the robots that it was trained on")
-    args = parser.parse(argv)
+    args = parser.parse(argv, {"seed": SEEDS})
     policy = Policy.load(args.run, seed=args.seed, robot=args.robot or None)
     source = policy.description["source"]
     if source != "tabletop":

@@ -2,16 +2,17 @@
 
 Whatever a user can get wrong ends here as a UserError: one line that says what, where and how to mend it.
 """
-import argparse
 import dataclasses
 import inspect
+import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
 
-from robot.errors import UserError, hint, nearest
+from robot.cli import SEEDS, Parser, check_ranges
+from robot.environments import GymEpisodes
+from robot.errors import UserError, hint, input_text, one_line
 from robot.models import MODELS, model_config, typed
 
 
@@ -112,37 +113,55 @@ class Options:
 # From flags and YAML to a Config: every mistake becomes one line
 
 
+class Loader(yaml.SafeLoader):
+    """YAML as PyYAML reads it safely, but a key that stands twice is a mistake: one value would be lost."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.YAMLError(f"a key stands twice{node.start_mark}")
+        return mapping
+
+
+def read_values(text, where):
+    """YAML text -> plain values: numbers that fit into 64 bits, texts, lists, and dicts with names as keys.
+    `where` begins the message of a UserError."""
+    try:
+        content = yaml.load(text, Loader)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply for options") from None
+    except (yaml.YAMLError, ValueError, ArithmeticError) as e:  # ValueError: 5,000 digits, the 32nd of May
+        raise UserError(f"{where} is not valid YAML: {one_line(e)}") from None
+    left = [10_000]                 # a few lines of YAML can stand for as many values as one likes
+
+    def check(value, depth):
+        left[0] -= 1
+        if depth > 12 or left[0] < 0:
+            raise UserError(f"{where} is nested too deeply or too large for options")
+        if type(value) is int and not -2**63 <= value < 2**63:
+            raise UserError(f"{where}: a number of {value.bit_length()} bits is too large, 63 are allowed")
+        if not isinstance(value, (bool, int, float, str, list, dict, type(None))):  # a date, for example
+            raise UserError(f"{where}: {one_line(value, 60)} is neither number nor text: put it in quotes")
+        for key in value if isinstance(value, dict) else ():
+            if not isinstance(key, str):
+                raise UserError(f"{where}: the key {one_line(repr(key), 60)} is no name: put it in quotes")
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            check(part, depth + 1)
+
+    check(content, 0)
+    return content
+
+
 def parse_set(items):
     """["depth=8", "n_heads=4"] -> {"depth": 8, "n_heads": 4}; values are read as YAML."""
     pairs = {}
     for item in items:
         key, equals, text = item.partition("=")
-        if not equals:
-            raise UserError(f"--set {item}: write it as FIELD=VALUE, for example --set horizon=16")
-        try:
-            pairs[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {item}: {text!r} is not a YAML value") from None
+        if not equals or not key:
+            raise UserError(f"--set {one_line(item, 100)}: write it as FIELD=VALUE, for example --set "
+                            f"horizon=16")
+        pairs[key] = read_values(text, f"--set {one_line(item, 100)}")
     return pairs
-
-
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose mistakes are UserErrors that name the nearest flag."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-    def parse(self, argv):
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = [name.lstrip("-") for action in self._actions for name in action.option_strings]
-            name = unknown[0].split("=")[0]
-            guess = nearest(name.lstrip("-"), flags)
-            raise UserError(f"unknown argument {name}{guess}; see {self.prog} --help")
-        return args
 
 
 def parse_options(argv):
@@ -171,35 +190,65 @@ def parse_options(argv):
     return options, set(chosen) | set(flags)
 
 
+# (least, most) of every number among the options.
+RANGES = {"seed": SEEDS, "ema_max": (0, 1), "workers": (0, 1000), "episodes": (0, 100_000)} | {
+    name: (1, math.inf) for name in ("batch_size", "grad_accum", "log_every", "checkpoint_every")} | {
+    name: (0, math.inf) for name in ("steps", "warmup", "eval_every", "rollout_every", "clip", "lr",
+                                     "weight_decay", "demos", "keep_every", "ema_power", "memory_gb",
+                                     "max_train_episodes", "val_ratio")}
+
+
 def check_options(options):
-    """Numbers that no run can use."""
-    for name, least in {"steps": 0, "batch_size": 1, "grad_accum": 1, "log_every": 1, "checkpoint_every": 1,
-                        "warmup": 0, "workers": 0, "episodes": 0, "eval_every": 0, "rollout_every": 0,
-                        "clip": 0, "seed": 0, "lr": 0, "weight_decay": 0, "demos": 0, "keep_every": 0,
-                        "ema_power": 0, "memory_gb": 0, "ema_max": 0, "max_train_episodes": 0}.items():
-        value = getattr(options, name)
-        if not value >= least:
-            raise UserError(f"--{name} {value} must be at least {least}")
+    """Numbers that no run can use, and keys that nobody reads."""
+    check_ranges(vars(options), RANGES)
     if len(options.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in options.betas):
         raise UserError(f"--betas {options.betas} must be two numbers of at least 0 and below 1")
-    if options.ema_max > 1:
-        raise UserError(f"--ema_max {options.ema_max} is a share: at most 1")
     if options.fresh and not options.init:
         raise UserError("--fresh says which weights of --init are not taken: add --init")
     schedules = ("cosine", "linear", "constant", "pi0")
     if options.lr_schedule not in schedules:
         raise UserError(f"--lr_schedule {options.lr_schedule!r} is unknown"
                         f"{hint(options.lr_schedule, schedules)}")
+    check_keys("env", options.env, GymEpisodes.FIELDS)
+    for name, spec in options.robots.items():
+        check_keys(f"robots: {name}", spec, ("data", "action_names", "state_names"))
+    if options.shape_meta:
+        check_shape_meta(options.shape_meta)
+
+
+def check_keys(where, found, known):
+    """A key that is not known would be left out in silence."""
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {one_line(repr(found), 60)} should be KEY: VALUE lines with "
+                        f"{', '.join(known)}")
+    for key in found:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {one_line(repr(key), 60)}{hint(key, known)}")
+
+
+def check_shape_meta(meta):
+    check_keys("shape_meta", meta, ("obs", "action"))
+    if not meta.get("obs"):
+        raise UserError("shape_meta: names no observation; leave it out to take all, or add obs: {KEY: ..}")
+    parts = {"action": meta["action"]} if "action" in meta else {}
+    if not isinstance(meta["obs"], dict):
+        raise UserError(f"shape_meta: obs: {one_line(repr(meta['obs']), 60)} should be KEY: {{shape: ..}}")
+    parts |= {f"obs: {key}": part for key, part in meta["obs"].items()}
+    for name, part in parts.items():
+        check_keys(f"shape_meta: {name}", part, ("shape",) if name == "action" else ("shape", "type"))
+        shape = part.get("shape")
+        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+            raise UserError(f"shape_meta: {name}: shape should be a list such as [3] or, of a camera, "
+                            f"[3, H, W], not {one_line(repr(shape), 60)}")
 
 
 def read_yaml(path):
     """{option: value} of a YAML file, types checked."""
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as e:
-        raise UserError(f"--config {path}: {e.strerror or e}; give a YAML file, configs/ has some") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(e).split())}") from None
+        text = input_text(path)
+    except UserError as e:
+        raise UserError(f"--config {e}; give a YAML file, configs/ has some") from None
+    content = read_values(text, f"--config {path}") or {}
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no KEY: VALUE lines; see configs/ for examples")
     defaults = vars(Options())

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from robot.checkpoint import record, save_checkpoint
-from robot.errors import UserError, written_aside
+from robot.errors import UserError, input_text, user_path, written_aside
 from tools import distributed
 
 try:
@@ -76,7 +76,7 @@ def n_parameters(model):
 
 def prepare_out(options):
     """The output folder, writable; an earlier run in it is only touched with --resume."""
-    out = Path(options.out or f"out/{options.model}")
+    out = user_path(options.out or f"out/{options.model}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".probe").write_bytes(b"")
@@ -112,8 +112,23 @@ def locked(out, rank):
 def log(run, row):
     if run.main:
         run.rows.append(row)
-        with open(run.out / "metrics.jsonl", "a") as f:
+        with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
+
+
+def read_rows(path):
+    """The rows of a file that grows by a line of JSON at a time, but one that a killed process left half
+    written."""
+    rows = []
+    for line in input_text(path).splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def write_rows(path, rows):
+    with written_aside(path) as aside:
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def collect(run):

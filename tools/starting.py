@@ -1,22 +1,30 @@
 """How a run starts: with a new model, with weights (--init), or where it stopped (--resume)."""
 import contextlib
 import dataclasses
-import json
 import os
-from pathlib import Path
 
 import torch
 
 from robot.checkpoint import load_official, read_checkpoint
-from robot.errors import UserError, nearest, one_line
+from robot.errors import UserError, nearest, one_line, user_path
 from tools import distributed
-from tools.runs import n_parameters
+from tools.runs import n_parameters, read_rows
+
+
+@contextlib.contextmanager
+def one_model(name):
+    """A Config that the data do not fit, or that no network can be made of, is one line here and no traceback
+    an hour later."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError, IndexError) as e:
+        kind = "" if isinstance(e, ValueError) else "this configuration gives no model: "
+        raise UserError(f"{name}: {kind}{one_line(e, 300)}") from None
 
 
 def build(options, module, config, example, device, earlier):
-    """The model on its device, after a first loss: a Config that the data do not fit, or that no network can
-    be made of, is one line here and no traceback an hour later."""
-    try:
+    """The model on its device, after a first loss."""
+    with one_model(options.model):
         with torch.device("meta"):
             check_size(module.Model(config), device)
         official = options.init and not earlier
@@ -26,9 +34,6 @@ def build(options, module, config, example, device, earlier):
         model = model.to(device)
         with torch.no_grad():
             model.loss({k: v.to(device) for k, v in example.items()})
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError, IndexError) as e:
-        kind = "" if isinstance(e, ValueError) else "this configuration gives no model: "
-        raise UserError(f"{options.model}: {kind}{one_line(e)[:300]}") from None
     return model
 
 
@@ -46,7 +51,7 @@ def earlier_run(options, out):
     """The checkpoint to go on with or to start from; None for a new run and for weights of a release."""
     if options.resume:
         return read_checkpoint(out)
-    path = Path(options.init)
+    path = user_path(options.init)
     if not options.init or not ((path / "checkpoint.pt").exists() or path.match("checkpoint*.pt")):
         return None
     try:
@@ -139,8 +144,4 @@ def same_data(was, now, out):
 
 def read_metrics(path, up_to):
     """Rows of the run's earlier part, without those after the checkpoint."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run left half written
-            rows.append(json.loads(line))
-    return [r for r in rows if r["step"] <= up_to]
+    return [row for row in read_rows(path) if isinstance(row.get("step"), int) and row["step"] <= up_to]

@@ -143,7 +143,7 @@ def units_of(data):
     """Unit of every action dimension; [] where nobody said them."""
     if data.get("source") not in ("tabletop", "tabletop_velocity"):
         return []
-    return [TABLETOP_UNITS[name] for name in data["action_names"]]
+    return [TABLETOP_UNITS.get(name, "") for name in data["action_names"]]
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """ALOHA's layout."""
 import json
+import os
 
 import h5py
 import numpy as np
@@ -66,3 +67,9 @@ def test_jpeg_frames_have_their_colours_put_right(tmp_path, form):
         file["observations/images/top"][2] = np.zeros_like(file["observations/images/top"][2])
     with pytest.raises(UserError, match="episode_1.hdf5: 'top', steps 2 to 2: a JPEG frame cannot"):
         open_demos(folder, "image").images(1, 2, 3)
+
+
+def test_a_pipe_beside_the_episodes_is_refused_unread(tmp_path):
+    os.mkfifo(write_aloha(tmp_path / "set", (3, 3)) / "expanded_instruction.json")
+    with pytest.raises(UserError, match="a pipe or a device"):
+        open_demos(tmp_path / "set")

@@ -1,6 +1,7 @@
 """robot/checkpoint.py: what is read, replayed and refused; official weights."""
 import dataclasses
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_load_refuses_weights_that_compute_something_else(tiny, tmp_path, capsys
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"normalizer": None}, "no policy"), ({"format": FORMAT + 1}, "update the code"),
+    ({"normalizer": None}, "no sound 'data'"), ({"format": FORMAT + 1}, "update the code"),
     ({"model": "dp_cmm"}, "did you mean 'dp_cnn'"), ({"config": {"horizont": 8}}, "did you mean 'horizon'")])
 def test_load_names_what_does_not_fit(changes, named, tiny, tmp_path):
     torch.save(read_checkpoint(tiny), tmp_path / "checkpoint.pt")
@@ -97,7 +98,7 @@ def test_official_weights_through_the_command_line(case, suffix, tmp_path, capsy
     assert policy.act({"state": np.zeros(config.state_dim)}).shape == (config.action_dim,)
     other = config.step_embed_dim + 8                               # weights of another size are named
     argv += ["--set", f"step_embed_dim={other}", "--out", str(tmp_path / "misfit")]
-    refused(capsys, lambda: train.main(argv), "--init", "should be", f"({other}")
+    refused(capsys, lambda: train.main(argv), "--init", "should be", f", {other})")
 
 
 @pytest.mark.parametrize("key", ["weights", "ema", "options", "config", "data", "replay", "step", "model"])
@@ -146,3 +147,32 @@ def test_a_device_that_is_not_there(device, named, tiny):
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match=named):
         Policy.load(tiny, device=device)
+
+
+@pytest.mark.parametrize("part, change", [
+    ("options", lambda c: c["options"].pop("data")), ("options", lambda c: c["options"].update(seed="0")),
+    ("replay", lambda c: c["replay"].pop("output")), ("data", lambda c: c["data"].pop("state_keys")),
+    ("data", lambda c: c["data"].update(action_dim=2.0)), ("unlogged", lambda c: c.update(unlogged={"x": 1})),
+    ("unlogged", lambda c: c["unlogged"].update(losses=[1.0])),
+    ("data", lambda c: c["data"].update(camera_keys=[3])),
+    ("normalizer", lambda c: c["normalizer"].pop("scale")),
+    ("normalizer", lambda c: c["normalizer"].update(x=1)),
+    ("normalizer", lambda c: c["normalizer"]["scale"].update(actions=torch.ones(3))),
+    ("normalizer", lambda c: c["normalizer"]["scale"].update(state=torch.full((5,), torch.nan))),
+    ("normalizer", lambda c: c["normalizer"]["stats"]["actions"].pop("mean")),
+    ("normalizer", lambda c: c["normalizer"]["stats"]["state"].update(min=torch.zeros(4)))])
+def test_what_was_edited_is_named(part, change, tiny, tmp_path, capsys):
+    content = read_checkpoint(tiny)
+    change(content)
+    torch.save(content, tmp_path / "checkpoint.pt")
+    refused(capsys, lambda: sample.main([str(tmp_path)]), f"holds no sound '{part}'", tmp_path)
+
+
+def test_a_pipe_is_no_checkpoint(tiny, tmp_path, capsys):
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    refused(capsys, lambda: sample.main([str(tmp_path)]), "a pipe or a device")
+    argv = ["--model", "dp_cnn", "--init", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "out")]
+    refused(capsys, lambda: train.main(argv), "--init", "a pipe or a device")
+    argv[3] = "/dev/zero"
+    argv += ["--device", "cpu", "--demos", "5"]
+    refused(capsys, lambda: train.main(argv), "--init", "pipe or a device")

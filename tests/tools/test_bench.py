@@ -1,12 +1,14 @@
 """bench.py: its JSON line, and what its regression baseline answers where demonstrations go two ways."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused
 
-from tools import bench
 import dp_cnn
-from robot.errors import run_command
+from robot.errors import UserError, run_command
+from tools import bench
 from tools.regression import Regression
 
 
@@ -47,3 +49,23 @@ def test_an_unknown_model_is_one_line(capsys):
     with pytest.raises(SystemExit) as exit:
         run_command(lambda: bench.main(["--model", "dp_cn"]))
     assert exit.value.code == 2 and "did you mean 'dp_cnn'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--batch_size", "-1"], ["--batch_size -1"]), (["--batch_size", "0"], ["--batch_size 0"]),
+    (["--repeat", "0"], ["--repeat 0"]), (["--steps", "-1", "--regression"], ["--steps -1"]),
+    (["--set", "down_dims=[-8, -16]"], ["down_dims"]),
+    (["--set", "down_dims=[100000000, 200000000]"], ["dp_cnn", "GB"]),
+    (["--set", "action_dim=9000000000000000000"], ["dp_cnn"])])
+def test_wrong_numbers_are_one_line(argv, named, capsys):
+    refused(capsys, lambda: bench.main(["--model", "dp_cnn", "--device", "cpu", *argv]), *named)
+
+
+def test_random_demonstrations_are_written_as_a_whole(tmp_path, monkeypatch):
+    """HDF5 itself does not survive a full disk."""
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="make room"):
+        bench.random_demos(dp_cnn.Config(), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -247,3 +247,31 @@ def test_time_of_a_step(tmp_path):
     (["--task", "pushed"], "pusht"), (["--minute", "1"], "did you mean 'minutes'")])
 def test_wrong_flags(argv, named, capsys, tmp_path):
     refused(capsys, lambda: compare.main([*argv, "--out", str(tmp_path)]), named)
+
+
+def test_a_comparison_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train_one(name, seed, folder, args):
+        trained.append((name, seed))
+        return {"steps": 1, "sees": "numbers", "parameters": 1, "train_seconds": 1.0, "success": 1.0,
+                "score": 1.0, "outcomes": {"success": 5}, "action_error": 0.0, "latency_ms": 1.0}
+    monkeypatch.setattr(compare, "train_one", train_one)
+    argv = ["--only", "dp_cnn", "--only", "regression", "--episodes", "5", "--out", str(tmp_path)]
+    compare.main([*argv, "--seeds", "0"])
+    whole = (tmp_path / "results.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "results.jsonl").write_text(whole[:-30], encoding="utf-8")
+    compare.main([*argv, "--seeds", "0", "1"])
+    assert trained == [("dp_cnn", 0), ("regression", 0), ("regression", 0), ("dp_cnn", 1), ("regression", 1)]
+    lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [(row["name"], row["seed"]) for row in rows] == [trained[0], *trained[2:]]
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--minutes", "nan"], ["--minutes nan"]), (["--minutes", "inf"], ["--minutes inf"]),
+    (["--minutes", "0"], ["--minutes 0"]), (["--seeds", "-1"], ["--seeds -1"]),
+    (["--demos", "0"], ["--demos 0"]), (["--episodes", "0"], ["--episodes 0"]),
+    (["--seed", "99999999999"], ["--seed 99999999999"])])
+def test_numbers_no_comparison_can_use(argv, named, capsys):
+    refused(capsys, lambda: compare.main(argv), *named)

@@ -72,6 +72,12 @@ def test_every_yaml_of_the_project_is_read(path):
     (["--batch_size", "0"], ["--batch_size 0"]),
     (["--batch_size", "99999"], ["batch_size 99999", "lower it"]),
     (["--lr", "nan"], ["lr = nan", "not finite"]),
+    (["--seed", str(2**63)], ["seed"]), (["--seed", str(2**32)], ["--seed", "from 0 to 4294967295"]),
+    (["--ema_max", "1.5"], ["--ema_max 1.5", "from 0 to 1"]), (["--out", "~nouser/x"], ["no such user"]),
+    (["--data", "~nouser/x"], ["no such user"]), (["--config", "~nouser/x"], ["--config", "no such user"]),
+    (["--config", "/dev/zero"], ["--config /dev/zero", "a pipe or a device"]),
+    (["--model", "rdt", "--set", "t5_depth=100000"], ["t5_depth = 100000", "1000 layers"]),
+    (["--set", "=3"], ["FIELD=VALUE"]), (["--set", "horizon=" + "9" * 5000], ["not valid YAML"]),
     (["--betas", "0.9"], ["betas"]),
     (["--betas", "2", "3"], ["betas"]),
     (["--lr_schedule", "cosin"], ["did you mean 'cosine'"]),
@@ -114,9 +120,52 @@ def test_wrong_flags(argv, named, demos, tmp_path, capsys):
     ("shape_meta: {obs: {agent_poss: {shape: [2]}}}", ["did you mean 'agent_pos'"]),
     ("shape_meta: {obs: {agent_pos: {shape: [3]}}}", ["agent_pos", "[3]", "[2]"]),
     ("shape_meta: {obs: [agent_pos]}", ["shape_meta"]),
+    ("shape_meta: " + "{obs: " * 900 + "1" + "}" * 900, ["nested too deeply"]),
+    ("set: &s {horizon: *s}", ["nested too deeply"]),
+    ("a: &a [1, 2, 3, 4, 5, 6, 7]\nb: &b [*a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b]\nset: {x: ["
+     + "*c, " * 50 + "1]}", ["too large for options"]),
+    ("steps: " + "9" * 5000, ["not valid YAML", "digits"]),
+    ("steps: 0x" + "f" * 5000, ["20000 bits"]),
+    ("set: {horizon: 99999999999999999999}", ["67 bits"]),
+    ("lr: 2020-02-31", ["not valid YAML", "day"]),
+    ("set: {sampler: 2020-02-01}", ["2020-02-01", "quotes"]),
+    ("steps: 1\nsteps: 2", ["a key stands twice"]),
+    ("set: {horizon: 8, horizon: 16}", ["a key stands twice"]),
+    ("3: 4", ["the key 3", "quotes"]),
+    ("data: !!python/object/apply:os.system ['true']", ["not valid YAML"]),
+    ("seed: 18446744073709551616", ["65 bits"]),
+    ("seed: 4294967296", ["--seed 4294967296", "from 0 to 4294967295"]),
+    ("lr: .nan", ["lr = nan"]),
+    ("shape_meta: {obs: {}}", ["names no observation"]),
+    ("shape_meta: {action: {shape: [2]}}", ["names no observation"]),
+    ("shape_meta: {obss: {}}", ["'obss'", "did you mean 'obs'"]),
+    ("shape_meta: {obs: {agent_pos: {shap: [2]}}}", ["obs: agent_pos", "did you mean 'shape'"]),
+    ("shape_meta: {obs: {agent_pos: {shape: 2}}}", ["obs: agent_pos", "[3, H, W]"]),
+    ("shape_meta: {obs: {agent_pos: {shape: [0]}}}", ["obs: agent_pos", "[0]"]),
+    ("shape_meta: {obs: {agent_pos: {shape: [2]}}, action: {shape: [2], type: x}}", ["action", "'type'"]),
+    ("env: {id: X-v0, kwarg: {}}", ["env", "did you mean 'kwargs'"]),
+    ("robots: {left: 3}", ["robots: left", "action_names"]),
+    ("robots: {left: {action_name: [a]}}", ["robots: left", "did you mean 'action_names'"]),
 ])
 def test_wrong_yaml(text, named, demos, tmp_path, capsys):
     (tmp_path / "wrong.yaml").write_text(text)
     no_flag = {key: None for key in re.findall(r"^(\w+):", text)}   # it would win over the YAML
     argv = command(demos, tmp_path / "out", "--config", str(tmp_path / "wrong.yaml"), **no_flag)
     refused(capsys, lambda: train.main(argv), *named)
+
+
+def test_a_yaml_is_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_bytes("data: gr\u00fcn.hdf5\n".encode())
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    monkeypatch.setattr("locale.getencoding", lambda *_: "ascii", raising=False)
+    assert resolved("--config", str(tmp_path / "c.yaml")).data == "gr\u00fcn.hdf5"
+    (tmp_path / "c.yaml").write_bytes("data: gr\u00fcn.hdf5\n".encode("latin-1"))
+    with pytest.raises(UserError, match="--config .* no text in UTF-8"):
+        resolved("--config", str(tmp_path / "c.yaml"))
+
+
+def test_every_number_among_the_options_has_a_range():
+    numbers = {name for name, value in vars(options.Options()).items() if type(value) in (int, float)}
+    assert numbers == set(options.RANGES)
+    default = vars(options.Options())
+    assert all(least <= default[name] <= most for name, (least, most) in options.RANGES.items())

@@ -1,0 +1,52 @@
+"""robot/cli.py: flags, numbers and what torchrun leaves in the environment."""
+import math
+
+import pytest
+from helpers import refused
+
+from robot.cli import SEEDS, Parser, check_ranges, environ_number
+from robot.errors import UserError
+from robot.models import pick_device
+
+
+def parser():
+    made = Parser(description="a command")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--minutes", type=float, default=5.0)
+    made.add_argument("--seeds", type=int, nargs="+", default=[0])
+    return made
+
+
+RANGES = {"seed": SEEDS, "minutes": (0.001, math.inf), "seeds": SEEDS, "absent": (0, 1)}
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--seed", "many"], ["--seed", "'many'", "--help"]), (["--sed", "1"], ["--sed", "did you mean 'seed'"]),
+    (["--seed"], ["--seed", "expected one argument"]), (["--seed", "-1"], ["--seed -1", "0 to 4294967295"]),
+    (["--seed", str(2**32)], ["--seed 4294967296"]), (["--seed", "9" * 5000], ["--seed", "999 ..."]),
+    (["--minutes", "nan"], ["--minutes nan", "at least 0.001"]), (["--minutes", "inf"], ["--minutes inf"]),
+    (["--minutes", "0"], ["--minutes 0.0"]), (["--seeds", "1", "-2"], ["--seeds -2"]),
+    (["--seed=--"], ["--seed", "no value"]), (["a\nb"], ["unknown argument a b"]),
+    (["--" + "x" * 9999], ["unknown argument"])])
+def test_every_mistake_is_one_line(argv, named, capsys):
+    assert len(refused(capsys, lambda: parser().parse(argv, RANGES), *named)) <= 400
+
+
+def test_both_ends_of_a_range_belong_to_it():
+    args = parser().parse(["--seed", str(2**32 - 1), "--minutes", "0.001", "--seeds", "0", "7"], RANGES)
+    assert (args.seed, args.minutes, args.seeds) == (2**32 - 1, 0.001, [0, 7])
+    check_ranges({"seed": None}, RANGES)            # a flag that was not given
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "\u00b2", "\u0661", "9" * 20])
+def test_numbers_of_the_environment(text, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert environ_number("LOCAL_RANK", 0) == 3 and environ_number("NO_SUCH_NUMBER", 5) == 5
+    monkeypatch.setenv("LOCAL_RANK", text)
+    with pytest.raises(UserError, match="LOCAL_RANK=.* is no whole number"):
+        pick_device("cpu", "float32")
+
+
+def test_only_gpus_have_numbers():
+    with pytest.raises(UserError, match="--device cpu:1: only cuda has numbers"):
+        pick_device("cpu:1", "float32")
