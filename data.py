@@ -19,6 +19,7 @@ would be padding, because it trains on the padding.)
 """
 import copy
 import dataclasses
+import math
 import os
 import sys
 
@@ -26,9 +27,11 @@ import numpy as np
 import torch
 
 from demos.dataset import open_demos
+from demos.facts import facts_of
 from demos.images import open_samples
+from demos.limits import refuse_beyond_memory
 from demos.mixed import MixedDemos
-from robot.errors import UserError
+from robot.errors import UserError, say
 from robot.normalizer import Normalizer
 from robot.text import encode_text
 
@@ -48,12 +51,15 @@ def open_data(options, module, cache=None, normalizer=None):
         facts = {"data_shape": train.shape, "n_classes": train.n_classes}
         return facts, lambda config, device: [train, valid], train.description(), None
 
-    chosen = fields | module.PRESETS.get(options.preset, {}) | options.set
+    given = module.PRESETS.get(options.preset, {}) | options.set
+    # Nobody asked for cameras by name: then states will do where there are none, if the model can do without.
+    unasked = "auto" if fields.get("obs") == "image" else fields.get("obs", "image")
     opened = lambda source: open_demos(
-        source, obs=chosen.get("obs", "image"), text="text_len" in fields,
+        source, obs=given.get("obs", unasked), text=bool((fields | given).get("text_len")),
         shape_meta=options.shape_meta or None, extra=options.extra, episodes=options.demos or None,
         val_ratio=options.val_ratio or None, max_train_episodes=options.max_train_episodes or None,
-        seed=options.seed, cache=cache, memory_gb=options.memory_gb)
+        seed=options.seed, cache=cache, memory_gb=options.memory_gb,
+        image_size=options.image_size if any(options.image_size) else None, colour=options.colour)
     if options.robots:
         demos = mix_robots(options.robots, module, opened)
     else:
@@ -64,20 +70,20 @@ def open_data(options, module, cache=None, normalizer=None):
         if len(normalizer.scale[key]) != has:
             raise UserError(f"{demos.source} has {has} numbers of {key} a step, the run to start from "
                             f"{len(normalizer.scale[key])}: its normaliser and weights do not fit")
-    facts = {"action_dim": demos.action_dim, "state_dim": demos.state_dim,
-             "n_cameras": len(demos.camera_keys)}
-    if demos.image_size:
-        facts["image_size"] = tuple(demos.image_size)
-    if options.robots:  # their actions and states come packed
-        facts |= {"action_names": (), "state_names": ()}
 
     def windows(config, device):
+        if demos.camera_keys:
+            items = min(options.batch_size, int(demos.lengths[demos.train_episodes].sum()))
+            frames = items * config.n_obs_steps * len(demos.camera_keys)
+            refuse_beyond_memory(f"a batch of {frames:,} pictures of {demos.image_size}",
+                                 15 * frames * math.prod(demos.image_size),     # uint8, then float32
+                                 "lower --batch_size, or resize: --image_size H W")
         return [Windows(demos, normalizer, config.pred_horizon, config.n_obs_steps, config.first_action,
                         n_state_steps=config.n_obs_loaded, text_len=getattr(config, "text_len", 0),
                         split=split, device=device, encode=getattr(config, "encode_text", None))
                 for split in ("train", "valid")]
 
-    return facts, windows, demos.description(), normalizer
+    return facts_of(demos, normalizer, module, options), windows, demos.description(), normalizer
 
 
 def mix_robots(robots, module, opened):
@@ -110,7 +116,7 @@ def fit_normalizer(demos, mode="minmax"):
             column = getattr(demos, kind)[rows][has, d:d + 1]
             one = Normalizer.fit({kind: column}, mode) if has.any() else None
             whole.scale[kind][d] = one.scale[kind][0] if one else 1.0
-            whole.offset[kind][d] = one.offset[kind][0] if one else 0.0
+            whole.centre[kind][d] = one.centre[kind][0] if one else 0.0
             for name, x in whole.stats[kind].items():
                 x[d] = one.stats[kind][name][0] if one else 0.0
             whole.near_constant[kind] = [k for k in whole.near_constant[kind] if k != d]
@@ -255,6 +261,14 @@ def batches(windows, batch_size, seed, start_step=0, rank=0, world=1, workers=0)
                                          num_workers=workers, pin_memory=windows.device.type == "cuda",
                                          generator=torch.Generator(), worker_init_fn=own_group)
     return (received(indices, batch, windows.device) for indices, batch in loader)
+
+
+def fitting_batch(options, n, world=1):
+    """The options, with a batch that `n` items fill on each of `world` processes."""
+    if options.batch_size <= n // world or not n // world:
+        return options
+    say(f"batch_size {options.batch_size} is more than the {n} items of the set give: {n // world} from here on")
+    return dataclasses.replace(options, batch_size=n // world)
 
 
 def own_group(worker):

@@ -96,6 +96,7 @@ def prepare(options, module, out, device, dtype, rank, world):
     facts, make_items, description, normalizer = data.open_data(options, module, normalizer=units)
     config = make_config(module, options, facts)
     items, held_out = make_items(config, device)
+    options = data.fitting_batch(options, len(items), world)
     example = (held_out if len(held_out) else items).batch(torch.zeros(1, dtype=torch.long))
     torch.manual_seed(options.seed)
     model = build(options, module, config, example, device, earlier)

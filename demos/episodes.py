@@ -1,12 +1,12 @@
 """What an episode on disk is, and what can be wrong with its shapes. Every layout makes its own of these."""
-import io
-import json
+import math
 from dataclasses import dataclass, field
 
-import h5py
 import numpy as np
 
-from robot.errors import UserError, hint, nearest, one_line
+from robot.errors import UserError, few, hint, nearest, one_line
+
+STATE_SIZE = 1000               # more numbers than this per step are no state but, say, a depth map
 
 
 @dataclass
@@ -15,6 +15,7 @@ class Array:
     shape: tuple
     dtype: np.dtype
     kind: str = "state"         # or "camera", "jpeg" (a compressed camera), "other" (used if asked for)
+    why: str = ""               # it is neither a state nor a camera
 
 
 @dataclass
@@ -24,114 +25,77 @@ class Episode:
     actions: Array
     obs: dict                   # key -> Array
     labels: dict = field(default_factory=dict)      # name -> Array: what else lies beside the actions
-    num_samples: int = None     # as the file claims; None if it does not
+    unread: dict = field(default_factory=dict)      # name -> why: what lies there and is no array of steps
+    num_samples: float = None   # as the file claims; None if it does not
     fps: float = None           # None if the file does not say
     instruction: str = ""       # "" if there is none
     action_names: list = field(default_factory=list)
     rollout: object = None      # episodes of one rollout are held out together; by default each is its own
     split: str = None           # "train", "valid", "" (in neither mask), None (the file has no masks)
+    mask_fault: str = ""        # why the file's masks cannot be used
+    notes: list = field(default_factory=list)       # what was guessed or passed over while reading it
 
     def __post_init__(self):
         self.rollout = self.rollout or (self.file, self.name)
 
     @property
     def length(self):
-        return self.actions.shape[0]
+        return (*self.actions.shape, 0)[0]
 
 
-def make_episode(path, name, actions, obs, nodes, rollout, split, instruction=""):
-    """An Episode from its HDF5 parts; `nodes` are those whose attributes count, the innermost first. Labels
-    are the arrays of the innermost one."""
-    def attribute(*names, default=None, nodes=nodes):
-        for node, key in ((node, key) for node in nodes for key in names):
-            if key in node.attrs:
-                value = node.attrs[key]
-                return value.decode() if isinstance(value, bytes) else value
-        return default
-
-    def arrays(group):
-        for key, node in group.items():
-            if isinstance(node, h5py.Group):        # observations/images/<camera> goes by the camera's name
-                yield from arrays(node)
-            else:
-                yield key, describe(node)
-
-    env = json.loads(attribute("env_args", default="{}"))
-    found = (attribute("fps"), env.get("control_freq"), (env.get("env_kwargs") or {}).get("control_freq"))
-    fps = next((rate for rate in found if rate is not None), None)
-    names = attribute("action_names", "joint_names", default="[]")
-    names = json.loads(names) if isinstance(names, str) else names
-    num_samples = attribute("num_samples", nodes=nodes[:1])     # on the data group it would be another number
-    return Episode(
-        file=str(path), name=name, actions=describe(actions), obs=dict(arrays(obs)),
-        labels={key: describe(node) for key, node in nodes[0].items()
-                if isinstance(node, h5py.Dataset) and node.shape},
-        num_samples=None if num_samples is None else int(num_samples),
-        fps=None if fps is None else float(fps),
-        instruction=str(attribute("language_instruction", "language", default=instruction)),
-        action_names=[n.decode() if isinstance(n, bytes) else str(n) for n in names],
-        rollout=rollout, split=split)
+def kind_of(shape, dtype):
+    """(kind, why it is neither a state nor a camera) of an array that is not compressed; see Array."""
+    per_step = shape[1:]
+    if dtype.kind not in "fiub":
+        return "other", f"{one_line(dtype, 30)}, no numbers"
+    if not shape or not all(per_step):
+        return "other", f"shape {shape}, nothing per step"
+    if len(shape) == 4 and dtype == np.uint8 and shape[3] == 3:
+        return "camera", ""
+    if len(shape) >= 4 or len(shape) == 3 and dtype == np.uint8:
+        return "other", f"{dtype} {per_step} per step, a camera is uint8 (H, W, 3)"
+    if math.prod(per_step) > STATE_SIZE:
+        return "other", f"more than {STATE_SIZE} numbers per step"
+    if dtype.kind != "f":       # often counters of frames or tasks, which a policy must not follow
+        return "other", f"{dtype}, not float: shape_meta can name it"
+    return "state", ""
 
 
-def describe(dataset):
-    shape, dtype = dataset.shape, dataset.dtype
-    if "/images/" in dataset.name and (dtype.kind in "SO" or dtype == np.uint8 and len(shape) == 2):
-        kind = "jpeg"
-    elif len(shape) >= 4:
-        kind = "camera"         # whether it is a sound one, `faults` says
-    else:                       # more than a thousand numbers per step are no state but, say, a depth map
-        kind = "state" if dtype.kind == "f" and np.prod(shape[1:]) <= 1000 else "other"
-    return Array(dataset.name, shape, dtype, kind)
-
-
-def decode_jpeg(buffer):
-    """RGB (H, W, 3) uint8 of one compressed frame. Raises UserError.
-
-    OpenCV writes arrays as if they were BGR, and ALOHA's and RDT's recorders hand it RGB. So red and blue are
-    swapped in the file itself: OpenCV swaps them back as it reads, any other decoder has to do so by hand.
-    """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise UserError("this set has JPEG frames: pip install pillow") from None
-    try:
-        with Image.open(io.BytesIO(np.asarray(buffer).tobytes())) as image:
-            return np.asarray(image.convert("RGB"))[..., ::-1]
-    except (OSError, ValueError, SyntaxError) as error:         # Pillow has no error class of its own
-        raise UserError(f"a JPEG frame cannot be decoded: {one_line(error)}") from None
-
-
-def faults(episode, first, state_keys, camera_keys):
-    """What is wrong with the shapes of an episode, a line each; `first` is the episode it has to be like."""
-    e = episode
-    if len(e.actions.shape) != 2:
-        yield f"{e.name}: actions have shape {e.actions.shape}, make it (steps, dimensions)"
+def faults(episode, first, state_keys, camera_keys, resized=False):
+    """What is wrong with the shapes of an episode, a line each; `first` is the episode it has to be like.
+    resized: pictures of any size will do."""
+    e, actions = episode, episode.actions
+    if len(actions.shape) != 2 or not actions.shape[1] or actions.dtype.kind not in "fiub":
+        yield (f"{e.name}: actions are {one_line(actions.dtype, 60)} {actions.shape}, make it (steps, "
+               f"dimensions), numbers")
         return
     if e.length < 2:
         yield f"{e.name} has {e.length} step, an episode needs at least 2: leave it out of the file"
     if e.fps is not None and not 0 < e.fps < float("inf"):
         yield f"{e.name}: the control frequency is {e.fps:g} Hz, it must be above 0: correct attribute 'fps'"
     if e.num_samples not in (None, e.length):
-        yield f"{e.name}: num_samples says {e.num_samples}, actions have {e.length} steps: correct it"
-    if e.actions.shape[1:] != first.actions.shape[1:]:
-        yield (f"{e.name}: actions have shape {e.actions.shape[1:]} per step, in {first.name} "
+        yield f"{e.name}: num_samples says {e.num_samples:g}, actions have {e.length} steps: correct it"
+    if actions.shape[1:] != first.actions.shape[1:]:
+        yield (f"{e.name}: actions have shape {actions.shape[1:]} per step, in {first.name} "
                f"{first.actions.shape[1:]}: keep different robots in different data sets")
     for key in [*state_keys, *camera_keys]:
         if key not in e.obs:
-            holds = ", ".join(e.obs) or "nothing"
-            yield f"{e.name} has observations {holds}, but no '{key}'{nearest(key, e.obs)}"
+            yield f"{e.name} has observations {few(e.obs)}, but no '{key}'{nearest(key, e.obs)}"
             continue
         array, like = e.obs[key], first.obs.get(key)
         if array.shape[:1] != (e.length,):
             yield f"{e.name}: actions have {e.length} steps, '{key}' is {array.shape}: cut the longer one"
         if key in state_keys and array.dtype.kind not in "fiub":
-            yield f"{e.name}: '{key}' is {array.dtype}, write a state as float (T, D)"
-        if key in camera_keys and array.kind != "jpeg" and \
-                (array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[3] != 3):
-            yield f"{e.name}: camera '{key}' is {array.dtype} {array.shape}: write uint8 (T, H, W, 3), 0..255"
-        if like and array.kind != "jpeg" and array.shape[1:] != like.shape[1:]:
+            yield f"{e.name}: '{key}' is {one_line(array.dtype, 60)}, write a state as float (T, D)"
+        if key in camera_keys and array.kind not in ("camera", "jpeg"):
+            yield (f"{e.name}: camera '{key}' is {one_line(array.dtype, 60)} {array.shape}: write uint8 "
+                   f"(T, H, W, 3), 0..255")
+        camera = key in camera_keys
+        any_size = camera and (resized or "jpeg" in (array.kind, like and like.kind))
+        if like and not any_size and array.shape[1:] != like.shape[1:]:
             yield (f"{e.name}: '{key}' has shape {array.shape[1:]} per step, in {first.name} "
-                   f"{like.shape[1:]}: keep different robots and cameras in different data sets")
+                   f"{like.shape[1:]}: " + ("--image_size H W brings pictures to one size" if camera else
+                                            "keep different robots in different data sets"))
 
 
 def label_of(episode, name, dim):
@@ -143,8 +107,8 @@ def label_of(episode, name, dim):
     array = known[name]
     shapes = [(e.length, dim)] + [(e.length,)] * (dim == 1)
     if array.shape not in shapes or array.dtype.kind not in "fiub":
-        raise UserError(f"{e.name}: label '{name}' is {array.dtype} {array.shape}, extra asks for numbers "
-                        f"{' or '.join(map(str, shapes))}")
+        raise UserError(f"{e.name}: label '{name}' is {one_line(array.dtype, 60)} {array.shape}, extra asks "
+                        f"for numbers {' or '.join(map(str, shapes))}")
     return array
 
 
@@ -154,3 +118,17 @@ def nonfinite(name, key, x):
     if len(bad):
         yield (f"{name}: '{key}' is not finite at step {bad[0]} ({len(bad)} of {len(x)} steps): "
                f"cut the episode there or leave it out")
+
+
+def coarse(key, x):
+    """A line if float32 (N, D) keeps less than a thousandth of what a dimension ranges over: coordinates far
+    from their origin, time stamps."""
+    if not len(x):
+        return
+    low, high = x.min(0), x.max(0)
+    step, span = np.spacing(np.maximum(abs(low), abs(high))), high - low
+    bad = np.flatnonzero((span > 0) & (step > span / 1000))
+    if len(bad):
+        d = bad[0]
+        yield (f"'{key}' is about {high[d]:.4g} and ranges over {span[d]:.3g} in dimension {d}: float32 "
+               f"keeps steps of {step[d]:.2g} there, subtract an origin before you write it")

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 
 from demos import aloha, robomimic
-from robot.errors import UserError, input_file, nearest, one_line, user_path
+from robot.errors import UserError, few, input_file, nearest, one_line, user_path
 
 
 def find_files(source):
@@ -54,6 +54,13 @@ OPENERS = {".hdf5": open_hdf5, ".h5": open_hdf5}
 LAYOUTS = [aloha, robomimic]
 
 
+def unreadable(error):
+    """What is the matter with data that HDF5 does not read, and what to do."""
+    if any(words in str(error) for words in ("not registered", "plugin", "can't open directory")):
+        return f"needs a compression filter that h5py lacks, repack the file: {one_line(error)}"
+    return f"cannot be read, copy the file again: {one_line(error)}"
+
+
 def open_file(path):
     """The file for reading, by its suffix; HDF5 where no opener knows it. Raises UserError."""
     return OPENERS.get(Path(path).suffix, open_hdf5)(path)
@@ -65,8 +72,9 @@ def read_episodes(path):
         try:
             layout = next((layout for layout in LAYOUTS if layout.matches(file)), None)
             found = layout.episodes(path, file) if layout else []
-            holds = ", ".join(file) or "nothing"
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            holds = few(file)
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError,
+                MemoryError) as error:
             raise UserError(f"{path} cannot be read, copy or write it again: {one_line(error)}") from None
     if not found:
         raise UserError(f"{path} holds {holds}, but neither data/demo_<i> (robomimic) nor observations and "

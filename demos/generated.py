@@ -22,10 +22,15 @@ WHOLE = 3                               # with cameras, one rollout in so many g
 DEMO_SEEDS = 10**9                      # demonstrations use the seeds from here on; evaluate on smaller ones
 
 
-def demonstrations(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
-    """Perturbed expert rollouts in segments: a list of {"actions" (T, 3) float32, "obs" {key: (T, ...)} with
-    Tabletop's keys, "instruction" str, "episode" int}. A larger n gives the same list, continued. robot: one
-    of ROBOTS.
+def demonstrations(*args, **kwargs):
+    """The list of all `segments`."""
+    return list(segments(*args, **kwargs))
+
+
+def segments(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
+    """Perturbed expert rollouts in segments, one after the other: {"actions" (T, 3) float32, "obs" {key: (T,
+    ...)} with Tabletop's keys, "instruction" str, "episode" int}. A larger n gives the same ones, continued.
+    robot: one of ROBOTS.
 
     Who has only seen the perfect way does not know how to return to it. So the hand is made to tremble
     (correlated noise on the set-point), and at times it is kicked: for some steps it goes elsewhere, mostly
@@ -77,15 +82,13 @@ def demonstrations(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
     seen = {key: np.stack([o[key] for o in history["obs"]], axis=1) for key in obs}
     real = np.pad(np.stack(history["real"], axis=1), ((0, 0), (1, 1))).astype(np.int8)
     starts, ends = np.argwhere(np.diff(real) == 1), np.argwhere(np.diff(real) == -1)
-    segments = []
     for (i, start), (_, end) in zip(starts, ends):
         if info["success"][i] and end - start >= 2:
             part = {key: value[i, start:end].copy() for key, value in seen.items()}
-            if cameras:                 # drawn only now: no picture is made twice, or to be thrown away
+            if cameras:                 # drawn only now, and no picture to be thrown away
                 part.update(render(part, image_size))
-            segments.append({"actions": actions[i, start:end].copy(), "obs": part,
-                             "instruction": info["instruction"][i], "episode": int(i)})
-    return segments
+            yield {"actions": actions[i, start:end].copy(), "obs": part,
+                   "instruction": info["instruction"][i], "episode": int(i)}
 
 
 @contextlib.contextmanager
@@ -115,7 +118,7 @@ def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
         robot = tabletop.ROBOTS[robot]
         names = json.dumps(robot.action_names)
         data.attrs.update(format_version=1, fps=float(robot.fps), action_names=names)
-        for i, demo in enumerate(demonstrations(rollouts, seed=seed, cameras=cameras, robot=robot)):
+        for i, demo in enumerate(segments(rollouts, seed=seed, cameras=cameras, robot=robot)):
             group = data.create_group(f"demo_{i}")
             group.attrs.update(num_samples=len(demo["actions"]), language_instruction=demo["instruction"],
                                rollout=demo["episode"])
@@ -129,8 +132,7 @@ def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
 
 def main():
     began = time.perf_counter()
-    segments = demonstrations(100, cameras=True)
-    frames = sum(len(segment["actions"]) for segment in segments)
+    frames = sum(len(segment["actions"]) for segment in segments(100, cameras=True))
     print(f"100 demonstrations with both cameras, {frames} steps: {time.perf_counter() - began:.1f} s")
 
 

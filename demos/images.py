@@ -2,17 +2,13 @@
 
     moons, checkerboard, eight_gaussians, spirals    (N, 2) float32, within about [-1, 1]
     shapes                      (N, 3, 32, 32) uint8: one of eight shapes on a plain ground
-    a .npz or HDF5 file with    x (N, H, W) or (N, H, W, C) uint8, and y (N,) if there are classes;
-                                or x_train, y_train, x_test, y_test; perhaps class_names
+    a .npz or HDF5 file         see demos/image_files.py
 """
-from pathlib import Path
-
-import h5py
 import numpy as np
 import torch
 
-from demos.files import open_file
-from robot.errors import UserError, fingerprint, nearest, one_line
+from demos.image_files import read_images
+from robot.errors import UserError, few, fingerprint, say
 
 
 def moons(n, rng):
@@ -129,9 +125,10 @@ class Samples:
 def open_samples(source, n=None, seed=0, split="train"):
     """Points or images: -> Samples. Raises UserError.
 
-    source   the name of a generated set, or a .npz or HDF5 file with images (see the top of this file)
+    source   the name of a generated set, or a .npz or HDF5 file with images (see demos/image_files.py)
     n        how many in all (default: 20000 points, 4000 shapes, all of a file)
-    split    "train", or "valid": the file's test part if it has one, else the last tenth of all
+    split    "train", or "valid": the file's test part if it has one, else a tenth that `seed` draws, of every
+             class alike. (Of a generated set, where every item is drawn by itself: the last tenth.)
     """
     if split not in ("train", "valid"):
         raise UserError(f"split must be 'train' or 'valid', not {split!r}")
@@ -140,73 +137,29 @@ def open_samples(source, n=None, seed=0, split="train"):
         x, label = GENERATED[source](n, np.random.default_rng(seed))
         x = x if x.dtype == np.uint8 else x.astype(np.float32)
         names = SHAPES if source == "shapes" else range(0 if label is None else label.max() + 1)
-        parts = {"all": (x, label)}
-    else:
-        parts, names = read_images(source)
+        held_out = np.arange(n - n // 10, n)
+        rows = held_out if split == "valid" else np.arange(n - n // 10)
+        return Samples(source, x[rows], None if label is None else label[rows], [str(name) for name in names])
+
+    parts, names = read_images(source, GENERATED)
     x, label = parts.get("test" if split == "valid" else "train") or parts.get("train") or parts["all"]
-    x, label = x[:n], None if label is None else label[:n]
+    rows = np.sort(np.random.default_rng(seed).permutation(len(x))[:n])     # a file may be sorted by class
     if "test" not in parts:
-        held_out = len(x) // 10
-        keep = slice(len(x) - held_out, None) if split == "valid" else slice(len(x) - held_out)
-        x, label = x[keep], None if label is None else label[keep]
-    return Samples(source, x, label, [str(name) for name in names])
+        held_out = a_tenth(np.zeros(len(rows)) if label is None else label[rows], seed)
+        rows = rows[held_out if split == "valid" else np.setdiff1d(np.arange(len(rows)), held_out)]
+    label = None if label is None else label[rows]
+    if label is not None and names:
+        empty = [name for name, count in zip(names, np.bincount(label, minlength=len(names))) if not count]
+        if empty:
+            side = "trained on" if split == "train" else "held out"
+            say(f"{source}: no image of class {few(empty)} is {side}")
+    return Samples(source, x[rows], label, [str(name) for name in names])
 
 
-def read_arrays(path):
-    """{name: array} of a .npz or of the root of an HDF5 file. Raises UserError."""
-    path = Path(path)
-    if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, [*GENERATED, *beside]) or f": give a file or one of {', '.join(GENERATED)}"
-        raise UserError(f"no images or points at {path}{hint}")
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
-        except Exception as error:      # zipfile, zlib and numpy have errors of their own for a broken file
-            raise UserError(f"{path} cannot be read as .npz, write it again: {one_line(error)}") from None
-    with open_file(path) as file:
-        try:
-            return {key: file[key][:] for key in file if isinstance(file[key], h5py.Dataset)}
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path} cannot be read, copy it again: {one_line(error)}") from None
-
-
-def read_images(path):
-    """({"train": (x, y), ["test": (x, y)]} or {"all": (x, y)}, class names); x (N, C, H, W) uint8, y (N,) or
-    None. Raises UserError."""
-    arrays = read_arrays(path)
-    parts = {part: tail for part, tail in (("train", "_train"), ("test", "_test")) if "x" + tail in arrays}
-    parts = parts if "train" in parts else {"all": ""}
-    if "x" + next(iter(parts.values())) not in arrays:
-        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no images 'x' or 'x_train'")
-    names = [n.decode() if isinstance(n, bytes) else str(n) for n in arrays.get("class_names", [])]
-    for part, tail in parts.items():
-        x, y = arrays["x" + tail], arrays.get("y" + tail)
-        sound = x.ndim == 3 or x.ndim == 4 and x.shape[3] in (1, 3)
-        if not sound or x.dtype != np.uint8 or not x.size:
-            raise UserError(f"{path}: 'x{tail}' is {x.dtype} {x.shape}, write images as uint8 (N, H, W) or "
-                            f"(N, H, W, 1 or 3), 0..255")
-        if y is not None:
-            if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-                raise UserError(f"{path}: 'y{tail}' is {y.dtype} {y.shape}, write one integer for each of "
-                                f"{len(x)} images")
-            names = names or list(range(y.max() + 1))       # without names the training part sets the classes
-            wrong = np.flatnonzero((y < 0) | (y >= len(names)))
-            if len(wrong):
-                raise UserError(f"{path}: label {y[wrong[0]]} of image {wrong[0]} in 'y{tail}' is out of "
-                                f"range, classes go from 0 to {len(names) - 1}")
-        parts[part] = pad(np.moveaxis(x if x.ndim == 4 else x[..., None], 3, 1)), y
-    return parts, names if all(y is not None for _, y in parts.values()) else []
-
-
-def pad(x):
-    """Height and width up to a multiple of 8, because networks halve them three times (MNIST: 28 -> 32). The
-    border gets the colour of the background: the median of the upper left corner."""
-    N, C, H, W = x.shape
-    up, left = -H % 8, -W % 8
-    background = np.median(x[:, :, 0, 0], axis=0).astype(np.uint8)                          # (C,)
-    out = np.empty((N, C, H + up, W + left), np.uint8)
-    out[:] = background[:, None, None]
-    out[:, :, up // 2:up // 2 + H, left // 2:left // 2 + W] = x
-    return out
+def a_tenth(label, seed):
+    """Which items to hold out, at least one of two or more: every tenth, once they are shuffled by `seed` and
+    then put in order of their classes."""
+    order = np.random.default_rng(seed).permutation(len(label))
+    order = order[np.argsort(label[order], kind="stable")]
+    step = min(10, len(label))
+    return np.sort(order[step // 2::step]) if step > 1 else order[:0]

@@ -20,7 +20,8 @@ class MixedDemos(Demos):
         first = max(self.parts, key=lambda demos: len(demos.camera_keys))
         sizes = {name: demos.image_size for name, (demos, _, _) in parts.items() if demos.image_size}
         if len(set(sizes.values())) > 1:
-            raise UserError(f"pictures of the robots differ in size, {sizes}: bring them to one size")
+            raise UserError(f"pictures of the robots differ in size, {sizes}: bring them to one size, "
+                            f"--image_size H W does it")
         for name, (demos, actions, state) in parts.items():
             for kind, places in (("action", actions), ("state", state)):
                 has = getattr(demos, f"{kind}_dim")
@@ -32,6 +33,7 @@ class MixedDemos(Demos):
         self.notes, self.files, self.episodes = [], {}, chain("episodes")
         self.state_keys, self.camera_keys, self.action_names = {}, first.camera_keys, []
         self.image_size, self.state_dim, self.action_dim = first.image_size, dim, dim
+        self.camera_sizes = first.camera_sizes
         self.label_keys, self.labels = first.label_keys, np.concatenate([d.labels for d in self.parts])
         self.instructions, self.episode_names = chain("instructions"), chain("episode_names")
         self.lengths, self.episode_fps = np.array(chain("lengths")), np.array(chain("episode_fps"))
@@ -65,6 +67,7 @@ class MixedDemos(Demos):
         each = {}
         for name, demos in zip(self.robots, self.parts):
             part = demos.description()
-            keys = ("source", "fps", "state_keys", "camera_keys", "image_size", "action_names")
+            keys = ("source", "fps", "state_keys", "camera_keys", "image_size", "camera_sizes",
+                    "action_names")
             each[name] = {key: part[key] for key in keys} | {"places": self.places[name]}
         return super().description() | {"robots": each}

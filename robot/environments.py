@@ -28,7 +28,7 @@ class TabletopEpisodes:
 
     def __init__(self, n, description, instruction=None, robot=tabletop.Tabletop):
         self.max_steps = robot.max_steps * robot.fps // tabletop.FPS
-        size = description["image_size"][0] if description["image_size"] else 64
+        size = [*description.get("camera_sizes", {}).values(), description["image_size"] or [64]][0][0]
         self.env = robot(n, cameras=bool(description["camera_keys"]), image_size=size)
         self.options = {} if instruction is None else {"instruction": instruction}
 

@@ -6,11 +6,14 @@ from .errors import UserError, nearest
 
 
 class Normalizer:
-    """y = x * scale + offset, per key and dimension; all numbers are float32 tensors.
+    """y = (x - centre) * scale, per key and dimension: float32 in and out, float64 in between.
 
-    mode      what it does to the data                              scale, offset
-    minmax    into [-1, 1]                                          2 / (max - min), -1 - scale * min
-    meanstd   mean 0, (unbiased) deviation 1                        1 / std, -mean / std
+    The centre is taken off first: of a coordinate of millions of metres, x * scale + offset in float32 would
+    leave rounding errors as large as the steps of a robot.
+
+    mode      what it does to the data                              scale, centre
+    minmax    into [-1, 1]                                          2 / (max - min), (min + max) / 2
+    meanstd   mean 0, (unbiased) deviation 1                        1 / std, mean
     maxabs    into [-1, 1], zero stays zero                         1 / max |x|, 0
     quantile  1 % .. 99 % into [-1, 1], what lies beyond goes out   as minmax, from these two points
 
@@ -22,8 +25,8 @@ class Normalizer:
     MODES = ("minmax", "meanstd", "maxabs", "quantile")
     EPS = 1e-4
 
-    def __init__(self, mode, scale, offset, stats, near_constant):
-        self.mode, self.scale, self.offset = mode, scale, offset
+    def __init__(self, mode, scale, centre, stats, near_constant):
+        self.mode, self.scale, self.centre = mode, scale, centre
         self.stats, self.near_constant = stats, near_constant
 
     @classmethod
@@ -45,30 +48,38 @@ class Normalizer:
             flat = width < cls.EPS
             width = np.where(flat, 1, width)
             if mode == "meanstd":
-                scale, offset = 1 / width, -mean / width
+                scale, centre = 1 / width, mean
             elif mode == "maxabs":
-                scale, offset = 1 / width, np.zeros_like(width)
+                scale, centre = 1 / width, np.zeros_like(width)
             else:
-                scale = np.where(flat, 1, 2 / width)
-                offset = np.where(flat, -low, -1 - scale * low)
-            self.scale[key], self.offset[key] = float32(scale), float32(offset)
+                scale, centre = np.where(flat, 1, 2 / width), np.where(flat, low, (low + high) / 2)
+            self.scale[key], self.centre[key] = float32(scale), torch.tensor(centre)
             self.near_constant[key] = np.flatnonzero(flat).tolist()
         return self
 
     def normalize(self, key, x):
         """x (..., D), a tensor on any device"""
-        return x * self.scale[key].to(x.device) + self.offset[key].to(x.device)
+        y = (x.cpu().double() - self.centre[key]) * self.scale[key]     # not every device has float64
+        return y.float().to(x.device)
 
     def unnormalize(self, key, x):
         """The inverse of `normalize`."""
-        return (x - self.offset[key].to(x.device)) / self.scale[key].to(x.device)
+        return (x.cpu().double() / self.scale[key] + self.centre[key]).float().to(x.device)
+
+    def offset(self, key):
+        """What y = x * scale + offset would have: Diffusion Policy's parameter of this name."""
+        return -self.centre[key] * self.scale[key]
 
     def state(self):
         """Everything as plain dicts, lists and tensors, for torch.save and torch.load(weights_only=True)."""
-        return {name: getattr(self, name) for name in ("mode", "scale", "offset", "stats", "near_constant")}
+        return {name: getattr(self, name) for name in ("mode", "scale", "centre", "stats", "near_constant")}
 
     @classmethod
     def from_state(cls, state):
+        if "offset" in state:           # of the first checkpoints, which had y = x * scale + offset
+            state = dict(state)
+            offset = {key: x.double() for key, x in state.pop("offset").items()}
+            state["centre"] = {key: -x / state["scale"][key] for key, x in offset.items()}
         return cls(**state)
 
     def summary(self):

@@ -18,6 +18,7 @@ from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
 from .text import encode_text
+from .transforms import resize, same_shape
 
 BACKGROUND = 127          # grey level, 0..255, of a camera that is covered or that a robot does not have
 
@@ -156,12 +157,21 @@ class Policy:
         return f"number {d} of the unified vector"
 
     def prepare_images(self, values, n):
+        """Pictures of another size are resized as those of the data set were; of another shape, refused."""
         images, size = [], tuple(self.description["image_size"])
         for key in self.description["camera_keys"]:
             image = values[key]
-            if image.dtype != np.uint8 or image.shape != (n, *size, 3):
+            seen = tuple(self.description.get("camera_sizes", {}).get(key, size))   # by the data set's camera
+            fits = image.dtype == np.uint8 and image.ndim == 4 and (len(image), image.shape[3]) == (n, 3)
+            has = image.shape[1:3]
+            if not fits or has != size and not (all(has) and same_shape(has, seen)):
                 raise UserError(f"observation {key!r} is {image.dtype} {image.shape[1:]}, a picture must be "
-                                f"uint8 {(*size, 3)}, 0..255, RGB")
+                                f"uint8 {(*size, 3)}, 0..255, RGB, or larger or smaller in the ratio of "
+                                f"{seen[0]} to {seen[1]}")
+            if has not in (size, seen):
+                say_once(f"observation {key!r} is {has[0]} x {has[1]} and is resized to {size[0]} x "
+                         f"{size[1]}")
+            image = resize(image, size)
             images.append(np.full_like(image, BACKGROUND) if key in self.without else image)
         return torch.from_numpy(np.stack(images, axis=1))                       # (n, V, H, W, 3)
 

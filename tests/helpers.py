@@ -127,8 +127,8 @@ class Recorder(torch.nn.Module):
 def scaled(action_dim=2, state_dim=3):
     """normalised = raw / 2 + 1, for actions and state"""
     dims = {"actions": action_dim, "state": state_dim}
-    scale, offset = ({key: torch.full((dim,), value) for key, dim in dims.items()} for value in (0.5, 1.0))
-    return Normalizer("minmax", scale, offset, {}, {})
+    scale, centre = ({key: torch.full((dim,), value) for key, dim in dims.items()} for value in (0.5, -2.0))
+    return Normalizer("minmax", scale, centre, {}, {})
 
 
 def recorder(description=LOWDIM, **config):

@@ -1,4 +1,5 @@
 """data.py: what a batch means."""
+import gc
 import itertools
 import pickle
 
@@ -6,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import two_robots, write, write_aloha
+from helpers import set_value, two_robots, write, write_aloha
 
 import data
 import dp_cnn
@@ -26,6 +27,16 @@ def test_normalizer_is_fitted_on_training_episodes_only(tmp_path):
     normalizer = data.fit_normalizer(demos)
     assert normalizer.stats["actions"]["max"].tolist() == [202, 0]                 # demo_1 reaches 107
     assert normalizer.stats["state"]["min"].tolist() == [0, 0, 0.25, 0.5]          # angle, then pos
+    extreme = open_demos(write(tmp_path / "b.hdf5", edit=lambda file: [masks(file), set_value(
+        "data/demo_1/actions", slice(None), [[9e4, -9e4]])(file)]))
+    kept = np.concatenate([np.arange(5.0), 200 + np.arange(3.0)])
+    for mode in Normalizer.MODES:                       # the held-out one is far outside
+        n = data.fit_normalizer(extreme, mode)
+        want = Normalizer.fit({"actions": np.stack([kept, -kept], 1)}, mode)
+        assert torch.equal(n.scale["actions"], want.scale["actions"])
+        assert torch.equal(n.centre["actions"], want.centre["actions"])
+        for name, x in want.stats["actions"].items():
+            assert torch.equal(n.stats["actions"][name], x), name
     with pytest.raises(UserError, match="did you mean 'minmax'"):
         data.fit_normalizer(demos, "min_max")
 
@@ -115,6 +126,8 @@ def test_a_file_that_breaks_on_the_way_is_one_line_with_workers_too(tmp_path):
             for _ in itertools.islice(data.batches(windows, 4, 0, workers=workers), 4):
                 pass
         assert "\n" not in str(error.value)
+        del error
+        gc.collect()                                            # a worker lives as long as what holds its loader
 
 
 def first_indices(n, steps, **kwargs):
@@ -166,13 +179,17 @@ def test_a_place_is_normalised_over_the_robots_that_have_it(tmp_path, mode):
                           (1, np.concatenate([train(a)[:, 0], train(b)[:, 0]]))):
         want = one(values)
         assert n.scale["actions"][place] == want.scale["x"][0]
-        assert n.offset["actions"][place] == want.offset["x"][0]
+        assert n.centre["actions"][place] == want.centre["x"][0]
         assert n.stats["actions"]["max"][place] == values.max()
-    assert n.scale["actions"][[2, 3, 9]].tolist() == [1, 1, 1] and n.offset["actions"][2] == 0
+    assert n.scale["actions"][[2, 3, 9]].tolist() == [1, 1, 1] and n.centre["actions"][2] == 0
     assert n.near_constant["actions"] == [] and "WARNING" not in n.summary()
     windows = data.Windows(demos, n, 4, 1, 0)
     batch = windows.batch(torch.arange(len(windows)))
     assert (batch["actions"] * ~batch["action_valid"][:, None] == 0).all()
+    assert (batch["state"] * ~batch["state_valid"][:, None] == 0).all()
+    for kind, normalised in (("actions", n.normalize("actions", torch.zeros(10))),
+                             ("state", n.normalize("state", torch.zeros(10)))):
+        assert (normalised != 0).any(), f"{kind}: zeros must not be what the normaliser makes of them"
     raw = n.unnormalize("actions", batch["actions"])
     plain = data.Windows(demos, None, 4, 1, 0).batch(torch.arange(len(windows)))["actions"]
     assert torch.allclose(raw * batch["action_valid"][:, None], plain, atol=1e-3)

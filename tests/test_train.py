@@ -777,3 +777,13 @@ def test_stopped_between_two_rows(demos, tmp_path, monkeypatch):
     train.main([*argv["stopped"], "--resume"])
     assert [row["step"] for row in read_rows(tmp_path / "stopped")] == [4, 8, 8]
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_batch_larger_than_the_set_is_lowered_for_the_whole_run(demos, tmp_path, capsys):
+    train.main(command(demos, tmp_path / "run", steps=2, batch_size=9999, eval_every=0))
+    said = capsys.readouterr()
+    n = int(re.search(r"batch_size 9999 is more than the (\d+) items", said.err)[1])
+    assert f"{n:,} training and" in said.out and f"{n} from here on" in said.err
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["options"]["batch_size"] == n
+    train.main(command(demos, tmp_path / "run", "--resume", steps=4, batch_size=9999, eval_every=0))
+    assert "batch_size was" not in capsys.readouterr().out

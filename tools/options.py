@@ -65,6 +65,10 @@ class Options:
     normalizer: str = "minmax"
     # gigabytes of memory for images; what takes more stays in the files
     memory_gb: float = 4.0
+    # height and width that pictures are brought to as they are read; 0 0 = they stay as they are
+    image_size: tuple = (0, 0)
+    # order of the colours in JPEG frames: bgr (ALOHA's and RDT's recorders) | rgb, see demos/jpeg.py
+    colour: str = "bgr"
     # worker processes that read files (sets that fit into memory need none)
     workers: int = 0
     # a logged line every N steps
@@ -203,6 +207,8 @@ def check_options(options):
     check_ranges(vars(options), RANGES)
     if len(options.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in options.betas):
         raise UserError(f"--betas {options.betas} must be two numbers of at least 0 and below 1")
+    if len(options.image_size) != 2 or any(options.image_size) and min(options.image_size) < 1:
+        raise UserError(f"--image_size {options.image_size} must be height and width, both at least 1")
     if options.fresh and not options.init:
         raise UserError("--fresh says which weights of --init are not taken: add --init")
     schedules = ("cosine", "linear", "constant", "pi0")

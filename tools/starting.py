@@ -77,6 +77,9 @@ def start_from(model, checkpoint, options):
              if not key.startswith(fresh) and (key not in weights or shape(weights[key]) != shape(want[key]))]
     wrong += [f"{key} is left over" for key in weights if key not in want and not key.startswith(fresh)]
     if wrong:
+        was, now = (c.get("text_len") for c in (checkpoint["config"], vars(model.config)))
+        if was != now:
+            wrong.insert(0, f"made for instructions of text_len={was}, here it is {now}")
         raise UserError(f"--init {options.init}: {'; '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}: use the "
                         f"run's own --set and data, or name with --fresh what shall start anew")
     anew = [key for key in want if key.startswith(fresh)]
@@ -87,7 +90,8 @@ def start_from(model, checkpoint, options):
 
 # What the result depends on: a change is named, since it makes another run of it.
 SHAPING = ("data", "seed", "steps", "batch_size", "grad_accum", "lr", "warmup", "lr_schedule", "clip",
-           "weight_decay", "betas", "ema_power", "ema_max", "dtype", "normalizer")
+           "weight_decay", "betas", "ema_power", "ema_max", "dtype", "normalizer",
+           "image_size", "colour")
 
 
 def resume(run, checkpoint):
@@ -104,8 +108,9 @@ def resume(run, checkpoint):
         raise UserError(f"--resume: {path} has {checkpoint['step']} steps behind it, more than --steps "
                         f"{run.options.steps}: leave it as it was")
     same_data(checkpoint["data"], run.description, run.out)
-    for name in SHAPING:
-        was, value = checkpoint["options"].get(name), getattr(run.options, name)
+    for name in SHAPING:  # an older checkpoint may lack some
+        value = getattr(run.options, name)
+        was = checkpoint["options"].get(name, value)
         if was != value and run.main:
             print(f"note: {name} was {was!r} and is now {value!r}: this is not the run that was interrupted")
     try:

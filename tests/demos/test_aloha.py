@@ -10,6 +10,7 @@ from helpers import write_aloha
 
 import data
 from demos.dataset import open_demos
+from demos.jpeg import decode_jpeg
 from robot.errors import UserError
 
 
@@ -56,6 +57,10 @@ def test_jpeg_frames_have_their_colours_put_right(tmp_path, form):
     assert demos.image_size == (16, 24) and image.shape == (4, 1, 3, 16, 24)
     assert (image[:, :, 0] > 245).all() and (image[:, :, 1:] < 10).all()
     assert demos.instructions == ["pour", "pour"]
+    blue = torch.from_numpy(open_demos(folder, "image", colour="rgb").images(1, 0, 4))  # as the file has it
+    assert torch.equal(blue, image.flip(2))
+    with pytest.raises(UserError, match="colour 'brg' is no order of colours, did you mean"):
+        open_demos(folder, "image", colour="brg")
     meta = {"obs": {"top": {"type": "rgb", "shape": [3, 16, 24]}, "qpos": {"shape": [14]}}}
     assert open_demos(folder, shape_meta=meta).camera_keys == ["top"]
     meta["obs"]["top"]["shape"] = [3, 24, 16]
@@ -73,3 +78,17 @@ def test_a_pipe_beside_the_episodes_is_refused_unread(tmp_path):
     os.mkfifo(write_aloha(tmp_path / "set", (3, 3)) / "expanded_instruction.json")
     with pytest.raises(UserError, match="a pipe or a device"):
         open_demos(tmp_path / "set")
+
+
+def test_a_jpeg_of_a_thousand_million_pixels_is_not_decoded(tmp_path):
+    Image = pytest.importorskip("PIL.Image", reason="pillow reads compressed frames")
+    import io
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(buffer, "JPEG")
+    head = bytearray(buffer.getvalue())
+    at = head.index(b"\xff\xc0") + 5                       # height and width in the frame header
+    for size in (12_000, 60_000):                           # Pillow warns of the first and refuses the second
+        head[at:at + 4] = size.to_bytes(2, "big") * 2
+        with pytest.raises(UserError, match="a JPEG frame cannot be decoded: .*decompression bomb") as error:
+            decode_jpeg(np.frombuffer(bytes(head), np.uint8))
+        assert "\n" not in str(error.value)

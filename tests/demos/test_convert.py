@@ -1,5 +1,8 @@
 """demos/convert.py: a zarr replay buffer becomes HDF5."""
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,6 @@ from robot.errors import UserError
 
 def test_convert_a_replay_buffer(tmp_path):
     zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
-    import shutil
     rng = np.random.default_rng(0)
     arrays = {"action": rng.random((50, 2)), "state": rng.random((50, 5)), "keypoint": rng.random((50, 9, 2)),
               "img": rng.integers(0, 256, (50, 8, 8, 3))}
@@ -46,7 +48,69 @@ def test_convert_a_replay_buffer(tmp_path):
 def test_convert_without_zarr_or_buffer(tmp_path, monkeypatch):
     (tmp_path / "b.zarr").mkdir()
     monkeypatch.setitem(sys.modules, "zarr", None)
-    with pytest.raises(UserError, match="pip install zarr"):
+    with pytest.raises(UserError, match="pip install 'zarr<4'"):
         convert.convert(tmp_path / "b.zarr", tmp_path / "c.hdf5")
     with pytest.raises(UserError, match="did you mean 'b.zarr'"):
         convert.convert(tmp_path / "a.zarr", tmp_path / "c.hdf5")
+
+
+def buffer_of(tmp_path, name="b.zarr"):
+    zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
+    buffer = zarr.open_group(str(tmp_path / name), mode="w", zarr_format=2)
+    for key, x in {"action": np.arange(100.0).reshape(50, 2) + 1, "state": np.ones((50, 5))}.items():
+        array = buffer.create_array(f"data/{key}", shape=x.shape, chunks=(10, x.shape[1]), dtype=x.dtype)
+        array[:] = x
+    buffer["meta/episode_ends"] = np.array([20, 50])
+    return tmp_path / name
+
+
+def test_missing_chunks_are_not_zeros_unless_somebody_says_so(tmp_path):
+    path = buffer_of(tmp_path)
+    (path / "data/action/2.0").unlink()
+    with pytest.raises(UserError, match="1 of 5 chunks of data/action are missing.*--missing_zeros"):
+        convert.convert(path, tmp_path / "a.hdf5")
+    assert not (tmp_path / "a.hdf5").exists()
+    convert.convert(path, tmp_path / "a.hdf5", missing_zeros=True)
+    actions = open_demos(tmp_path / "a.hdf5", val_ratio=0).actions
+    assert (actions[20:30] == 0).all() and (actions[:20] != 0).all() and (actions[30:] != 0).all()
+
+
+@pytest.mark.parametrize("where", ["compressor", "filters", ".zmetadata", "zarr.json", "zip"])
+def test_a_store_that_would_unpickle_is_refused_unread(tmp_path, where):
+    """A codec "pickle" runs what the chunks hold; here that would write a file."""
+    path, marker = buffer_of(tmp_path), tmp_path / "it_ran"
+    description = json.loads((path / "data/state/.zarray").read_text())
+    description |= {"compressor": {"id": "pickle"}} if where != "filters" else {"filters": [{"id": "pickle"}]}
+    payload = f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()
+    if where == ".zmetadata":
+        (path / where).write_text(json.dumps({"metadata": {"data/state/.zarray": description}}))
+    elif where == "zarr.json":
+        (path / where).write_text(json.dumps({"codecs": [{"name": "sharding_indexed", "configuration": {
+            "codecs": [{"name": "numcodecs.pickle"}]}}]}))
+    else:
+        (path / "data/state/.zarray").write_text(json.dumps(description))
+    for chunk in (path / "data/state").glob("[0-9]*"):
+        chunk.write_bytes(payload)
+    if where == "zip":
+        path = Path(shutil.make_archive(str(path), "zip", path))
+    with pytest.raises(UserError, match="names the codec '(numcodecs.)?pickle', which may run code") as error:
+        convert.convert(path, tmp_path / "a.hdf5")
+    assert not marker.exists() and len(str(error.value)) < 400
+
+
+def test_metadata_that_is_no_json_is_one_line(tmp_path):
+    path = buffer_of(tmp_path)
+    (path / "data/state/.zattrs").write_text("{no")
+    with pytest.raises(UserError, match="data/state/.zattrs is no JSON"):
+        convert.convert(path, tmp_path / "a.hdf5")
+
+
+def test_pictures_that_are_not_taken_are_named(tmp_path, capsys):
+    zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
+    path = buffer_of(tmp_path)
+    zarr.open_group(str(path), mode="a")["data/img"] = np.ones((50, 8, 8, 3), np.float32) * 9
+    convert.convert(path, tmp_path / "a.hdf5")
+    assert "not taken: img (pictures; --images takes them)" in capsys.readouterr().err
+    zarr.open_group(str(path), mode="a")["data/img"] = np.full((50, 8, 8, 3), np.nan, np.float32)
+    with pytest.raises(UserError, match="data/img goes from nan to nan: scale it"):
+        convert.convert(path, tmp_path / "b.hdf5", images=True)

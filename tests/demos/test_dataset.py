@@ -8,8 +8,10 @@ import torch
 from helpers import claim, drop, replace, set_value, write
 
 import data
+from demos import check
 from demos.dataset import open_demos
 from robot.errors import UserError
+from robot.transforms import resize
 
 
 def test_demos_come_in_the_order_of_their_numbers(tmp_path):
@@ -168,12 +170,65 @@ def test_two_files_that_do_not_match(tmp_path):
         open_demos(tmp_path)
 
 
-def test_cameras_of_different_size(tmp_path):
+def test_cameras_of_different_size(tmp_path, capsys):
     def edit(file):
         for demo in file["data"].values():
-            replace(f"{demo.name}/obs/right", np.zeros((len(demo["actions"]), 8, 8, 3), np.uint8))(file)
-    with pytest.raises(UserError, match="cameras differ in size"):
-        open_demos(write(tmp_path / "a.hdf5", edit=edit), "image")
+            replace(f"{demo.name}/obs/right", np.full((len(demo["actions"]), 8, 8, 3), 7, np.uint8))(file)
+    path = write(tmp_path / "a.hdf5", edit=edit)
+    with pytest.raises(UserError, match="cameras differ in size.*--image_size H W brings them to one size"):
+        open_demos(path, "image")
+    check.inspect(path)
+    wrong = capsys.readouterr().out.split("must be mended")[1]
+    assert "left 4 x 6, right 8 x 8: train with --image_size" in wrong
+    demos = open_demos(path, "image", image_size=(4, 6), val_ratio=0)
+    said = capsys.readouterr().err
+    assert "'right' is resized from 8 x 8 to 4 x 6, which changes its proportions" in said
+    assert "'left'" not in said
+    assert demos.image_size == (4, 6) and demos.camera_sizes == {"left": (4, 6), "right": (8, 8)}
+    images = demos.images(1, 0, 8)
+    assert (images[:, 0, 0] == (100 + np.arange(8))[:, None, None]).all() and (images[:, 1] == 7).all()
+
+
+def test_resizing_while_reading(tmp_path, capsys):
+    """Noise, so that the filter shows; pictures in memory and those read from the file are the same."""
+    noise = {}
+
+    def edit(file):
+        rng = np.random.default_rng(0)
+        for name, demo in file["data"].items():
+            noise[name] = rng.integers(0, 256, (len(demo["actions"]), 24, 32, 3), np.uint8)
+            replace(f"{demo.name}/obs/left", noise[name])(file)
+        replace("data/demo_2/obs/left", noise["demo_2"][:, :12])(file)      # an episode of its own size
+    path = write(tmp_path / "a.hdf5", [20, 40, 3], edit)
+    with pytest.raises(UserError, match=r"demo_2: 'left' has shape \(12, 32, 3\).*--image_size H W"):
+        open_demos(path, "image")
+    meta = {"obs": {"left": {"shape": [3, 6, 8], "type": "rgb"}}}
+    for gb in (4, 0):
+        demos = open_demos(path, shape_meta=meta, image_size=(6, 8), val_ratio=0, memory_gb=gb)
+        windows = data.Windows(demos, None, 4, 2, -1)
+        assert (windows.images is None) == (gb == 0)
+        batch = windows.batch(torch.tensor([20, 39, 59, 62]))["images"][:, 1, 0]
+        for i, (name, t) in enumerate([("demo_1", 0), ("demo_1", 19), ("demo_1", 39)]):
+            want = resize(noise[name][t:t + 1], (6, 8))[0]
+            assert np.array_equal(batch[i].permute(1, 2, 0), want)
+        assert np.array_equal(batch[3].permute(1, 2, 0), resize(noise["demo_2"][2:3, :12], (6, 8))[0])
+    assert demos.description()["camera_sizes"] == {"left": [24, 32]}
+    assert "proportions" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"'left' is \[3, 6, 8\], but the pictures of .* are \[3, 9, 9\]"):
+        open_demos(path, shape_meta=meta, image_size=(9, 9))
+
+
+def test_the_doctor_says_what_resizing_costs(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "a.hdf5", [20, 20])
+    check.inspect(path, image_size=(2, 3))
+    report = capsys.readouterr().out
+    assert "resized       to 2 x 3: 0.0 MB of images" in report and "ms a picture" in report
+    assert report.endswith("nothing looks wrong\n")
+    check.inspect(path, image_size=(3, 3))
+    assert "camera 'left' changes its proportions, from 4 x 6" in capsys.readouterr().out
+    monkeypatch.setattr(check, "MEMORY_GB", 1e-6)
+    check.inspect(path)
+    assert "of images stay in the files" in capsys.readouterr().out
 
 
 def test_paths_that_lead_nowhere(tmp_path):

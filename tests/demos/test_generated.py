@@ -1,9 +1,12 @@
 """The generated set: demonstrations of the built-in task, and their file."""
+import weakref
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import CAMERAS, LOW_DIM, rollout
 
+from demos import generated
 from demos.dataset import open_demos
 from demos.generated import DEMO_SEEDS, WHOLE, demonstrations
 from robot import tabletop
@@ -174,3 +177,38 @@ def test_demonstrations_of_the_velocity_robot():
         assert np.linalg.norm(way, axis=1).max() <= 2 * tabletop.SPEED + 1e-6
         free = np.abs(way).max(1) > 0
         assert np.abs(way - d["actions"][:-1, :2] / 5)[free].max() < 0.1
+
+
+def test_sets_of_other_seeds_show_other_scenes_with_other_perturbations(monkeypatch):
+    """No scene comes twice, in whatever place; the tremble, the kicks and the expert's choices are others."""
+    asked, real = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed=None: asked.append(str(seed)) or real(seed))
+    sets = [demonstrations(30, seed=seed) for seed in (0, 1, 2)]
+    first = [{d["episode"]: d for d in demos[::-1]}.values() for demos in sets]
+    scenes = [{tuple(d["obs"]["object"][0, :4]) for d in demos} for demos in first]
+    assert all(len(s) > 20 for s in scenes)
+    assert not (scenes[0] & scenes[1] or scenes[0] & scenes[2] or scenes[1] & scenes[2])
+    for seed in range(3):
+        for stream in range(3):                 # the expert, the tremble, the kicks
+            assert asked.count(str([seed, stream])) == 1
+
+
+def test_the_file_is_written_a_segment_at_a_time(monkeypatch, tmp_path):
+    """With cameras a thousand rollouts are a gigabyte of pictures, the file a twentieth of that."""
+    alive, most = weakref.WeakSet(), []
+
+    class Pictures(dict):
+        """A segment's observations, counted while somebody holds them."""
+        __hash__ = object.__hash__
+
+    def counted(*args, **kwargs):
+        for segment in segments(*args, **kwargs):
+            segment["obs"] = Pictures(segment["obs"])
+            alive.add(segment["obs"])
+            most.append(len(alive))
+            yield segment
+
+    segments = generated.segments
+    monkeypatch.setattr(generated, "segments", counted)
+    path = generated.tabletop_file(True, 6, 0, tmp_path)
+    assert len(open_demos(path, "image").lengths) == len(most) > 6 and max(most) <= 2

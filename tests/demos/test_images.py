@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import save
 
+from demos import check
 from demos.images import open_samples
 from robot.errors import UserError
 
@@ -64,10 +65,13 @@ def test_image_files(tmp_path, suffix):
     path = save(tmp_path / f"digits.{suffix}", x=digits, y=np.arange(40) % 10)
     train, valid = open_samples(path), open_samples(path, split="valid")
     assert (len(train), len(valid), train.shape, train.n_classes) == (36, 4, (1, 32, 32), 10)
-    assert (train.x[:, 0, 2:30, 2:30].numpy() == digits[:36]).all() and (train.x[:, 0, :2] == 7).all()
-    assert valid.label.tolist() == [6, 7, 8, 9]
+    where = {picture.tobytes(): i for i, picture in enumerate(digits)}
+    at = [[where[x[0, 2:30, 2:30].numpy().tobytes()] for x in part.x] for part in (train, valid)]
+    assert sorted(sum(at, [])) == [*range(40)] and all(numbers == sorted(numbers) for numbers in at)
+    assert [part.label.tolist() for part in (train, valid)] == [[i % 10 for i in numbers] for numbers in at]
+    assert (train.x[:, 0, :2] == 7).all()
     x = train.batch(torch.tensor([5]))["x"]
-    assert torch.allclose(x[0, 0, 2:30, 2:30], torch.from_numpy(digits[5]).float() / 127.5 - 1)
+    assert torch.allclose(x[0, 0, 2:30, 2:30], torch.from_numpy(digits[at[0][5]]).float() / 127.5 - 1)
 
     colour = rng.integers(0, 256, (10, 16, 24, 3), dtype=np.uint8)
     path = save(tmp_path / f"colour.{suffix}", x_train=colour[:7], y_train=np.zeros(7, np.uint8),
@@ -92,6 +96,14 @@ def test_image_files(tmp_path, suffix):
     ({"x_train": np.zeros((2, 8, 8), np.uint8), "y_train": np.array([0, 1]),
       "x_test": np.zeros((2, 8, 8), np.uint8), "y_test": np.array([0, 2])}, "label 2 of image 1 in 'y_test'"),
     ({"images": np.zeros((4, 8, 8), np.uint8)}, "holds images, but no images 'x'"),
+    ({"x": np.zeros((4, 8, 8), np.uint8), "y": np.array([0, 1, 2, 10**6])}, "labels up to 1000000 for 4 im"),
+    ({"x": np.zeros((4, 8, 8), np.uint8), "y": np.zeros((4, 2), int)}, r"'y' is int64 \(4, 2\)"),
+    ({"x": np.zeros((4, 8, 8), np.uint8), "y": np.zeros(4, int), "class_names": np.array(3)},
+     r"'class_names' is int64 \(\), write one name for each class"),
+    ({"x_train": np.zeros((2, 8, 8), np.uint8), "x_test": np.zeros((2, 16, 8), np.uint8)},
+     r"test part are \(1, 16, 8\), those to train on \(1, 8, 8\)"),
+    ({"x": np.zeros((4, 0, 8), np.uint8)}, r"'x' is uint8 \(4, 0, 8\)"),
+    ({"x": np.array(3, np.uint8)}, r"'x' is uint8 \(\)"),
 ])
 def test_bad_image_file(tmp_path, arrays, words):
     for suffix in ("npz", "hdf5"):
@@ -112,3 +124,55 @@ def test_bad_image_paths(tmp_path):
         open_samples("moon")
     with pytest.raises(UserError, match="did you mean 'whole.npz'"):
         open_samples(tmp_path / "whol.npz")
+
+
+def pictures(label):
+    """Images that show their label and their number."""
+    x = np.zeros((len(label), 8, 8), np.uint8)
+    x[:, 0], x[:, 1] = np.asarray(label)[:, None], np.arange(len(label))[:, None]
+    return x
+
+
+def test_a_file_sorted_by_class_has_every_class_on_both_sides(tmp_path, capsys):
+    label = np.repeat(np.arange(10), 20)
+    path = save(tmp_path / "sorted.npz", x=pictures(label), y=label)
+    for seed in range(3):
+        train, valid = (open_samples(path, seed=seed, split=split) for split in ("train", "valid"))
+        assert torch.bincount(train.label).tolist() == [18] * 10
+        assert torch.bincount(valid.label).tolist() == [2] * 10
+        for part in (train, valid):
+            assert torch.equal(part.x[:, 0, 0, 0].long(), part.label)       # pictures keep their labels
+        numbers = torch.cat([train.x[:, 0, 1, 0], valid.x[:, 0, 1, 0]])
+        assert sorted(numbers.tolist()) == [*range(200)]        # nothing is on both sides or on none
+    assert not torch.equal(valid.x, open_samples(path, seed=0, split="valid").x)
+    assert torch.equal(valid.x, open_samples(path, seed=2, split="valid").x)
+    some = open_samples(path, n=60)                             # not the first three classes alone
+    assert len(some) == 54 and len(some.label.unique()) == 10
+    assert not capsys.readouterr().err
+
+
+def test_few_images_and_missing_classes_are_said(tmp_path, capsys):
+    few = save(tmp_path / "few.npz", x=pictures(range(8)), y=np.arange(8))
+    assert [len(open_samples(few, split=split)) for split in ("train", "valid")] == [7, 1]
+    assert "no image of class 0, 1, 2, 3, 5" in capsys.readouterr().err
+    one = save(tmp_path / "one.npz", x=pictures([0]))
+    assert [len(open_samples(one, split=split)) for split in ("train", "valid")] == [1, 0]
+    from_one = save(tmp_path / "from_one.npz", x=pictures(np.arange(40) % 4 + 1), y=np.arange(40) % 4 + 1)
+    train = open_samples(from_one)
+    assert train.n_classes == 5 and "no image of class 0 is trained on" in capsys.readouterr().err
+    column = save(tmp_path / "column.npz", x=pictures(np.arange(40) % 4), y=np.arange(40)[:, None] % 4)
+    assert torch.equal(open_samples(column).label, open_samples(column).x[:, 0, 0, 0].long())
+
+
+def test_unlabelled_images_are_held_out_by_the_seed(tmp_path):
+    path = save(tmp_path / "a.npz", x=pictures([0] * 50))
+    held = [open_samples(path, seed=seed, split="valid").x[:, 0, 1, 0].tolist() for seed in range(4)]
+    assert len({tuple(h) for h in held}) == 4 and all(len(h) == 5 for h in held)
+
+
+def test_the_doctor_lists_every_array_and_the_split(tmp_path, capsys):
+    label = np.arange(40) % 4
+    check.inspect(save(tmp_path / "a.npz", x=pictures(label), y=label, features=np.zeros((40, 3))))
+    report = capsys.readouterr().out
+    assert "not used (its name says nothing to train.py)" in report and "4 images, 36 to train on" in report
+    assert [line for line in report.splitlines() if line.startswith("  features ")]

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import LOWDIM, Recorder, episode, observed, recorder, write_demos
+from helpers import LOWDIM, Recorder, episode, observed, recorder, scaled, write_demos
 
 import data
 import sample
@@ -10,6 +10,7 @@ from demos.dataset import open_demos
 from robot.errors import UserError, say_once
 from robot.policy import Policy
 from robot.text import decode_text
+from robot.transforms import resize
 
 
 @pytest.mark.parametrize("first_action", [-2, 0])  # Diffusion Policy's chunk starts two steps ago, pi0's now
@@ -171,3 +172,62 @@ def test_values_far_outside_the_training_data_are_said_once(capsys):
         policy.act({"a": np.array([0.0]), "b": np.array([57.3, 1.0])})
     said = capsys.readouterr().err
     assert said.count("note:") == 1 and "b[0] is 57.3, the training data have 0 to 2" in said
+
+
+def resizing(seen, size):
+    """A policy whose data had a camera of the size `seen`, resized to `size`."""
+    say_once.cache_clear()
+    return recorder(LOWDIM | {"camera_keys": ["front"], "camera_sizes": {"front": seen}, "image_size": size})
+
+
+@pytest.mark.parametrize("seen, size, frame, said", [
+    # as in the data, before or after; another camera of that shape; the run itself squeezed so
+    ([48, 64], [12, 16], (48, 64), False), ([48, 64], [12, 16], (12, 16), False),
+    ([48, 64], [12, 16], (480, 640), True), ([48, 64], [12, 16], (6, 8), True),
+    ([48, 64], [8, 8], (48, 64), False), ([48, 64], [8, 8], (8, 8), False),
+    ([12, 16], [12, 16], (48, 64), True)])
+def test_frames_are_resized_as_those_of_the_data_were(capsys, seen, size, frame, said):
+    policy = resizing(seen, size)
+    picture = np.random.default_rng(0).integers(0, 256, (*frame, 3), np.uint8)
+    for _ in range(2):
+        policy.act(observed(0) | {"front": picture})
+    images = policy.model.batches[0]["images"]
+    assert images.shape[-3:] == (3, *size)
+    assert np.array_equal(images[0, -1, 0].permute(1, 2, 0), resize(picture[None], tuple(size))[0])
+    note = f"'front' is {frame[0]} x {frame[1]} and is resized to {size[0]} x {size[1]}"
+    assert capsys.readouterr().err.count(note) == said
+
+
+@pytest.mark.parametrize("seen, size, frame", [
+    ([48, 64], [12, 16], (64, 48)), ([48, 64], [12, 16], (48, 48)), ([48, 64], [8, 8], (16, 16)),
+    ([12, 16], [12, 16], (16, 16)), ([12, 16], [12, 16], (0, 0)), ([12, 16], [12, 16], (12, 16, 3))])
+def test_frames_of_another_shape_are_refused(seen, size, frame):
+    policy = resizing(seen, size)
+    with pytest.raises(UserError, match=f"'front' is uint8 .*in the ratio of {seen[0]} to {seen[1]}"):
+        policy.act(observed(0) | {"front": np.zeros((*frame, 3), np.uint8)})
+
+
+def test_a_policy_of_an_older_checkpoint_knows_its_trained_size_alone():
+    policy = recorder(LOWDIM | {"camera_keys": ["front"], "image_size": [12, 16]})
+    policy.act(observed(0) | {"front": np.zeros((24, 32, 3), np.uint8)})
+    assert policy.model.batches[0]["images"].shape[-2:] == (12, 16)
+
+
+def test_a_covered_camera_shows_the_background_at_the_trained_size():
+    policy = resizing([48, 64], [12, 16])
+    policy.without = ["front"]
+    policy.act(observed(0) | {"front": np.zeros((48, 64, 3), np.uint8)})
+    images = policy.model.batches[0]["images"]
+    assert images.shape[-2:] == (12, 16) and (images == 127).all()
+
+
+def test_places_that_a_robot_lacks_are_zero_for_the_network():
+    """Not what the normaliser makes of zero there."""
+    robots = {"left": {"state_keys": {"pose": 2}, "places": {"actions": [3, 0], "state": [4, 1]}}}
+    policy = Policy(Recorder(action_dim=5), scaled(5, 5), LOWDIM | {
+        "robots": robots, "state_keys": {}, "state_dim": 5, "action_dim": 5}, robot="left")
+    action = policy.act({"pose": np.array([6.0, 8.0])})
+    assert policy.model.batches[0]["state"][0, -1].tolist() == [0, 8 / 2 + 1, 0, 0, 6 / 2 + 1]
+    assert policy.model.batches[0]["state_valid"].tolist() == [[False, True, False, False, True]]
+    assert policy.model.batches[0]["action_valid"].tolist() == [[True, False, False, True, False]]
+    assert action.shape == (2,)

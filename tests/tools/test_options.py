@@ -70,7 +70,6 @@ def test_every_yaml_of_the_project_is_read(path):
     (["--steps", "many"], ["steps", "'many'"]),
     (["--steps", "-1"], ["--steps -1"]),
     (["--batch_size", "0"], ["--batch_size 0"]),
-    (["--batch_size", "99999"], ["batch_size 99999", "lower it"]),
     (["--lr", "nan"], ["lr = nan", "not finite"]),
     (["--seed", str(2**63)], ["seed"]), (["--seed", str(2**32)], ["--seed", "from 0 to 4294967295"]),
     (["--ema_max", "1.5"], ["--ema_max 1.5", "from 0 to 1"]), (["--out", "~nouser/x"], ["no such user"]),

@@ -1,0 +1,72 @@
+"""What a set of demonstrations says about a policy's Config, so that a file in a known form needs no flag."""
+import torch
+
+from robot import tabletop
+from robot.errors import few, one_line, say
+
+LONGEST_TEXT = 1024             # bytes; text_len does not follow an instruction beyond that
+
+
+def facts_of(demos, normalizer, module, options):
+    """{field of Config: value}. A field that the preset or --set gives is left alone where the data are not
+    the only ones to know. Notes go to stderr."""
+    fields = vars(module.Config)
+    given = module.PRESETS.get(options.preset, {}) | options.set
+    facts = {"action_dim": demos.action_dim, "state_dim": demos.state_dim,
+             "n_cameras": len(demos.camera_keys)}
+    if demos.image_size:
+        facts["image_size"] = tuple(demos.image_size)
+    if not demos.camera_keys and fields.get("obs") == "image" and "obs" not in given:
+        facts["obs"] = "lowdim"
+    if "clip_x0" not in given:
+        facts["clip_x0"] = largest(demos, normalizer)
+    facts |= text_facts(demos, module, given, "obs" in facts, options.set)
+    if options.robots:          # their actions and states come packed
+        facts |= {"action_names": (), "state_names": ()}
+    elif hasattr(module, "UNIFIED"):
+        facts |= place_names(demos, module, given)
+    return facts
+
+
+def largest(demos, normalizer):
+    """The largest absolute value of the normalised actions that are trained on: what a sampler may cut x0 to.
+    Exactly 1 where the normaliser brought them to [-1, 1]."""
+    rows = demos.rows(demos.train_episodes)
+    found = normalizer.normalize("actions", torch.from_numpy(demos.actions[rows])).abs().max().item()
+    return found if found > 1 + 1e-4 else 1.0
+
+
+def text_facts(demos, module, given, blind, chosen):
+    """text_len grows with the longest instruction. `blind`: the policy has no pictures."""
+    length = given.get("text_len", getattr(module.Config, "text_len", 0))
+    if not length or "text_len" in chosen or given.get("tokenizer_path"):
+        return {}
+    if blind and module.__name__.endswith("dit_policy"):
+        say("there is no camera: the states are taken, and no instruction is read, since dit_policy reads "
+            "it with the pictures")
+        return {"text_len": 0}
+    longest = max(len(text.encode()) for text in demos.instructions)
+    if length < longest <= LONGEST_TEXT:
+        say(f"text_len is {longest} instead of {length}: the longest instruction has so many bytes")
+        return {"text_len": longest}
+    return {}
+
+
+def place_names(demos, module, given):
+    """Names in rdt's unified vector, where nobody gave any: those of the file if rdt knows them, else its
+    first places, in the order of the file."""
+    known = {place: name for name, place in module.UNIFIED.items() if name.startswith(("right_", "left_"))}
+    facts = {}
+    for kind, dim, said in (("action", demos.action_dim, demos.action_names), ("state", demos.state_dim, ())):
+        field = f"{kind}_names"
+        built_in = demos.source in tabletop.ROBOTS and dim == len(getattr(module.Config, field))
+        if field in given or built_in:
+            continue
+        names = tuple(said)
+        if len(names) != dim or len({module.UNIFIED.get(name, name) for name in names} & {*known}) != dim:
+            names = tuple(known[place] for place in sorted(known)[:dim])
+            say(f"{one_line(demos.source, 100)} does not name its {dim} {kind} dimensions as UNIFIED in "
+                f"{module.__name__}.py does: in their order they are taken for {few(names, 2)}; to name them "
+                f"yourself: --set \"{field}=[{', '.join(names[::-1][:2])}, ...]\"")
+        facts[field] = names
+    return facts

@@ -1,0 +1,33 @@
+"""Compressed frames."""
+import io
+import warnings
+
+import numpy as np
+
+from robot.errors import UserError, hint, one_line
+
+# What a plain decoder takes for the order of colours. OpenCV writes arrays as if they were BGR, and ALOHA's
+# and RDT's recorders hand it RGB: red and blue are swapped in the file itself. OpenCV swaps them back as it
+# reads; any other decoder has to do so by hand. A file that Pillow or a video tool wrote has "rgb".
+COLOURS = ("bgr", "rgb")
+
+
+def check_colour(colour):
+    if colour not in COLOURS:
+        raise UserError(f"colour {one_line(colour, 30)!r} is no order of colours{hint(colour, COLOURS)}")
+
+
+def decode_jpeg(buffer, colour="bgr"):
+    """RGB (H, W, 3) uint8 of one compressed frame. Raises UserError."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("this set has JPEG frames: pip install pillow") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(np.asarray(buffer).tobytes())) as image:
+                return np.asarray(image.convert("RGB"))[..., ::-1 if colour == "bgr" else 1]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning,
+            Image.DecompressionBombError) as error:             # Pillow has no error class of its own
+        raise UserError(f"a JPEG frame cannot be decoded: {one_line(error)}") from None
