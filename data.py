@@ -267,7 +267,8 @@ def fitting_batch(options, n, world=1):
     """The options, with a batch that `n` items fill on each of `world` processes."""
     if options.batch_size <= n // world or not n // world:
         return options
-    say(f"batch_size {options.batch_size} is more than the {n} items of the set give: {n // world} from here on")
+    say(f"batch_size {options.batch_size} is more than the {n} items of the set give: {n // world} from here "
+        f"on")
     return dataclasses.replace(options, batch_size=n // world)
 
 

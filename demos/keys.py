@@ -2,7 +2,7 @@
 import math
 from dataclasses import dataclass
 
-from robot.errors import UserError, few, nearest, one_line
+from robot.errors import UserError, nearest, one_line
 
 # What a batch holds already, see data.Windows.
 TAKEN = ("actions", "action_mask", "state", "images", "text", "control_hz", "action_valid", "state_valid")

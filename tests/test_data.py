@@ -127,7 +127,7 @@ def test_a_file_that_breaks_on_the_way_is_one_line_with_workers_too(tmp_path):
                 pass
         assert "\n" not in str(error.value)
         del error
-        gc.collect()                                            # a worker lives as long as what holds its loader
+        gc.collect()                                    # a worker lives as long as what holds its loader
 
 
 def first_indices(n, steps, **kwargs):

@@ -96,7 +96,8 @@ def test_virtual_data_sets_read_their_sources(tmp_path, take, rows):
     (lambda folder: (folder / "part_2.h5").unlink(), "source a in part_2.h5 is missing"),
     (lambda folder: (folder / "part_2.h5").write_text("no"), "source a in part_2.h5 cannot be read"),
     (lambda folder: h5py.File(folder / "part_2.h5", "w").close(), "source a in part_2.h5 cannot be read"),
-    (lambda folder: save(folder / "part_2.h5", a=np.zeros((9, 3), "f4")), r"source a in part_2.h5 is \(9, 3\), which is less"),
+    (lambda folder: save(folder / "part_2.h5", a=np.zeros((9, 3), "f4")),
+     r"source a in part_2.h5 is \(9, 3\), which is less"),
 ])
 def test_a_virtual_data_set_is_never_filled_with_zeros(tmp_path, spoil, words):
     path = virtual(tmp_path)
@@ -310,7 +311,8 @@ def open_six(path, edit, **options):
     (masks(train=names(0, 1, 2), valid=names(3)), [0, 1, 2], [3], ""),
     (masks(train=np.array([0, 1, 2, 3]), valid=np.array([4, 5])), [0, 1, 2, 3], [4, 5], ""),
     (masks(train=np.arange(6) < 2, valid=np.arange(6) == 5), [0, 1], [5], ""),
-    (masks(train=names(0, 1, 2)), [0, 1, 2], [3, 4, 5], "mask/train alone, the demos that it does not name are h"),
+    (masks(train=names(0, 1, 2)), [0, 1, 2], [3, 4, 5],
+     "mask/train alone, the demos that it does not name are h"),
     (masks(valid=names(1)), [0, 2, 3, 4, 5], [1], "mask/valid alone, the demos that it does not name are t"),
     (masks(train=names(0, 1), valid=np.zeros(0, "S8")), [0, 1], [], "no episode of"),
 ])
@@ -322,7 +324,8 @@ def test_masks_in_their_forms(tmp_path, capsys, edit, train, valid, note):
 
 @pytest.mark.parametrize("edit, words", [
     (masks(train=names(0, 1, 4), valid=names(4, 5)), "demo_4 stands in both mask/train and mask/valid"),
-    (masks(train=names(10, 11), valid=names(2)), "mask/train names demo_10, demo_11, which the file does not"),
+    (masks(train=names(10, 11), valid=names(2)),
+     "mask/train names demo_10, demo_11, which the file does not"),
     (masks(train=names(0), valid=names(40)), "mask/valid names demo_40"),
     (masks(train=[7]), "mask/train names demo_7"), (masks(train=[-1]), "mask/train names demo_-1"),
     (masks(train=np.ones(5, bool)), "mask/train is no list of names"),
