@@ -38,7 +38,7 @@ from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import pictures
 from tools.quality import compare_samples, validate
 from tools.runs import (Run, Since, catch_signals, collect, keep_best, locked, log, n_parameters, prepare_out,
-                        release_signals, save, stop_status, write_rows)
+                        release_signals, save, stop_status, worker_is_mourned, write_rows)
 from tools.starting import build, earlier_run, resume
 
 # ----------------------------------------------------------------------------------------------------------
@@ -323,7 +323,8 @@ def carry_out(run):
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as e:  # at any place of the loop
         if not options.workers or isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
             raise
-        died = one_line(e)[:99]
+        died = one_line(e)[:99] or type(e).__name__
+        worker_is_mourned()
     finally:
         stream.close()  # the workers that are left end here
     if died:  # raised here, where nothing of the loop is held any more

@@ -741,6 +741,16 @@ def test_signals_to_the_group_and_dead_workers(act, status, said, demos, tmp_pat
     assert read_checkpoint(tmp_path / "out")["step"] == (3 if status == 2 else 4)
 
 
+def test_an_error_without_words_does_not_end_in_a_result(demos, tmp_path, monkeypatch, capsys):
+    """What a loader raises when its worker goes may be an EOFError that says nothing."""
+    def loop(run, stream):
+        raise EOFError
+    monkeypatch.setattr(train, "loop", loop)
+    argv = command(demos, tmp_path, workers=1)
+    refused(capsys, lambda: train.main(argv), "a worker process died (EOFError)")
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_the_norm_of_the_gradient_is_clipped(demos, tmp_path, monkeypatch):
     """What the optimiser sees is as short as --clip says; what is logged is the norm before."""
     seen, real = [], torch.optim.AdamW.step

@@ -187,6 +187,11 @@ def release_signals():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def worker_is_mourned():
+    """A dead worker has been noticed: torch need not raise it again while the others are ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def stop_status(received):
     """What a shell sees of a program that a signal ended; of another process's signal here: SIGTERM."""
     return 128 + (received or [signal.SIGTERM])[0]
