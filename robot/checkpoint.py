@@ -45,6 +45,8 @@ def faults(content):
     losses = unlogged.get("losses", torch.zeros(0)) if sound(unlogged, {"step": int}) else None
     if not torch.is_tensor(losses) or losses.ndim != 1 or not losses.dtype.is_floating_point:
         yield "unlogged"
+    if not isinstance(content["options"].get("robots", {}), dict):
+        yield "options"
     if content.get("normalizer") is None:
         yield from () if sound(content.get("data"), SAMPLES) else ["data"]
     elif not sound(content.get("data"), DATA):
@@ -61,7 +63,10 @@ def check_normalizer(normalizer, data):
         there_and_back = normalizer.unnormalize(key, normalizer.normalize(key, torch.zeros(1, dim)))
         stats = [normalizer.stats[key][name] for name in ("min", "max", "mean", "std")]
         numbers = torch.stack([there_and_back[0], *stats])
-        assert numbers.shape == (5, dim) and numbers.isfinite().all() and numbers.dtype == torch.float32
+        listed = isinstance(normalizer.near_constant[key], list)
+        if not listed or numbers.shape != (5, dim) or numbers.dtype != torch.float32 or \
+                not numbers.isfinite().all():
+            raise ValueError(key)
 
 
 def read_checkpoint(path, device="cpu"):

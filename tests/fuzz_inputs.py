@@ -270,7 +270,7 @@ def flags(rng, base, folder):
             argv += [f"--{name[:-1]}", word]
         elif how < 0.3:
             argv.append(f"--{name}")
-        elif how < 0.4:                                 # a comparison of no runs would train for hours
+        elif how < 0.4 and len(argv) > 1:               # a comparison of no runs would train for hours
             del argv[rng.randrange(main is compare.main, len(argv))]
         else:
             argv.append(f"--{name}={word}")

@@ -185,3 +185,15 @@ def test_what_is_wrong_with_a_command_is_noticed(main, verdict, tmp_path, monkey
     monkeypatch.setattr(sys.modules[__name__], "BYTES", 2**27)
     found = Child(Case(main, []), tmp_path).start().verdict(memory(1), wait=True)
     assert found.startswith(verdict) and bool(found) == bool(verdict), found
+
+
+def test_a_pipe_is_refused_unread_wherever_a_file_is_expected(base, tmp_path):
+    os.mkfifo(tmp_path / "pipe.hdf5")
+    pipe, main = str(tmp_path / "pipe.hdf5"), {name: module for module, name in NAMES.items()}
+    for command, argv in (("check", [pipe]), ("check", [str(tmp_path)]), ("train", base.command(data=pipe)),
+                          ("train", base.command() + ["--config", pipe]), ("sample", [pipe]),
+                          ("train", base.command() + ["--init", pipe]),
+                          ("sample", [str(base.policy), "--config", pipe, "--device", "cpu"])):
+        child = Child(Case(main[f"{command}.py"], argv), tmp_path).start()
+        assert not child.verdict(memory(1), wait=True), child
+        assert "a pipe or a device" in child.texts()[0], child

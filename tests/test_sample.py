@@ -51,6 +51,13 @@ def test_wrong_runs(tiny, tmp_path, capsys):
     refused(capsys, lambda: sample.main([str(tiny), "--env", "tabletop"]), "lacks 'agent_pos'")
 
 
+@pytest.mark.parametrize("text", ["env: [a]", "lr: 1", "3", "env:", "env: {id: 1", "a: 1\na: 2"])
+def test_a_yaml_without_an_environment(text, tiny, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    argv = [str(tiny), "--config", str(tmp_path / "c.yaml")]
+    refused(capsys, lambda: sample.main(argv), "--config", "c.yaml")
+
+
 def test_closed_loop_success(solved):
     result = json.loads((solved / "result.json").read_text())
     assert result["episodes"] == 20 and result["success"] >= 0.6

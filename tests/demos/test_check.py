@@ -3,8 +3,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
-from helpers import ROOT, save, write, write_aloha
+from helpers import ROOT, refused, save, write, write_aloha
 
 import data
 from demos import check
@@ -65,3 +66,10 @@ def test_command_line_ends_in_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "cannot be opened as HDF5" in done.stderr
+
+
+@pytest.mark.parametrize("argv, named", [
+    ([], ["required", "path"]), (["a.hdf5", "b.hdf5"], ["unknown argument b.hdf5"]),
+    (["--help=x"], ["help"]), (["~nouser/x"], ["no such user"])])
+def test_wrong_flags(argv, named, capsys):
+    refused(capsys, lambda: check.main(argv), *named)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import refused
 
 from demos import convert
 from demos.dataset import open_demos
@@ -114,3 +115,9 @@ def test_pictures_that_are_not_taken_are_named(tmp_path, capsys):
     zarr.open_group(str(path), mode="a")["data/img"] = np.full((50, 8, 8, 3), np.nan, np.float32)
     with pytest.raises(UserError, match="data/img goes from nan to nan: scale it"):
         convert.convert(path, tmp_path / "b.hdf5", images=True)
+@pytest.mark.parametrize("argv, named", [
+    (["in.zarr", "out.hdf5", "--fps", "nan"], ["--fps nan"]), (["in.zarr"], ["required", "out"]),
+    (["in.zarr", "out.hdf5", "--image"], ["--image", "did you mean 'images'"]),
+    (["none.zarr", "out.hdf5"], ["none.zarr"])])
+def test_wrong_flags(argv, named, capsys):
+    refused(capsys, lambda: convert.main(argv), *named)

@@ -151,6 +151,8 @@ def test_a_device_that_is_not_there(device, named, tiny):
 
 @pytest.mark.parametrize("part, change", [
     ("options", lambda c: c["options"].pop("data")), ("options", lambda c: c["options"].update(seed="0")),
+    ("options", lambda c: c["options"].update(robots="")),
+    ("normalizer", lambda c: c["normalizer"]["near_constant"].pop("state")),
     ("replay", lambda c: c["replay"].pop("output")), ("data", lambda c: c["data"].pop("state_keys")),
     ("data", lambda c: c["data"].update(action_dim=2.0)), ("unlogged", lambda c: c.update(unlogged={"x": 1})),
     ("unlogged", lambda c: c["unlogged"].update(losses=[1.0])),
