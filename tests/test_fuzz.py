@@ -107,7 +107,7 @@ def memory(field):
     return int(Path("/proc/self/statm").read_text().split()[field]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def accepted(case, folder):
+def assert_accepted(case, folder):
     """The command takes it: exit status 0."""
     folder.mkdir(parents=True, exist_ok=True)
     child = Child(case, folder).start()
@@ -123,7 +123,7 @@ def base(tmp_path_factory):
         tqdm.monitor.exit()
         tqdm.monitor = None
     folder = tmp_path_factory.mktemp("base")
-    return Base(folder, lambda main, argv: accepted(Case(main, argv), folder / "made"))
+    return Base(folder, lambda main, argv: assert_accepted(Case(main, argv), folder / "made"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux's /proc says what a process takes")
@@ -155,12 +155,12 @@ def test_what_is_not_changed_is_taken(kind, base, tmp_path, monkeypatch):
     for seed in range(20, 26):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        accepted(getattr(fuzz_inputs, kind)(random.Random(seed), base, folder), folder)
+        assert_accepted(getattr(fuzz_inputs, kind)(random.Random(seed), base, folder), folder)
 
 
 def test_weights_that_are_not_changed_are_taken(base, tmp_path):
     torch.save(base.weights, tmp_path / "weights.pt")
-    accepted(fuzz_inputs.from_weights(base, tmp_path / "weights.pt"), tmp_path)
+    assert_accepted(fuzz_inputs.from_weights(base, tmp_path / "weights.pt"), tmp_path)
 
 
 def shout(*lines, status=2):
