@@ -8,7 +8,7 @@ import torch
 import yaml
 from helpers import LOWDIM, ROOT, Recorder, scaled
 
-from robot.environments import GymEpisodes, pick
+from robot.environments import GymEpisodes, TabletopEpisodes, pick
 from robot.errors import UserError, say_once
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
@@ -263,3 +263,13 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(point):
 def test_a_namespace_that_is_no_package(point):
     point(name="Other-Name/Point-v0")
     assert closed_loop(Pusher({"pos": 2}), {"id": "Other-Name/Point-v0"}, 1, seed=0)["success"] == 1
+
+
+def test_the_built_in_task_shows_a_policy_the_cameras_of_its_data():
+    """Pictures of the size that the data had before they were resized: the policy resizes them alike."""
+    keys = {"state_keys": {}, "camera_keys": ["agentview_image"], "image_size": [16, 16]}
+    for description, size in ((keys | {"camera_sizes": {"agentview_image": [32, 32]}}, 32), (keys, 16)):
+        obs, _ = TabletopEpisodes(2, description).reset(np.arange(2))
+        assert obs["agentview_image"].shape == (2, size, size, 3)
+    obs, _ = TabletopEpisodes(2, keys | {"camera_keys": [], "image_size": None}).reset(np.arange(2))
+    assert "agentview_image" not in obs
