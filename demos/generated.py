@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import h5py
 import numpy as np
 
 from robot import tabletop
-from robot.errors import run_command, user_path, written_aside
+from robot.errors import run_command, say, user_path, written_aside
 from robot.tabletop import FPS, MAX_STEPS, REACH, Expert, Tabletop, render
 
 WHOLE = 3                               # with cameras, one rollout in so many goes on after the grasp
@@ -112,7 +111,7 @@ def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
     path = user_path(folder) / name
     if path.exists():
         return path
-    print(f"note: generating {rollouts} demonstrations, kept in {path}", file=sys.stderr)
+    say(f"generating {rollouts} demonstrations, kept in {path}")
     with new_hdf5(path) as file:
         data = file.create_group("data")
         robot = tabletop.ROBOTS[robot]

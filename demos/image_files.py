@@ -67,7 +67,7 @@ def read_arrays(path, names):
             raise UserError(f"{path} cannot be read as .npz, write it again: {one_line(error)}") from None
     with open_file(path) as file:
         try:
-            return {key: file[key][()] for key in found}
+            return {key: np.asarray(file[key][()]) for key in found}     # an Empty one, too
         except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{path} {unreadable(error)}") from None
 

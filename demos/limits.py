@@ -14,7 +14,7 @@ def memory():
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):      # the file says "max" where there is no limit
-            found.append(int(Path(limit).read_text(encoding="utf-8")))
+            found.append(int(Path(limit).read_text(encoding="ascii")))
     return min(found)
 
 

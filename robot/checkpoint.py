@@ -1,4 +1,5 @@
 """Checkpoints: weights, configuration, description of the data and a recorded pair to replay, in one file."""
+import math
 import zipfile
 
 import torch
@@ -38,9 +39,15 @@ def sound(value, kind):
     return isinstance(value, kind)
 
 
+def finite(value):
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(map(finite, parts)) and (not isinstance(value, float) or math.isfinite(value))
+
+
 def faults(content):
     """Names of the parts that a checkpoint lacks, or holds as something else."""
     yield from (key for key, kind in CONTENT.items() if key not in content or not sound(content[key], kind))
+    yield from (key for key in ("data", "train_seconds") if not finite(content[key]))
     unlogged = content.get("unlogged", {"step": 0})  # older ones have none
     losses = unlogged.get("losses", torch.zeros(0)) if sound(unlogged, {"step": int}) else None
     if not torch.is_tensor(losses) or losses.ndim != 1 or not losses.dtype.is_floating_point:

@@ -153,6 +153,8 @@ def test_a_device_that_is_not_there(device, named, tiny):
     ("options", lambda c: c["options"].pop("data")), ("options", lambda c: c["options"].update(seed="0")),
     ("options", lambda c: c["options"].update(robots="")),
     ("normalizer", lambda c: c["normalizer"]["near_constant"].pop("state")),
+    ("data", lambda c: c["data"].update(fps=-float("inf"))),
+    ("train_seconds", lambda c: c.update(train_seconds=float("nan"))),
     ("replay", lambda c: c["replay"].pop("output")), ("data", lambda c: c["data"].pop("state_keys")),
     ("data", lambda c: c["data"].update(action_dim=2.0)), ("unlogged", lambda c: c.update(unlogged={"x": 1})),
     ("unlogged", lambda c: c["unlogged"].update(losses=[1.0])),

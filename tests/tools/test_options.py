@@ -167,3 +167,10 @@ def test_every_number_among_the_options_has_a_range():
     assert numbers == set(options.RANGES)
     default = vars(options.Options())
     assert all(least <= default[name] <= most for name, (least, most) in options.RANGES.items())
+
+
+def test_a_network_has_so_many_layers_at_most():
+    """Making a hundred thousand of them takes minutes, even without memory."""
+    with pytest.raises(UserError, match="t5_depth = 100000: no network here has more than 1000 layers"):
+        options.make_config(load_module("rdt"), resolved("--set", "t5_depth=100000"), {})
+    assert options.make_config(load_module("rdt"), resolved("--set", "t5_depth=1000"), {}).t5_depth == 1000
