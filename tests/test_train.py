@@ -654,7 +654,7 @@ def test_a_run_of_ones_own_to_start_from(demos, whole, tmp_path, capsys):
     assert now["step"] == 0
     assert all(torch.equal(x, now["weights"][key]) for key, x in first["ema"].items())
     was, units = first["normalizer"], now["normalizer"]
-    for part in ("scale", "offset"):
+    for part in ("scale", "centre"):
         assert all(torch.equal(was[part][key], units[part][key]) for key in was[part])
     train.main(command(other, tmp_path / "head", steps=0, init=whole[1], fresh="unet.final_out"))
     assert "2 weights start fresh: unet.final_out" in capsys.readouterr().out

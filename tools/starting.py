@@ -100,6 +100,7 @@ def resume(run, checkpoint):
     if checkpoint["model"] != run.options.model:
         raise UserError(f"{path} is a checkpoint of {checkpoint['model']}, not of {run.options.model}; "
                         f"choose another --out")
+    same_data(checkpoint["data"], run.description, run.out)
     now, was = dataclasses.asdict(run.config), checkpoint["config"]
     changed = [f"{k} was {was[k]!r}, is {now.get(k)!r}" for k in was if now.get(k) != was[k]]
     if changed:
@@ -107,7 +108,6 @@ def resume(run, checkpoint):
     if run.options.steps < checkpoint["step"]:
         raise UserError(f"--resume: {path} has {checkpoint['step']} steps behind it, more than --steps "
                         f"{run.options.steps}: leave it as it was")
-    same_data(checkpoint["data"], run.description, run.out)
     for name in SHAPING:  # an older checkpoint may lack some
         value = getattr(run.options, name)
         was = checkpoint["options"].get(name, value)
