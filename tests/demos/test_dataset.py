@@ -94,7 +94,8 @@ def test_a_single_episode_is_trained_on_and_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("attrs, fps", [
-    ({"fps": 15}, 15), ({"env_args": '{"control_freq": 30}'}, 30),
+    ({"fps": 15}, 15), ({"fps": 15, "env_args": '{"control_freq": 30}'}, 15),
+    ({"env_args": '{"control_freq": 30}'}, 30),
     ({"env_args": '{"env_kwargs": {"control_freq": 25}}'}, 25), ({"total": 1}, 20)])
 def test_rate(tmp_path, capsys, attrs, fps):
     demos = open_demos(write(tmp_path / "a.hdf5", images=False, **attrs))
@@ -212,7 +213,8 @@ def test_resizing_while_reading(tmp_path, capsys):
             want = resize(noise[name][t:t + 1], (6, 8))[0]
             assert np.array_equal(batch[i].permute(1, 2, 0), want)
         assert np.array_equal(batch[3].permute(1, 2, 0), resize(noise["demo_2"][2:3, :12], (6, 8))[0])
-    assert demos.description()["camera_sizes"] == {"left": [24, 32]}
+    description = demos.description()
+    assert description["camera_sizes"] == {"left": [24, 32]} and description["image_size"] == [6, 8]
     assert "proportions" not in capsys.readouterr().err
     with pytest.raises(UserError, match=r"'left' is \[3, 6, 8\], but the pictures of .* are \[3, 9, 9\]"):
         open_demos(path, shape_meta=meta, image_size=(9, 9))

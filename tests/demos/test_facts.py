@@ -164,6 +164,36 @@ def test_the_reach_is_that_of_the_actions_that_are_trained_on(tmp_path):
     assert config.clip_x0 == items.actions.abs().max() > 1
 
 
+def test_a_normaliser_to_one_means_exactly_one(tmp_path):
+    """Rounding may leave 1.0000001, which would be another Config for every seed."""
+    def uneven(seed):
+        def edit(file):
+            rng = np.random.default_rng(seed)
+            for demo in file["data"].values():
+                demo["actions"][:] = rng.uniform(-3, 7, demo["actions"].shape) / 3 + 1000 * seed
+        return edit
+    configs = [opened("dp_cnn", write(tmp_path / f"{seed}.hdf5", [20, 20, 20], uneven(seed), images=False))
+               for seed in range(12)]
+    assert {config.clip_x0 for config, _, _ in configs} == {1.0}
+    assert any(items.actions.abs().max() != 1 for _, items, _ in configs)
+
+
+# ---- flags arrive
+
+
+def test_image_size_and_colour_arrive(tmp_path):
+    path = write(tmp_path / "a.hdf5", [6, 6, 6])
+    config, items, _ = opened("pi0", path, "--image_size", "2", "3")
+    assert config.image_size == (2, 3) and items.images.shape[-2:] == (2, 3)
+    (tmp_path / "a.yaml").write_text("image_size: [3, 2]\n")
+    assert opened("pi0", path, "--config", str(tmp_path / "a.yaml"))[0].image_size == (3, 2)
+    for size in (("0", "3"), ("3", "0"), ("-1", "-1")):
+        with pytest.raises(UserError, match="image_size .* must be height and width, both at least 1"):
+            opened("pi0", path, "--image_size", *size)
+    with pytest.raises(UserError, match="colour 'brg' is no order of colours"):
+        opened("pi0", path, "--colour", "brg")
+
+
 # ---- batch size
 
 
@@ -173,6 +203,8 @@ def test_a_batch_larger_than_the_set_is_lowered_and_said(capsys):
     assert not capsys.readouterr().err
     assert data.fitting_batch(chosen, 98).batch_size == 98
     assert data.fitting_batch(chosen, 75, world=2).batch_size == 37
+    assert data.fitting_batch(chosen, 120, world=2).batch_size == 60
+    assert data.fitting_batch(chosen, 1, world=2) is chosen             # too few for that: data.batches refuses
     said = capsys.readouterr().err
     assert "batch_size 99 is more than the 98 items" in said and "37 from here on" in said
 

@@ -108,6 +108,15 @@ def test_a_virtual_data_set_is_never_filled_with_zeros(tmp_path, spoil, words):
         assert len(str(error.value)) < 400
 
 
+def test_a_source_that_is_one_step_short_is_too_small(tmp_path):
+    path = virtual(tmp_path, slice(5, 15), 10)
+    save(tmp_path / "part_2.h5", a=np.zeros((15, 3), "f4"))
+    assert open_demos(path).lengths.tolist() == [10] * 3
+    save(tmp_path / "part_2.h5", a=np.zeros((14, 3), "f4"))
+    with pytest.raises(UserError, match=r"demo_2: .* is \(14, 3\), which is less"):
+        open_demos(path)
+
+
 def test_a_virtual_data_set_with_a_gap_is_refused(tmp_path):
     with pytest.raises(UserError, match="sources have 60 of 75 numbers, the rest is nowhere"):
         open_demos(virtual(tmp_path, rows=25))

@@ -5,7 +5,7 @@ import torch
 from helpers import save
 
 from demos import check
-from demos.images import open_samples
+from demos.images import GENERATED, open_samples
 from robot.errors import UserError
 
 
@@ -15,6 +15,8 @@ def test_points(name, classes):
     train, valid = (open_samples(name, n=5000, split=split) for split in ("train", "valid"))
     assert (len(train), len(valid), train.shape, train.n_classes) == (4500, 500, (2,), classes)
     x = torch.cat([train.x, valid.x])
+    whole = GENERATED[name](5000, np.random.default_rng(0))[0]     # of which the last tenth is held out
+    assert np.array_equal(x, whole.astype(np.float32))
     assert x.dtype == torch.float32 and x.abs().max() < 1.15 and x.abs().amax(0).min() > 0.4
     assert torch.equal(open_samples(name, n=5000).x, train.x)
     assert not torch.equal(open_samples(name, n=5000, seed=1).x, train.x)
