@@ -204,7 +204,7 @@ def test_a_batch_larger_than_the_set_is_lowered_and_said(capsys):
     assert data.fitting_batch(chosen, 98).batch_size == 98
     assert data.fitting_batch(chosen, 75, world=2).batch_size == 37
     assert data.fitting_batch(chosen, 120, world=2).batch_size == 60
-    assert data.fitting_batch(chosen, 1, world=2) is chosen             # too few for that: data.batches refuses
+    assert data.fitting_batch(chosen, 1, world=2) is chosen     # too few for that: data.batches refuses
     said = capsys.readouterr().err
     assert "batch_size 99 is more than the 98 items" in said and "37 from here on" in said
 
