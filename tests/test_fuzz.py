@@ -172,7 +172,7 @@ def shout(*lines, status=2):
     (lambda argv: None, ""), (lambda argv: shout("note: x", "x.py: one line"), ""),
     (lambda argv: pickle.loads(pickle.dumps(fuzz_inputs.Payload())), "unpickled"),
     (lambda argv: time.sleep(9), "hangs"), (lambda argv: 1 / 0, "traceback"),
-    (lambda argv: len(b"x" * 2**28), "0."), (lambda argv: shout("x.py: killed", status=1), "exit 1"),
+    (lambda argv: len(b"x" * 3 * 2**28), "0."), (lambda argv: shout("x.py: killed", status=1), "exit 1"),
     (lambda argv: shout("x.py: one", "and two"), "exit 2 with 2 lines"),
     (lambda argv: shout(), "exit 2 with 0"),
     (lambda argv: shout("x.py: one", status=0), "exit 0 with 1"), (lambda argv: shout("one"), "no name"),
