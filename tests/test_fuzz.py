@@ -172,7 +172,7 @@ def shout(*lines, status=2):
     (lambda argv: None, ""), (lambda argv: shout("note: x", "x.py: one line"), ""),
     (lambda argv: pickle.loads(pickle.dumps(fuzz_inputs.Payload())), "unpickled"),
     (lambda argv: time.sleep(9), "hangs"), (lambda argv: 1 / 0, "traceback"),
-    (lambda argv: len(b"x" * 3 * 2**28), "0."), (lambda argv: shout("x.py: killed", status=1), "exit 1"),
+    (lambda argv: len(b"x" * 3 * 2**28), " GB"), (lambda argv: shout("x.py: killed", status=1), "exit 1"),
     (lambda argv: shout("x.py: one", "and two"), "exit 2 with 2 lines"),
     (lambda argv: shout(), "exit 2 with 0"),
     (lambda argv: shout("x.py: one", status=0), "exit 0 with 1"), (lambda argv: shout("one"), "no name"),
@@ -184,7 +184,7 @@ def test_what_is_wrong_with_a_command_is_noticed(main, verdict, tmp_path, monkey
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 2)
     monkeypatch.setattr(sys.modules[__name__], "BYTES", 2**27)
     found = Child(Case(main, []), tmp_path).start().verdict(memory(1), wait=True)
-    assert found.startswith(verdict) and bool(found) == bool(verdict), found
+    assert verdict in found and bool(found) == bool(verdict), found
 
 
 def test_a_pipe_is_refused_unread_wherever_a_file_is_expected(base, tmp_path):
