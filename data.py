@@ -257,7 +257,9 @@ def batches(windows, batch_size, seed, start_step=0, rank=0, world=1, workers=0)
     if not workers or windows.held_on.type != "cpu":
         return ((indices, windows.batch(indices)) for indices in stream)
     # A generator of its own: the loader draws a seed for its workers, which must not disturb the run's.
-    loader = torch.utils.data.DataLoader(BatchByIndices(windows), batch_size=None, sampler=stream,
+    # Lists, not tensors: a tensor would be handed over by a thread that complains when its worker dies.
+    wanted = (indices.tolist() for indices in stream)
+    loader = torch.utils.data.DataLoader(BatchByIndices(windows), batch_size=None, sampler=wanted,
                                          num_workers=workers, pin_memory=windows.device.type == "cuda",
                                          generator=torch.Generator(), worker_init_fn=own_group)
     return (received(indices, batch, windows.device) for indices, batch in loader)
@@ -275,6 +277,7 @@ def fitting_batch(options, n, world=1):
 def own_group(worker):
     """Ctrl-C and a SIGTERM to the group are for the main process to hear; it ends its workers itself."""
     os.setpgid(0, 0)
+    sys.excepthook = lambda *_: None  # errors travel as batches; a lost connection is for the main process
 
 
 def received(indices, batch, device):
@@ -305,6 +308,7 @@ class BatchByIndices(torch.utils.data.Dataset):
         self.windows.device = torch.device("cpu")
 
     def __getitem__(self, indices):
+        indices = torch.tensor(indices)
         try:
             return indices, self.windows.batch(indices)
         except UserError as error:
