@@ -155,7 +155,8 @@ def read_values(report, episodes, keys, colour):
     if readable:
         numbers = {key: np.concatenate(x) for key, x in numbers.items()}
         report.seen = {key: seen[key] for key in keys.cameras}
-        report.found = Recordings(readable, np.array([e.length for e in readable]), numbers, times)
+        report.found = Recordings(readable, np.array([e.length for e in readable]), numbers,
+                                  float(rates(readable)[0]), times)
     if len(steps) < len(episodes) and keys.cameras:
         report.lines.append(f"pictures of {len(steps)} of {len(episodes)} episodes are looked at")
 

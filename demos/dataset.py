@@ -18,6 +18,7 @@ from demos.jpeg import check_colour, decode_jpeg
 from demos.keys import check_extra, choose_keys, width
 from demos.limits import refuse_beyond_memory
 from demos.split import split_episodes
+from demos.usual import usual_of
 from robot import tabletop
 from robot.errors import UserError, fingerprint, say
 from robot.transforms import resize, same_shape
@@ -143,7 +144,12 @@ class Demos:
                 "instructions": sorted(set(self.instructions) - {""}), "episode_names": self.episode_names,
                 "fingerprint": fingerprint(self.actions, self.state), "lengths": self.lengths.tolist(),
                 "train_episodes": self.train_episodes.tolist(),
-                "valid_episodes": self.valid_episodes.tolist()}
+                "valid_episodes": self.valid_episodes.tolist(), "usual": self.usual()}
+
+    def usual(self):
+        """How the episodes trained on usually are, for robot/preflight.py."""
+        return usual_of([self.episodes[e] for e in self.train_episodes], list(self.state_keys),
+                        self.camera_keys, self.fps, self.colour)
 
 
 def rates(episodes):

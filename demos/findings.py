@@ -3,7 +3,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from demos.dataset import rates
 from robot.errors import few, one_line
 
 CLOCKS = ("timestamp", "timestamps", "time", "times")    # arrays that hold time stamps, by their last name
@@ -64,6 +63,7 @@ class Recordings:
     episodes: list              # demos.episodes.Episode
     lengths: np.ndarray         # (E,)
     numbers: dict               # key -> (N, D) float32, all episodes in a row; "actions" and the states
+    fps: float
     times: list                 # of each episode: (T,) float64 time stamps, or None
     split: tuple = None         # (numbers of the episodes to train on, of those held out)
 
@@ -72,7 +72,6 @@ class Recordings:
         self.states = [key for key in self.numbers if key != "actions"]
         self.state = np.concatenate([self.numbers["actions"][:, :0], *(self.numbers[k] for k in self.states)], 1)
         self.places = [(key, d) for key in self.states for d in range(self.numbers[key].shape[1])]
-        self.fps = float(rates(self.episodes)[0])
 
     def part(self, key, e):
         return self.numbers[key][self.starts[e]:self.starts[e] + self.lengths[e]]

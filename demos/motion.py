@@ -94,18 +94,3 @@ def correlation(a, s, most):
     n = len(a)
     return np.stack([a[max(0, -k):n - max(0, k)].T @ s[max(0, k):n - max(0, -k)] / scale
                      for k in range(-most, most + 1)])
-
-
-def motion_of(actions, state, lengths, fps):
-    """What a checkpoint keeps, for robot/preflight.py: plain numbers.
-
-    action_step   the largest change of each action in one step
-    first_jump    [action, number of the state, largest distance of the two at the same step] for those in the
-                  same unit: how far a robot may be told to go from where it stands
-    """
-    inside = steps_gone(lengths)[1:] > 0
-    step = abs(np.diff(actions, axis=0))[inside]
-    jumps = [[p.action, p.state, float(abs(actions[:, p.action] - state[:, p.state]).max())]
-             for p in pairs_of(actions, state, lengths, fps) if p.kind == "position"]
-    largest = step.max(0) if len(step) else np.zeros(actions.shape[1])
-    return {"action_step": [float(x) for x in largest], "first_jump": jumps}
