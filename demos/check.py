@@ -7,10 +7,10 @@
                           [--image_size H W]   what resizing would make of the pictures, and what it costs
                           [--colour rgb]       of JPEG frames, as for train.py
 
-What it lists under "must be mended" training refuses (open_demos raises the first such line). What stands under
-"worth a look" it takes as it is, and most likely it should not. Notes are true as well, but many sound sets have
-them. The table says what becomes of every array, for a policy with cameras where the file has some. Exit status
-2, with one line, only if nothing can be read.
+What it lists under "must be mended" training refuses (open_demos raises the first such line). What stands
+under "worth a look" it takes as it is, and most likely it should not. Notes are true as well, but many sound
+sets have them. The table says what becomes of every array, for a policy with cameras where the file has some.
+Exit status 2, with one line, only if nothing can be read.
 
 The examinations: demos/doctor.py (numbers), demos/doctor_cameras.py (pictures); all names: demos/findings.py.
 """
@@ -207,9 +207,9 @@ def report_episodes(report, path, episodes):
     if len({e.rollout for e in episodes}) == 1:
         odd.append(Finding("single episode", "nothing can be held out, record more"))
     if any(array.kind == "jpeg" for e in episodes for array in e.obs.values()):
-        odd.append(Finding("colours", "JPEG frames: red and blue are taken to be swapped, as in ALOHA and RDT; "
-                           "look at one (--html), and if its colours are right as they are, train with "
-                           "--colour rgb", "note"))
+        odd.append(Finding("colours", "JPEG frames: red and blue are taken to be swapped, as in ALOHA and "
+                           "RDT; look at one, and if its colours are right as they are, train with --colour "
+                           "rgb", "note"))
     report.facts |= {"episodes": len(episodes), "steps": int(lengths.sum()), "fps": told,
                      "lengths": [int(lengths.min()), float(np.median(lengths)), int(lengths.max())],
                      "instructions": dict(said[:100])}
@@ -254,8 +254,8 @@ def examine_numbers(report, horizon):
     lines.append(f"  idle starts   {line}")
     lines.append(f"  padding       {padded:.1%} of the actions in windows with To {TO}, Tp {horizon}")
     if share is not None:
-        lines.append(f"  clipped       {share:.1%} of the held-out actions lie beyond those trained on by more "
-                     f"than {doctor.EXCEEDS:.0%} of the range")
+        lines.append(f"  clipped       {share:.1%} of the held-out actions lie beyond those trained on by "
+                     f"more than {doctor.EXCEEDS:.0%} of the range")
     said = [f"{doctor.pair_name(found, p)} after {p.lag} (r {p.r:.2f})" for p in pairs]
     more = f" and {len(said) - 3} more" if len(said) > 3 else ""
     lines.append(f"  lag in steps  {len(said)} of {found.numbers['actions'].shape[1]} actions go with a state"
@@ -276,11 +276,11 @@ def report_memory(report, image_size):
     every = [f"{key} {height} x {wide}" for key, sized in sizes.items() for height, wide in sized]
     steps = int(found.lengths.sum())
     if len({size for sized in sizes.values() for size in sized}) > 1 and not image_size:
-        report.wrong.append(f"pictures differ in size, {few(every)}: train with --image_size H W, which brings "
-                            f"them to one")
+        report.wrong.append(f"pictures differ in size, {few(every)}: train with --image_size H W, which "
+                            f"brings them to one")
     images = sum(steps * 3 * (size[0] * size[1]) for size in (sized[0] for sized in sizes.values()))
     line = f"{(sum(x.nbytes for x in found.numbers.values()) + images) / 1e6:.1f} MB"
-    report.lines.append(f"  in memory     {line}" + (f", {images / 1e6:.1f} MB of it images" if images else ""))
+    report.lines.append(f"  in memory     {line}" + f", {images / 1e6:.1f} MB of it images" * bool(images))
     if image_size and sizes:
         frames = [np.zeros((1, *sized[0], 3), np.uint8) for sized in sizes.values()]
         began = time.perf_counter()
@@ -296,8 +296,8 @@ def report_memory(report, image_size):
                         f"{sized[0][0]} x {sized[0][1]}")
                 for key, sized in sizes.items() if not same_shape(sized[0], image_size)]
     if images > MEMORY_GB * 1e9:
-        odd.append(Finding("memory", f"{images / 1e9:.1f} GB of images stay in the files and are read in every "
-                           f"batch: smaller ones (--image_size H W) or more --memory_gb spare that", "note"))
+        odd.append(Finding("memory", f"{images / 1e9:.1f} GB of images stay in the files and are read in "
+                           f"every batch: smaller ones (--image_size H W) or more --memory_gb spare that", "note"))
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
 """What can be wrong with the numbers of a data set: an examination each, which gives Findings.
 
-A threshold is either a convention of the training (its horizon, what its normaliser calls near-constant), or so
-far out that no clean recording comes near it; the comment beside it says which. demos/doctor_cameras.py
+A threshold is either a convention of the training (its horizon, what its normaliser calls near-constant), or
+so far out that no clean recording comes near it; the comment beside it says which. demos/doctor_cameras.py
 examines the pictures, demos/check.py prints what both found.
 """
 import collections
@@ -19,9 +19,9 @@ from robot.normalizer import Normalizer
 STILL = 0.01                    # what stays within this share of its range does not move
 IDLE_SECONDS = 0.5              # longer than a person's reaction: who waits longer has not begun
 IDLE_SHARE = 0.1                # of the episodes: fewer hardly teach to wait
-SLIVER = 0.02                   # 98 of 100 values within this share of the range: what is scaled are the spikes
+SLIVER = 0.02                   # 98 of 100 values within this share of the range: the scale is that of spikes
 TURNS = (2 * np.pi, 360.0)
-COPY = 0.5                      # of the distance in one step: an action nearer to its state than that is a copy
+COPY = 0.5                      # of the motion in one step: an action nearer to its state than that is a copy
 EXCEEDS = 0.05                  # of the range: less than the error that policies make
 CHANCE = 1e-3                   # of a test over all dimensions together
 RATE_SHARE = 0.05               # by which two rates differ if they are not the same
@@ -120,10 +120,10 @@ def clipped(found):
            if k and at_least(int(k), len(valid), chance) < CHANCE / those.shape[1]]
     if not odd:
         return share, []
-    where = np.flatnonzero(those[:, odd].any(1))
+    where = [int(valid[e]) for e in np.flatnonzero(those[:, odd].any(1))]
     return share, [Finding("clipped actions", f"{share:.1%} of the held-out actions lie beyond all that are "
-                           f"trained on, in dimension {few(map(str, odd), 8)} of {of(len(where), len(valid))} "
-                           f"held out", "fault", [int(valid[e]) for e in where])]
+                           f"trained on, in dimension {few(map(str, odd), 8)}, in "
+                           f"{of(len(where), len(valid), 'held-out episodes')}", "fault", where)]
 
 
 def at_least(k, n, p):
@@ -180,8 +180,8 @@ def duplicates(found):
     if groups:
         train = set(map(int, found.split[0])) if found.split else set()
         sides = sum(0 < len(train & set(group)) < len(group) for group in groups) if found.split else 0
-        yield Finding("duplicate episodes", f"{sum(len(g) - 1 for g in groups)} repeat another number by number, "
-                      f"such as {found.named(groups[0])}" + f", {sides} across the split" * bool(sides),
+        yield Finding("duplicate episodes", f"{sum(len(g) - 1 for g in groups)} repeat another number by "
+                      f"number, such as {found.named(groups[0])}" + f", {sides} across the split" * bool(sides),
                       "fault", sorted(sum(groups, [])))
 
 
@@ -194,16 +194,16 @@ def clocks(found):
     usual = {e: float(np.median(dt)) for e, dt in steps.items()}
     back = [e for e, dt in steps.items() if not (dt > 0).all()]
     if back:
-        yield Finding("dropped frames", f"time stands still or runs backwards in {of(len(back), len(steps))}: "
-                      f"{found.named(back)}", "fault", back)
+        yield Finding("dropped frames", f"time stands still or runs backwards in "
+                      f"{of(len(back), len(steps))}: {found.named(back)}", "fault", back)
     usual = {e: dt for e, dt in usual.items() if dt > 0 and np.isfinite(dt)}
     if not usual:
         return
     common = float(np.median(list(usual.values())))
     other = [e for e, dt in usual.items() if abs(dt / common - 1) > RATE_SHARE]
     if other:
-        yield Finding("mixed rates", f"time stamps are {max(usual[other[0]] / common, common / usual[other[0]]):.3g}"
-                      f" times as far apart, or as close, in {of(len(other), len(usual))}: "
+        times = max(usual[other[0]] / common, common / usual[other[0]])
+        yield Finding("mixed rates", f"time stamps are {times:.3g} times as far apart, or as close, in {of(len(other), len(usual))}: "
                       f"{found.named(other)}", "fault", other)
     if found.episodes[0].fps and not other:
         unit = min(UNITS, key=lambda u: abs(math.log(common * found.fps / UNITS[u])))
@@ -211,8 +211,8 @@ def clocks(found):
         if abs(measured / found.fps - 1) > RATE_SHARE:
             yield Finding("mixed rates", f"'fps' says {found.fps:g} Hz, the time stamps (in {unit}) "
                           f"{measured:.4g} Hz")
-    gaps = {e: int((steps[e] > 1.5 * dt).sum()) for e, dt in usual.items()}     # the nearest frame is missing
-    gaps = {e: n for e, n in gaps.items() if n}
+    gaps = {e: int((steps[e] > 1.5 * dt).sum()) for e, dt in usual.items() if e not in back}
+    gaps = {e: n for e, n in gaps.items() if n}                 # a frame, or more, is missing in between
     if gaps:
         yield Finding("dropped frames", f"{sum(gaps.values())} gaps in the time stamps of "
                       f"{of(len(gaps), len(usual))}: {found.named(gaps)}", "fault", list(gaps))
@@ -231,8 +231,9 @@ def outliers(found, horizon):
     yield from unusual("outlier length", "steps", found, lengths.astype(float), np.arange(len(lengths)))
     state = found.state if found.state.shape[1] else found.numbers["actions"]
     scaled = state / np.maximum(np.ptp(state, axis=0), Normalizer.EPS)
-    long = np.flatnonzero(lengths >= horizon)       # of a few steps a mean says little
-    speed = [abs(np.diff(scaled[found.starts[e]:found.starts[e] + lengths[e]], axis=0)).mean() for e in long]
+    long = np.flatnonzero(lengths >= horizon)       # a few steps say little of a speed
+    speed = [np.median(abs(np.diff(scaled[found.starts[e]:found.starts[e] + lengths[e]], axis=0)).mean(1))
+             for e in long]
     yield from unusual("outlier speed", "of the range per step", found, np.array(speed), long)
     yield from outlier_starts(found, scaled)
 
@@ -248,14 +249,14 @@ def unusual(name, unit, found, values, those):
     if len(far):
         worst = far[off[far].argmax()]
         episodes = [int(those[i]) for i in far]
-        yield Finding(name, f"{of(len(far), len(values))}: {found.named(episodes)} ({values[worst]:.3g} {unit}, "
-                      f"the median is {usual:.3g})", "fault", episodes)
+        yield Finding(name, f"{of(len(far), len(values))}: {found.named(episodes)} ({values[worst]:.3g} "
+                      f"{unit}, the median is {usual:.3g})", "fault", episodes)
 
 
 def outlier_starts(found, scaled):
-    """A start is far off if its third nearest neighbour among the starts is: two wrong ones do not excuse each
-    other. Distances are the largest over the dimensions, in shares of their ranges. Numbers that take few values
-    (a goal, an open or closed hand) are left out: they are a choice, no place."""
+    """A start is far off if its third nearest neighbour among the starts is: two wrong ones do not excuse
+    each other. Distances are the largest over the dimensions, in shares of their ranges. Numbers that take
+    few values (a goal, an open or closed hand) are left out: they are a choice, no place."""
     some = np.unique(np.linspace(0, len(found.starts) - 1, MOST_STARTS).astype(int))
     if len(found.starts) < LEAST:
         return
@@ -274,5 +275,5 @@ def outlier_starts(found, scaled):
         d = kept[int(abs(start[worst] - np.median(start, axis=0)).argmax())]
         key, d = found.places[d] if found.places else ("actions", d)
         episodes = some[far].tolist()
-        yield Finding("outlier start", f"{of(len(far), len(some))} begin {near[worst]:.0%} of the range away from "
-                      f"others, most in {key}[{d}]: {found.named(episodes)}", "fault", episodes)
+        yield Finding("outlier start", f"{of(len(far), len(some))} begin {near[worst]:.0%} of the range away "
+                      f"from others, most in {key}[{d}]: {found.named(episodes)}", "fault", episodes)

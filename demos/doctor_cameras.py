@@ -1,5 +1,5 @@
-"""What can be wrong with the cameras of a data set. A sample of the frames is looked at, one at a time, so that
-the pictures need not fit into memory."""
+"""What can be wrong with the cameras of a data set. A sample of the frames is looked at, one at a time, so
+that the pictures need not fit into memory."""
 import itertools
 import zlib
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from robot.looks import change_of, look_of, swapped
 PICTURES = 4000                 # are read of a set, half a minute of JPEG frames of 640 x 480
 FRAMES = 8                      # of an episode, evenly spread over it; two where there are many episodes
 DARK = 16                       # the black of video: a picture without a brighter value shows nothing
-MOVED = 0.05                    # of the range: where the state has gone so far, the picture cannot be the same
+MOVED = 0.05                    # of the range: where the state has gone so far, the picture has changed
 LEAST = 3                       # episodes, to say how a camera usually looks
 SHOWN = 160                     # pixels a side of the pictures that are kept for the page
 
@@ -41,7 +41,7 @@ def sample(lengths, cameras):
 
 
 def look_at(file, array, steps, colour):
-    """-> Seen, of the Array of a camera in an open file. Raises UserError, OSError, KeyError, RuntimeError."""
+    """-> Seen, of a camera's Array in an open file. Raises UserError, OSError, KeyError, RuntimeError."""
     marks, looks, low, high = [], [], 255, 0
     if array.kind == "camera":
         refuse_beyond_memory(f"a picture of {array.path}", 2 * int(np.prod(array.shape[1:])), "resize them")
@@ -70,8 +70,8 @@ def blank(camera, of_episode):
             (f"nothing brighter than {DARK}", [e for e, s in of_episode.items() if s.high <= DARK]),
             ("a single colour", [e for e, s in of_episode.items() if s.low == s.high > DARK])):
         if those:
-            yield Finding("black camera", f"'{camera}' shows {says} in {of(len(those), len(of_episode))}", "fault",
-                          those)
+            yield Finding("black camera", f"'{camera}' shows {says} in {of(len(those), len(of_episode))}",
+                          "fault", those)
 
 
 def frozen(found, camera, of_episode):
@@ -91,13 +91,13 @@ def frozen(found, camera, of_episode):
     if those:
         e = next(iter(those))
         yield Finding("frozen camera", f"'{camera}' stands still while the robot moves, in "
-                      f"{of(len(those), len(of_episode))}, such as {found.named([e])} from step {those[e][0]} to "
-                      f"{those[e][1]}", "fault", list(those))
+                      f"{of(len(those), len(of_episode))}, such as {found.named([e])} from step {those[e][0]} "
+                      f"to {those[e][1]}", "fault", list(those))
 
 
 def unlike(found, seen):
-    """Episodes in which a camera looks like another one, or like its mirror image, in the others. How it looks
-    is the mean over an episode; how it usually looks, the median of these."""
+    """Episodes in which a camera looks like another one, or like its mirror image, in the others. How it
+    looks is the mean over an episode; how it usually looks, the median of these."""
     usual, looks = {}, {}
     for camera, of_episode in seen.items():
         means = {e: s.looks.mean(0) for e, s in of_episode.items() if s.high > DARK}
@@ -115,8 +115,8 @@ def unlike(found, seen):
             if change and not any(camera in pair for pair in crossed):
                 changed.setdefault((camera, change), []).append(e)
     for (a, b), those in pairs.items():
-        yield Finding("swapped cameras", f"'{a}' and '{b}' look like each other in {of(len(those), len(looks))}: "
-                      f"{found.named(those)}", "fault", those)
+        yield Finding("swapped cameras", f"'{a}' and '{b}' look like each other in "
+                      f"{of(len(those), len(looks))}: {found.named(those)}", "fault", those)
     for (camera, change), those in changed.items():
         yield Finding("changed camera", f"'{camera}' is {change} in {of(len(those), len(looks))}: "
                       f"{found.named(those)}", "fault", those)

@@ -1,5 +1,5 @@
-"""The picture that goes with demos/check.py: one HTML file that needs no network and no script. Every dimension
-over time, every episode a thin line, and the first frames of every camera."""
+"""The picture that goes with demos/check.py: one HTML file that needs no network and no script. Every
+dimension over time, every episode a thin line, and the first frames of every camera."""
 import base64
 import html
 
@@ -27,9 +27,11 @@ h1 { font-size: 1.375rem; overflow-wrap: anywhere; } h2 { font-size: 1.125rem; m
 h1, h2 { font-weight: 600; line-height: 1.25; }
 p, li { max-width: 60rem; overflow-wrap: anywhere; } p, small, figcaption { color: var(--soft); }
 li { margin: 0 0 .5rem; } ul { padding-left: 1.25rem; }
-pre { overflow-x: auto; font-size: .8125rem; line-height: 1.4; border: 1px solid var(--rule); padding: .75rem; }
+pre { overflow-x: auto; font-size: .8125rem; line-height: 1.4; padding: .75rem;
+  border: 1px solid var(--rule); }
 figure { margin: 0; min-width: 0; } figcaption { font-size: .8125rem; overflow-wrap: anywhere; }
-.grid { display: grid; gap: 1.25rem 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
+.grid { display: grid; gap: 1.25rem 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
 .frames { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 .frames img { display: block; width: 100%; image-rendering: pixelated; }
 svg { display: block; width: 100%; height: auto; border-bottom: 1px solid var(--rule); }
@@ -50,13 +52,15 @@ def write(path, report):
 def page(report):
     say = html.escape
     title = report.lines[0] if report.lines else str(report.facts["path"])
-    parts = [f"<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    parts = ["<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+             "<meta name=viewport content='width=device-width'>"
              f"<title>{say(one_line(title, 100))}</title><style>{STYLE}</style><h1>{say(title)}</h1>"]
     for head, lines in (("Must be mended", report.wrong),
                         ("Worth a look", [f.line() for f in report.level("fault")]),
                         ("Notes", [f.line() for f in report.level("note")])):
         if lines:
-            parts.append(f"<h2>{head}</h2><ul>" + "".join(f"<li>{say(line)}" for line in lines[:50]) + "</ul>")
+            items = "".join(f"<li>{say(line)}" for line in lines[:50])
+            parts.append(f"<h2>{head}</h2><ul>{items}</ul>")
     if not report.wrong and not report.level("fault"):
         parts.append("<p>Nothing looks wrong.</p>")
     parts.append(f"<pre>{say(chr(10).join(report.lines[1:]))}</pre>")
@@ -87,11 +91,13 @@ def charts(found, chosen):
     total = sum(x.shape[1] for x in found.numbers.values())
     shown = min(total, MOST_DIMENSIONS)
     most = max(10, BUDGET // (POINTS * max(1, shown)))
-    thin = np.unique(np.linspace(0, len(found.lengths) - 1, min(most, len(found.lengths))).round().astype(int))
+    count = len(found.lengths)
+    thin = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
     keys = "".join(f"<span class=key style='--c: var(--c{i})'>{html.escape(found.named([e]))}</span>"
                    for i, e in enumerate(chosen))
-    yield f"<h2>Every dimension over time</h2><p>{len(thin)} of {len(found.lengths)} episodes"
-    yield f"{f', the first {shown} of {total} dimensions' * (shown < total)}; in colour: {keys}</p><div class=grid>"
+    some = f", the first {shown} of {total} dimensions" * (shown < total)
+    yield (f"<h2>Every dimension over time</h2><p>{len(thin)} of {count} episodes{some}; in colour: {keys}</p>"
+           f"<div class=grid>")
     longest = found.lengths[np.union1d(thin, chosen)].max()
     left = shown
     for key, x in found.numbers.items():
@@ -118,6 +124,7 @@ def chart(found, title, key, d, thin, chosen, longest):
     seconds = longest / found.fps
     paths = f"<path class=all d='{''.join(map(line, thin))}'/>" + "".join(
         f"<path class=one style='stroke: var(--c{i})' d='{line(e)}'/>" for i, e in enumerate(chosen))
-    return (f"<figure><svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{html.escape(title, True)}'>{paths}"
-            f"</svg><figcaption><b>{html.escape(one_line(title, 60))}</b> {low:.4g} to {high:.4g}, 0 to "
+    label = html.escape(title, quote=True)
+    return (f"<figure><svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{label}'>{paths}</svg>"
+            f"<figcaption><b>{html.escape(one_line(title, 60))}</b> {low:.4g} to {high:.4g}, 0 to "
             f"{seconds:.3g} s</figcaption></figure>")

@@ -1,15 +1,16 @@
-"""What demos/check.py finds, and what it looks at: the names of all findings, and the recordings as plain arrays."""
+"""What demos/check.py finds, and what it looks at: names of all findings, and recordings as plain arrays."""
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from robot.errors import few, one_line
 
-CLOCKS = ("timestamp", "timestamps", "time", "times")    # arrays that hold time stamps, by their last name
+CLOCKS = ("timestamp", "timestamps", "time", "times")    # names of arrays that hold time stamps
 
 # Name of a finding: what it does to training, how to mend it.
 FINDINGS = {
-    "constant dimension": ("it is shifted, not scaled, and tells a policy nothing", "leave it out if you like"),
+    "constant dimension": ("it is shifted, not scaled, and tells a policy nothing",
+                           "leave it out if you like"),
     "near-constant dimension": ("it is shifted, not scaled: a policy hardly sees it, or sends it noise as "
                                 "large as its motion", "check its unit, or leave it out"),
     "spikes": ("scaled from end to end, all other values look alike to a policy",
@@ -35,13 +36,14 @@ FINDINGS = {
     "outlier length": ("it weighs more or less than others, and may hold more than the task",
                        "look at it, cut it or leave it out"),
     "outlier speed": ("a policy imitates the mixture of speeds", "check its rate and unit, or leave it out"),
-    "outlier start": ("a policy sees this pose once, at most", "check its units and calibration, or record more "
-                      "from there"),
+    "outlier start": ("a policy sees this pose once, at most",
+                      "check its units and calibration, or record more from there"),
     "black camera": ("a policy learns to ignore the camera", "check its plug, leave out camera or episodes"),
-    "frozen camera": ("the pictures do not belong to the states beside them", "cut or leave out these episodes"),
+    "frozen camera": ("the pictures do not belong to the states beside them",
+                      "cut or leave out these episodes"),
     "swapped cameras": ("a policy cannot rely on either of them", "exchange the arrays in these episodes"),
-    "changed camera": ("a policy sees a scene that the others do not show", "turn or exchange it back in these "
-                       "episodes"),
+    "changed camera": ("a policy sees a scene that the others do not show",
+                       "turn or exchange it back in these episodes"),
 }
 
 
@@ -70,7 +72,8 @@ class Recordings:
     def __post_init__(self):
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.states = [key for key in self.numbers if key != "actions"]
-        self.state = np.concatenate([self.numbers["actions"][:, :0], *(self.numbers[k] for k in self.states)], 1)
+        nothing = self.numbers["actions"][:, :0]
+        self.state = np.concatenate([nothing, *(self.numbers[key] for key in self.states)], axis=1)
         self.places = [(key, d) for key in self.states for d in range(self.numbers[key].shape[1])]
 
     def part(self, key, e):

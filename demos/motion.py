@@ -1,14 +1,14 @@
-"""What moves in a data set, and how: which number of the state follows which action, and how fast they change.
+"""Which number of the state goes with which action, and how many steps later.
 
-An action may be the position that its joint is told to take (then it has the unit of a state, which follows it
-some steps later) or a velocity (then it goes with the state's change). Both are found by cross-correlation.
+An action may be the position that its joint is told to take (then it has the unit of a state, which follows
+it some steps later) or a velocity (then it goes with the state's change). Both are found by cross-correlation.
 """
 from dataclasses import dataclass
 
 import numpy as np
 
 MOST_STEPS = 100_000            # of a larger set, as many episodes are looked at as hold so many
-SPAN = 3                        # changes over so many steps: over one, a sensor's noise is as large as they are
+SPAN = 3                        # changes over so many steps: those over one are as small as a sensor's noise
 ALIKE = 0.6                     # smallest correlation of two numbers that belong together
 SAME_UNIT = 0.1                 # ... and their mean distance, in shares of the action's range
 
@@ -71,8 +71,9 @@ def steps_left(lengths):
 
 
 def changes(x, lengths, gap):
-    """x (N, D) -> its changes over SPAN steps (N + gap E, D), about their mean. After every episode stand `gap`
-    rows of zeros: shifted by up to that, no episode meets another. A number that changes evenly has none."""
+    """x (N, D) -> its changes over SPAN steps (N + gap E, D), about their mean. After every episode stand
+    `gap` rows of zeros: shifted by up to that, no episode meets another. A number that changes evenly has
+    none."""
     parts = []
     for part in np.split(x, np.cumsum(lengths)[:-1]):
         z = np.full((len(part) + gap, x.shape[1]), np.nan)

@@ -5,7 +5,7 @@ import numpy as np
 from .transforms import resize
 
 SIDE = 8                        # of a look, in pixels
-CLEARLY = 0.7                   # another reading of a picture is believed if it differs by less than this share
+CLEARLY = 0.7                   # another reading of a picture is believed if it is so much less off
 
 # What happens to cameras between two recordings, undone: look (8, 8, 3) -> look.
 CHANGES = {"mirrored": lambda look: look[:, ::-1], "upside down": lambda look: look[::-1],

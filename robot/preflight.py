@@ -7,8 +7,8 @@
                    [--json]                            one JSON object instead
 
 The episode is replayed through exactly the path of a robot: Policy.load, then Policy.act with the raw
-observation of every step. Record it with the programs that will run the policy, so that their cameras, units and
-order of joints are put to the test. What the policy sees, what it answers and how long that takes is compared
+observation of every step. Record it with the programs that will run the policy, so that their cameras, units
+and order of joints are put to the test. What the policy sees, what it answers and how long that takes is compared
 with the data it was trained on, of which the checkpoint keeps a few numbers (`usual`, written by
 demos/usual.py). Exit status: 0 GO, 1 NO-GO, 2 for mistakes such as a file that is not there.
 
@@ -81,8 +81,8 @@ def fly(policy, recording, told):
 
 
 def agreement(flight):
-    """Mean distance of the policy's actions from the recorded ones, in shares of their range; None if there is
-    nothing to compare. Nothing is judged by it: a good policy may choose another way."""
+    """Mean distance of the policy's actions from the recorded ones, in shares of their range; None if there
+    is nothing to compare. Nothing is judged by it: a good policy may choose another way."""
     n = len(flight.actions)
     recorded = flight.recording.actions[:n]
     if not n or recorded.shape[1] != len(flight.actions[0]):
@@ -115,8 +115,8 @@ def main(argv=None):
     if args.json:
         content = {"go": go, "episode": recording.name, "steps": len(flight.actions),
                    "chunk_seconds": flight.seconds, "distance_from_recorded": agreement(flight),
-                   **{f"{kind}s": [{"name": name, "what": what} for level, name, what in found if level == kind]
-                      for kind in ("reason", "remark")}}
+                   **{f"{kind}s": [{"name": name, "what": what} for level, name, what in found
+                                   if level == kind] for kind in ("reason", "remark")}}
         json.dump(content, sys.stdout, indent=1)
         print()
     else:

@@ -9,8 +9,8 @@ from .looks import CLEARLY, change_of, distance, swapped
 
 UNKNOWN = "not known by this run: it was trained before checkpoints kept it"
 BEYOND = 0.1                    # of the data's range: further out, an action or a state is none of the data's
-FASTER = 2.0                    # times the data's largest step: chunks meet with a jump, but no leap
-FARTHER = 1.5                   # times the data's largest distance of an action from the present pose
+FACTOR = 2.0                    # times the data's largest step, or its largest distance from the present pose
+STILL = 0.01                    # of the data's range: a smaller step is no speed
 RATE = 0.05                     # by which two control rates differ if they are not the same
 # By which a state is too large; the smallest first, since a larger one might bring it into the range as well.
 UNITS = {"degrees instead of rad": 180 / np.pi, "millimetres instead of metres": 1000.0,
@@ -28,8 +28,8 @@ def refusal(flight):
 def finite(flight):
     bad = [t for t, action in enumerate(flight.actions) if not np.isfinite(action).all()]
     if bad:
-        yield ("reason", "non-finite", f"{len(bad)} of {len(flight.actions)} actions are not finite, the first at "
-               f"step {bad[0]}: the weights are spoilt, or the device computes wrongly")
+        yield ("reason", "non-finite", f"{len(bad)} of {len(flight.actions)} actions are not finite, the first "
+               f"at step {bad[0]}: the weights are spoilt, or the device computes wrongly")
 
 
 def instruction(flight):
@@ -40,8 +40,8 @@ def instruction(flight):
         yield ("reason", "instruction", f"nothing is asked of a policy that reads: --instruction "
                f"{one_line(known[0], 60)!r}")
     elif flight.told not in known:
-        yield ("reason", "instruction", f"{one_line(flight.told, 60)!r} is unknown, {len(known)} others were trained "
-               f"on{nearest(flight.told, known) or f', such as {one_line(known[0], 60)!r}'}")
+        yield ("reason", "instruction", f"{one_line(flight.told, 60)!r} is unknown, {len(known)} others were "
+               f"trained on{nearest(flight.told, known) or f', such as {one_line(known[0], 60)!r}'}")
 
 
 def rate(flight):
@@ -55,16 +55,17 @@ def rate(flight):
 def latency(flight):
     hz, times = flight.policy.description["fps"], flight.seconds[1:]
     if not times or not hz:
-        yield "remark", "latency", "too short an episode to measure it" if hz else "the run does not know its rate"
+        why = "too short an episode to measure it" if hz else "the run does not know its rate"
+        yield "remark", "latency", why
         return
     p95, period = float(np.quantile(times, 0.95)), 1 / hz
     if p95 > period:
-        yield ("reason", "latency", f"a chunk takes {1e3 * p95:.0f} ms (95 of 100), a control step {1e3 * period:.0f} "
-               f"ms: the arm would wait; fewer --sampler_steps, a faster --device, or chunks that are computed "
-               f"while it moves")
+        yield ("reason", "latency", f"a chunk takes {1e3 * p95:.0f} ms (95 of 100 take less), a control step "
+               f"{1e3 * period:.0f} ms: the arm would wait; fewer --sampler_steps, a faster --device, or chunks "
+               f"that are computed while it moves")
     if flight.seconds[0] > max(period, 2 * p95):
-        yield ("remark", "latency", f"the first chunk takes {1e3 * flight.seconds[0]:.0f} ms: let the policy act once "
-               f"before the arm moves")
+        yield ("remark", "latency", f"the first chunk takes {1e3 * flight.seconds[0]:.0f} ms: let the policy "
+               f"act once before the arm moves")
 
 
 def units(flight, usual):
@@ -80,7 +81,8 @@ def units(flight, usual):
     those = np.flatnonzero(outside.mean(0) > 0.5)
     for name, factor in UNITS.items():
         again = state[:, those] / factor
-        if len(those) and ((again >= low[those] - margin[those]) & (again <= high[those] + margin[those])).all():
+        inside = (again >= (low - margin)[those]) & (again <= (high + margin)[those])
+        if len(those) and inside.all():
             names = few((state_name(flight, d) for d in those), 4)
             yield "reason", "units", f"the state looks like {name}: {names}"
             return
@@ -103,23 +105,27 @@ def state_name(flight, d):
 
 
 def limits(flight, usual):
-    actions, low, high = np.stack(flight.actions), *(np.array(usual["actions"][end]) for end in ("low", "high"))
+    actions = np.stack(flight.actions)
+    low, high = (np.array(usual["actions"][end]) for end in ("low", "high"))
     over = np.maximum(low - actions, actions - high) / np.maximum(high - low, 1e-3)
     if np.max(over) > BEYOND:
         t, d = np.unravel_index(np.argmax(over), over.shape)
-        yield ("reason", "limits", f"{flight.name(d)} is {actions[t, d]:.4g} at step {t}, the data have {low[d]:.4g} "
-               f"to {high[d]:.4g}")
+        yield ("reason", "limits", f"{flight.name(d)} is {actions[t, d]:.4g} at step {t}, the data have "
+               f"{low[d]:.4g} to {high[d]:.4g}")
 
 
 def speeds(flight, usual):
+    """Within chunks. From one chunk to the next the recorded arm has not gone where the policy sent it, so
+    the two may differ; what counts there is the pose at hand, see first_action."""
     actions, step = np.stack(flight.actions), np.array(usual["actions"]["step"])
-    least = 0.01 * np.maximum(np.subtract(usual["actions"]["high"], usual["actions"]["low"]), 1e-3)
-    faster = abs(np.diff(actions, axis=0)) / np.maximum(step, least)
-    if faster.size and np.max(faster) > FASTER:
-        t, d = np.unravel_index(np.argmax(faster), faster.shape)
-        border = ", where a chunk begins" if t + 1 in flight.fresh else ""
-        yield ("reason", "speed", f"{flight.name(d)} goes {abs(actions[t + 1, d] - actions[t, d]):.4g} from step {t} to "
-               f"{t + 1}{border}; the data's largest step is {step[d]:.4g}")
+    moved = abs(np.diff(actions, axis=0))
+    moved[[t - 1 for t in flight.fresh if t]] = 0
+    least = STILL * np.maximum(np.subtract(usual["actions"]["high"], usual["actions"]["low"]), 1e-3)
+    times = moved / np.maximum(step, least)
+    if times.size and times.max() > FACTOR:
+        t, d = np.unravel_index(times.argmax(), times.shape)
+        yield ("reason", "speed", f"{flight.name(d)} goes {moved[t, d]:.4g} from step {t} to {t + 1}, the "
+               f"data's largest step is {step[d]:.4g}")
 
 
 def first_action(flight, usual):
@@ -132,7 +138,7 @@ def first_action(flight, usual):
         for a, s, jump in usual["first_jump"]:
             has = abs(flight.actions[t][a] - flight.state[t][s])
             times = has / max(jump, 1e-6)
-            if times > FARTHER and (worst is None or times > worst[0]):
+            if times > FACTOR and (worst is None or times > worst[0]):
                 worst = (times, t, a, s, has, jump)
     if worst:
         _, t, a, s, has, jump = worst
@@ -154,8 +160,8 @@ def cameras(flight, usual):
         if change and apart > CLEARLY * usually:
             yield "reason", "cameras", f"'{key}' looks {change}, compared with the training data"
         elif apart > 2 * usually:
-            yield ("reason", "cameras", f"'{key}' is {apart:.0f} of 255 grey levels away from the training pictures, of "
-                   f"which none is beyond {usually:.0f}: light, place, or another camera?")
+            yield ("reason", "cameras", f"'{key}' is {apart:.0f} of 255 grey levels away from the training "
+                   f"pictures, of which none is beyond {usually:.0f}: light, place, or another camera?")
 
 
 def sizes(flight):
@@ -164,8 +170,8 @@ def sizes(flight):
         size = tuple(trained.get(key, ()))
         if size and found != {size}:
             now = " and ".join(f"{h} x {w}" for h, w in sorted(found))
-            yield ("remark", "camera size", f"'{key}' is {now}, recorded was {size[0]} x {size[1]}: it is resized; the "
-                   f"same field of view?")
+            yield ("remark", "camera size", f"'{key}' is {now}, recorded was {size[0]} x {size[1]}: it is resized; "
+                   f"the same field of view?")
 
 
 def judge(flight):

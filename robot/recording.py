@@ -40,7 +40,8 @@ class Recording:
         except (OSError, KeyError, RuntimeError, ValueError, TypeError) as e:
             raise UserError(f"{path} cannot be read: {one_line(e, 200)}") from None
         if self.actions.ndim != 2 or not self.length:
-            raise UserError(f"{self.name}: actions have shape {self.actions.shape}, wanted is (steps, dimensions)")
+            raise UserError(f"{self.name}: actions have shape {self.actions.shape}, wanted is (steps, "
+                            f"dimensions)")
         for key, array in self.arrays.items():
             if array is not None and len(array) != self.length:
                 raise UserError(f"{self.name}: '{key}' has {len(array)} steps, the actions {self.length}")
@@ -69,7 +70,7 @@ class Recording:
         return node, node[parts[0]], node[parts[1]], above
 
     def _array(self, group, key):
-        """The array of an observation by its name or path; None if there is none, which the policy will say."""
+        """The array of an observation by its name or path; None if there is none, as the policy will say."""
         for path in (key, f"images/{key}"):
             if isinstance(group.get(path), self.dataset):
                 return group[path]
@@ -94,10 +95,12 @@ class Recording:
                 try:
                     value = array[t]
                 except (OSError, RuntimeError) as e:
-                    raise UserError(f"{self.name}: '{key}' of step {t} cannot be read: {one_line(e, 120)}") from None
+                    raise UserError(f"{self.name}: '{key}' of step {t} cannot be read: "
+                                    f"{one_line(e, 120)}") from None
                 compressed = array.dtype.kind in "SO" or array.dtype == np.uint8 and array.ndim == 2
                 camera = not compressed and array.dtype == np.uint8 and array.ndim == 4
-                observation[key] = self._decoded(value) if compressed else value if camera else np.ravel(value)
+                observation[key] = (self._decoded(value) if compressed else value if camera
+                                    else np.ravel(value))
         return observation
 
     def _decoded(self, buffer):
