@@ -297,7 +297,8 @@ def report_memory(report, image_size):
                 for key, sized in sizes.items() if not same_shape(sized[0], image_size)]
     if images > MEMORY_GB * 1e9:
         odd.append(Finding("memory", f"{images / 1e9:.1f} GB of images stay in the files and are read in "
-                           f"every batch: smaller ones (--image_size H W) or more --memory_gb spare that", "note"))
+                           f"every batch: smaller ones (--image_size H W) or more --memory_gb spare that",
+                           "note"))
 
 
 def main(argv=None):

@@ -180,9 +180,9 @@ def duplicates(found):
     if groups:
         train = set(map(int, found.split[0])) if found.split else set()
         sides = sum(0 < len(train & set(group)) < len(group) for group in groups) if found.split else 0
+        across = f", {sides} across the split" * bool(sides)
         yield Finding("duplicate episodes", f"{sum(len(g) - 1 for g in groups)} repeat another number by "
-                      f"number, such as {found.named(groups[0])}" + f", {sides} across the split" * bool(sides),
-                      "fault", sorted(sum(groups, [])))
+                      f"number, such as {found.named(groups[0])}{across}", "fault", sorted(sum(groups, [])))
 
 
 def clocks(found):
@@ -203,8 +203,8 @@ def clocks(found):
     other = [e for e, dt in usual.items() if abs(dt / common - 1) > RATE_SHARE]
     if other:
         times = max(usual[other[0]] / common, common / usual[other[0]])
-        yield Finding("mixed rates", f"time stamps are {times:.3g} times as far apart, or as close, in {of(len(other), len(usual))}: "
-                      f"{found.named(other)}", "fault", other)
+        yield Finding("mixed rates", f"time stamps are {times:.3g} times as far apart, or as close, in "
+                      f"{of(len(other), len(usual))}: {found.named(other)}", "fault", other)
     if found.episodes[0].fps and not other:
         unit = min(UNITS, key=lambda u: abs(math.log(common * found.fps / UNITS[u])))
         measured = UNITS[unit] / common

@@ -91,8 +91,8 @@ def frozen(found, camera, of_episode):
     if those:
         e = next(iter(those))
         yield Finding("frozen camera", f"'{camera}' stands still while the robot moves, in "
-                      f"{of(len(those), len(of_episode))}, such as {found.named([e])} from step {those[e][0]} "
-                      f"to {those[e][1]}", "fault", list(those))
+                      f"{of(len(those), len(of_episode))}, such as {found.named([e])} from step "
+                      f"{those[e][0]} to {those[e][1]}", "fault", list(those))
 
 
 def unlike(found, seen):

@@ -96,8 +96,8 @@ def charts(found, chosen):
     keys = "".join(f"<span class=key style='--c: var(--c{i})'>{html.escape(found.named([e]))}</span>"
                    for i, e in enumerate(chosen))
     some = f", the first {shown} of {total} dimensions" * (shown < total)
-    yield (f"<h2>Every dimension over time</h2><p>{len(thin)} of {count} episodes{some}; in colour: {keys}</p>"
-           f"<div class=grid>")
+    yield (f"<h2>Every dimension over time</h2><p>{len(thin)} of {count} episodes{some}; in colour: {keys}"
+           f"</p><div class=grid>")
     longest = found.lengths[np.union1d(thin, chosen)].max()
     left = shown
     for key, x in found.numbers.items():

@@ -1,7 +1,8 @@
 """Which number of the state goes with which action, and how many steps later.
 
 An action may be the position that its joint is told to take (then it has the unit of a state, which follows
-it some steps later) or a velocity (then it goes with the state's change). Both are found by cross-correlation.
+it some steps later) or a velocity (then it goes with the state's change). Both are found by
+cross-correlation.
 """
 from dataclasses import dataclass
 

@@ -8,8 +8,8 @@
 
 The episode is replayed through exactly the path of a robot: Policy.load, then Policy.act with the raw
 observation of every step. Record it with the programs that will run the policy, so that their cameras, units
-and order of joints are put to the test. What the policy sees, what it answers and how long that takes is compared
-with the data it was trained on, of which the checkpoint keeps a few numbers (`usual`, written by
+and order of joints are put to the test. What the policy sees, what it answers and how long that takes is
+compared with the data it was trained on, of which the checkpoint keeps a few numbers (`usual`, written by
 demos/usual.py). Exit status: 0 GO, 1 NO-GO, 2 for mistakes such as a file that is not there.
 
 A reason is a NO-GO; a remark is not. What is compared, and with what: preflight_checks.py, docs/preflight.md.
@@ -81,13 +81,14 @@ def fly(policy, recording, told):
 
 
 def agreement(flight):
-    """Mean distance of the policy's actions from the recorded ones, in shares of their range; None if there
-    is nothing to compare. Nothing is judged by it: a good policy may choose another way."""
+    """Mean distance of the policy's actions from the recorded ones, in shares of the data's range; None if
+    there is nothing to compare. Nothing is judged by it: a good policy may choose another way."""
     n = len(flight.actions)
     recorded = flight.recording.actions[:n]
-    if not n or recorded.shape[1] != len(flight.actions[0]):
+    ends = (flight.policy.description.get("usual") or {}).get("actions")
+    if not n or not ends or recorded.shape[1] != len(flight.actions[0]):
         return None
-    reach = np.maximum(np.ptp(flight.recording.actions, axis=0), 1e-3)
+    reach = np.maximum(np.subtract(ends["high"], ends["low"]), 1e-3)
     return float((abs(np.stack(flight.actions) - recorded) / reach).mean())
 
 

@@ -17,9 +17,6 @@ UNITS = {"degrees instead of rad": 180 / np.pi, "millimetres instead of metres":
          "rad instead of degrees": np.pi / 180, "metres instead of millimetres": 1e-3}
 
 
-# ---- what is compared: each yields ("reason" or "remark", name, what)
-
-
 def refusal(flight):
     if flight.refused:
         yield "reason", "refused", f"the policy does not take the observation {flight.refused}"
@@ -28,8 +25,8 @@ def refusal(flight):
 def finite(flight):
     bad = [t for t, action in enumerate(flight.actions) if not np.isfinite(action).all()]
     if bad:
-        yield ("reason", "non-finite", f"{len(bad)} of {len(flight.actions)} actions are not finite, the first "
-               f"at step {bad[0]}: the weights are spoilt, or the device computes wrongly")
+        yield ("reason", "non-finite", f"{len(bad)} of {len(flight.actions)} actions are not finite, the "
+               f"first at step {bad[0]}: the weights are spoilt, or the device computes wrongly")
 
 
 def instruction(flight):
@@ -61,8 +58,8 @@ def latency(flight):
     p95, period = float(np.quantile(times, 0.95)), 1 / hz
     if p95 > period:
         yield ("reason", "latency", f"a chunk takes {1e3 * p95:.0f} ms (95 of 100 take less), a control step "
-               f"{1e3 * period:.0f} ms: the arm would wait; fewer --sampler_steps, a faster --device, or chunks "
-               f"that are computed while it moves")
+               f"{1e3 * period:.0f} ms: the arm would wait; fewer --sampler_steps, a faster --device, or "
+               f"chunks that are computed while it moves")
     if flight.seconds[0] > max(period, 2 * p95):
         yield ("remark", "latency", f"the first chunk takes {1e3 * flight.seconds[0]:.0f} ms: let the policy "
                f"act once before the arm moves")
@@ -170,8 +167,8 @@ def sizes(flight):
         size = tuple(trained.get(key, ()))
         if size and found != {size}:
             now = " and ".join(f"{h} x {w}" for h, w in sorted(found))
-            yield ("remark", "camera size", f"'{key}' is {now}, recorded was {size[0]} x {size[1]}: it is resized; "
-                   f"the same field of view?")
+            yield ("remark", "camera size", f"'{key}' is {now}, recorded was {size[0]} x {size[1]}: it is "
+                   f"resized; the same field of view?")
 
 
 def judge(flight):

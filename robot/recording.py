@@ -6,6 +6,7 @@
 Needs h5py; JPEG frames need Pillow. Reading whole data sets, with all their checks, is the work of demos/.
 """
 import io
+import json
 
 import numpy as np
 
@@ -35,9 +36,9 @@ class Recording:
             self.actions = actions[:].astype(np.float32)
             self.length = len(self.actions)
             self.arrays = {key: self._array(observations, key) for key in keys}
-            self.fps = self._said(above, ("fps",), float)
+            self.fps = self._said(above, ("fps",), float) or self._said(above, ("env_args",), control_freq)
             self.instruction = self._said(above, INSTRUCTIONS, text)
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError) as e:
+        except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
             raise UserError(f"{path} cannot be read: {one_line(e, 200)}") from None
         if self.actions.ndim != 2 or not self.length:
             raise UserError(f"{self.name}: actions have shape {self.actions.shape}, wanted is (steps, "
@@ -116,6 +117,12 @@ class Recording:
 
     def close(self):
         self.file.close()
+
+
+def control_freq(value):
+    """Of robomimic's env_args, JSON: there, or among its env_kwargs; None if it is in neither."""
+    found = json.loads(text(value))
+    return found.get("control_freq") or found.get("env_kwargs", {}).get("control_freq")
 
 
 def text(value):

@@ -162,8 +162,8 @@ FAULTS = {
                   late(0)),
     "before": ("late action", "fault", "actions repeat the state of 2 steps before: actions[0] -> joint[0]",
                late(2)),
-    "duplicates": ("duplicate episodes", "fault", "2 repeat another number by number, such as demo_3, demo_9, "
-                   "demo_22, 1 across the split", copied),
+    "duplicates": ("duplicate episodes", "fault", "2 repeat another number by number, such as demo_3, "
+                   "demo_9, demo_22, 1 across the split", copied),
     "gap": ("dropped frames", "fault", "1 gaps in the time stamps of 1 of 24 episodes: demo_8",
             lambda e, demo: cut(e, demo, np.delete(np.arange(60), 30)) if e == 8 else None),
     "backwards": ("dropped frames", "fault", "time stands still or runs backwards in 1 of 24 episodes: "
@@ -182,8 +182,8 @@ FAULTS = {
               each("obs/hand", lambda x: x // 30, [3, 4])),
     "one colour": ("black camera", "fault", "'front' shows a single colour in 1 of 24 episodes",
                    each("obs/front", lambda x: 0 * x + 90, [9])),
-    "frozen": ("frozen camera", "fault", "'front' stands still while the robot moves, in 1 of 24 episodes, such "
-               "as demo_10 from step ", each("obs/front", lambda x: np.concatenate(
+    "frozen": ("frozen camera", "fault", "'front' stands still while the robot moves, in 1 of 24 episodes, "
+               "such as demo_10 from step ", each("obs/front", lambda x: np.concatenate(
                    [x[:20], np.repeat(x[20:21], len(x) - 20, 0)]), [10])),
     "swapped": ("swapped cameras", "fault", "'front' and 'hand' look like each other in 2 of 24 episodes: "
                 "demo_4, demo_11", exchanged),
@@ -319,7 +319,8 @@ def test_a_page_that_cannot_be_written(tmp_path, capsys):
 @real
 @pytest.mark.parametrize("name, notes", [
     ("g1_bottle_image", set()), ("g1_bottle_lowdim", set()),
-    ("lift_scripted_lowdim", {"constant dimension", "rate"}), ("pusht_lowdim", {"angle wrap"}), ("pusht_image", {"angle wrap"})])
+    ("lift_scripted_lowdim", {"constant dimension", "rate"}), ("pusht_lowdim", {"angle wrap"}),
+    ("pusht_image", {"angle wrap"})])
 def test_real_sets_are_clean(name, notes):
     """Their notes are true: the script of lift never turns the hand, and its rate is said nowhere; the angle
     of Push-T's block goes from 0 to 2 pi."""
