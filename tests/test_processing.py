@@ -152,6 +152,12 @@ def test_another_processing_is_refused_when_resumed(three, tmp_path, capsys):
     refused(capsys, lambda: Policy.load(tmp_path / "run"), "no sound 'normalizer'")
 
 
+def test_weights_of_absolute_actions_do_not_start_relative_ones(three, tmp_path, capsys):
+    train.main(command(three, tmp_path / "run", steps=2, eval_every=0))
+    argv = command(three, tmp_path / "next", *yaml_of(tmp_path, WHOLE), steps=2, init=tmp_path / "run")
+    refused(capsys, lambda: train.main(argv), "its actions are not relative to the state")
+
+
 @pytest.mark.parametrize("text, named", [
     ("processing: {action: []}", "did you mean 'actions'"),
     ("processing: {actions: [{delta: {to: goals}}]}", "delta: to: goals is no state of the robot, did you"),
