@@ -67,9 +67,8 @@ def start_from(model, checkpoint, options):
         raise UserError(f"--init {options.init} is a run of {checkpoint['model']}, not of {options.model}")
     relative = [is_relative(spec) for spec in (checkpoint["data"].get("processing"), options.processing)]
     if relative[0] != relative[1]:
-        raise UserError(f"--init {options.init}: its actions are {'' if relative[0] else 'not '}relative to the "
-                        f"state, here it is the other way round: its weights and normaliser mean something "
-                        f"else, make processing: actions: alike")
+        raise UserError(f"--init {options.init}: its actions are {'' if relative[0] else 'not '}relative to "
+                        f"the state, here it is the other way round: write processing: actions: as there")
     fresh = tuple(prefix for prefix in options.fresh.split(",") if prefix)
     want, weights = model.state_dict(), checkpoint["ema"]
     for prefix in fresh:
