@@ -1,8 +1,8 @@
 """Steps between a robot's numbers and a network's; processing.py puts them together.
 
-Each changes the last axis of a float64 tensor, and knows its inverse. A step has parse(spec, where), width(
-dim, where) -> numbers after it, do(x), which may raise UserError, and undo(x). A new one is such a class and a
-line in STEPS.
+Each changes the last axis of a float64 tensor, and knows its inverse. A step has parse(spec, where),
+width(dim, where) -> numbers after it, do(x), which may raise UserError, and undo(x). A new one is such a class
+and a line in STEPS.
 """
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ class Linear:
 class AlohaGripper:
     """ALOHA's gripper, from what its driver reports (0 closed, 1 open: metres, scaled) to the angle of its
     motor, 0 to 1 of the range that pi0 was trained on. A horn on the motor moves the fingers by an arm: gap,
-    horn and arm are a triangle. openpi's src/openpi/policies/aloha_policy.py, which clips the sine as well."""
+    horn and arm are a triangle. openpi's aloha_policy.py (src/openpi/policies), which clips the sine too."""
     at: list
     HORN, ARM = 0.022, 0.036                    # m
     OPEN, CLOSED = 0.058, 0.01844               # m, what the driver calls 1 and 0
@@ -161,7 +161,7 @@ def numbers(value, n, where):
 
 
 def within(at, dim, where):
-    if max(at) >= dim:
+    if max(at, default=-1) >= dim:
         raise UserError(f"{where}: number {max(at)} does not exist, there are {dim}, counted from 0")
 
 
