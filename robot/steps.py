@@ -1,8 +1,8 @@
 """Steps between a robot's numbers and a network's; processing.py puts them together.
 
 Each changes the last axis of a float64 tensor, and knows its inverse. A step has parse(spec, where),
-width(dim, where) -> numbers after it, do(x), which may raise UserError, and undo(x). A new one is such a class
-and a line in STEPS.
+width(dim, where) -> numbers after it, do(x), which may raise UserError, and undo(x). A new one is such a
+class and a line in STEPS.
 """
 from dataclasses import dataclass
 
