@@ -118,7 +118,7 @@ def test_a_robots_own_names_by_the_rename_map(tmp_path):
     ({"noise_scheduler_type": "PNDM"}, "noise_scheduler_type"), ({"horizon": "16"}, "horizon"),
     ({"normalization_mapping": {"ACTION": "MAGIC"}}, "MAGIC"),
     ({"num_inference_steps": 1000}, "sampler steps"),
-    ({"input_features": {"observation.state": {"type": "STATE", "shape": [3]}}}, "statistics of observation")])
+    ({"input_features": {"observation.state": {"type": "STATE", "shape": [3]}}}, "statistics of obs")])
 def test_what_a_config_says_and_this_code_does_not_do_is_one_line(change, named, tmp_path):
     folder = legacy(tmp_path / "folder", **change)
     with pytest.raises(UserError, match=named) as error:
@@ -254,8 +254,8 @@ def test_a_release_can_be_trained_further_on_real_demonstrations(tmp_path):
     if not data.exists():
         pytest.skip("no pusht_image.hdf5: set DEMO_DATA")
     image = "{shape: [3, 96, 96], type: rgb}"
-    (tmp_path / "meta.yaml").write_text(f"shape_meta: {{obs: {{agent_pos: {{shape: [2]}}, image: {image}}}}}\n",
-                                        encoding="utf-8")
+    meta = f"shape_meta: {{obs: {{agent_pos: {{shape: [2]}}, image: {image}}}}}\n"
+    (tmp_path / "meta.yaml").write_text(meta, encoding="utf-8")
     train.main(["--config", str(tmp_path / "meta.yaml"), "--init", str(LEGACY), "--data", str(data), "--lr",
                 "1e-3", "--normalizer", "checkpoint", "--warmup", "0", "--max_train_episodes", "4", "--steps",
                 "60", "--log_every", "20", *FAST, "--batch_size", "16", "--out", str(tmp_path / "out")])
