@@ -24,7 +24,10 @@ STATISTICS = re.compile(r"(un)?normalize_(inputs|targets|outputs)\.buffer_|norma
 
 def bare(download, model, hints):
     """Weights without a word about what they are: --model, --preset and --set say it."""
-    weights = download.weights
+    weights, kind = download.weights, download.config.get("type")
+    if isinstance(kind, str):
+        raise UserError(f"{download.name}: its config.json is that of a policy of type "
+                        f"{one_line(kind, 40)!r}, which is not read here")
     found = {name for name, mark in MARKS.items() if any(mark in key for key in weights)}
     if model and found and model not in found:
         raise UserError(f"{download.name} holds weights of {' or '.join(sorted(found))}, not of {model}")

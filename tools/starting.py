@@ -123,9 +123,9 @@ def fits(release, facts, description):
 def say_notes(release, out):
     """What of the weights is not used: a line, and the whole of it in a file of the run."""
     if release and release.notes:
-        with written_aside(out / "init.txt") as aside:
+        with written_aside(out / "init.log") as aside:
             aside.write_text("\n".join(release.notes) + "\n", encoding="utf-8")
-        more = f" ({len(release.notes)} such notes in {out / 'init.txt'})" if len(release.notes) > 1 else ""
+        more = f" ({len(release.notes)} such notes in {out / 'init.log'})" if len(release.notes) > 1 else ""
         say(f"--init: {one_line(release.notes[0], 250)}{more}")
 
 

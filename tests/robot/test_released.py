@@ -111,7 +111,7 @@ def test_a_robots_own_names_by_the_rename_map(tmp_path):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"type": "act"}, "whose weights|act"), ({"input_features": None}, "input_features"),
+    ({"type": "act"}, "a policy of type 'act'"), ({"input_features": None}, "input_features"),
     ({"horizon": None}, "lacks horizon"), ({"down_dims": [16, 16]}, "fit the configuration"),
     ({"vision_backbone": "resnet50"}, "vision_backbone 'resnet50'"),
     ({"prediction_type": "v_prediction"}, "prediction_type"), ({"beta_schedule": "sigmoid"}, "beta_schedule"),
@@ -180,7 +180,7 @@ def test_training_goes_on_from_the_folder_alone_in_float32_whatever_it_holds(tmp
                for key, x in legacy_weights().items()}
     folder, data = legacy(tmp_path / "folder", weights), demonstrations(tmp_path / "demos.hdf5")
     argv = ["--init", str(folder), "--data", str(data), "--normalizer", "checkpoint", "--steps", "4",
-            "--warmup", "0", *FAST]
+            "--warmup", "0", "--lr_schedule", "constant", *FAST]
     train.main([*argv, "--out", str(tmp_path / "out")])
     model, checkpoint = load_model(tmp_path / "out")                            # replays
     start = build_model(open_release(folder))
@@ -216,7 +216,7 @@ def test_statistics_that_are_not_used_are_said(tmp_path, capsys):
     train.main([*argv, "--out", str(tmp_path / "bare")])
     said = capsys.readouterr().err
     assert "8 statistics among the weights" in said and "are not used" in said
-    assert "8 statistics" in (tmp_path / "bare/init.txt").read_text(encoding="utf-8")
+    assert "8 statistics" in (tmp_path / "bare/init.log").read_text(encoding="utf-8")
     argv += ["--normalizer", "checkpoint", "--out", str(tmp_path / "none")]
     refused(capsys, lambda: train.main(argv), "no statistics came")
 
@@ -235,7 +235,8 @@ def test_sample_acts_with_a_release(tmp_path, capsys, monkeypatch):
 
     def episode(policy, environment, episodes, seed, instruction=None):
         seen.update(action=policy.act(LOOK), environment=environment, steps=policy.model.config.sampler_steps)
-        return {"success": None, "rollouts": []}
+        return {"success": 0.5, "interval": [0.1, 0.9], "episodes": 2, "score": 0.0, "return": 0.0,
+                "outcomes": {"success": 1, "failure": 1}, "rollouts": []}
     monkeypatch.setattr(sample, "closed_loop", episode)
     out = tmp_path / "out"
     sample.main(["--init", str(LEGACY), "--env", "Push-v0", "--set", "sampler_steps=5", "--out", str(out),
@@ -253,7 +254,7 @@ def test_a_release_can_be_trained_further_on_real_demonstrations(tmp_path):
     data = Path(os.environ.get("DEMO_DATA", "nowhere")) / "pusht_image.hdf5"
     if not data.exists():
         pytest.skip("no pusht_image.hdf5: set DEMO_DATA")
-    image = "{shape: [3, 96, 96], type: rgb}"
+    image = "{shape: [3, 72, 72], type: rgb}"
     meta = f"shape_meta: {{obs: {{agent_pos: {{shape: [2]}}, image: {image}}}}}\n"
     (tmp_path / "meta.yaml").write_text(meta, encoding="utf-8")
     train.main(["--config", str(tmp_path / "meta.yaml"), "--init", str(LEGACY), "--data", str(data), "--lr",
