@@ -127,8 +127,8 @@ class Config:
             raise ValueError(f"image_mean {self.image_mean}, image_std {self.image_std}: give three numbers "
                              f"of each, or three for every camera; deviations are above 0")
         if not self.resnet_widths or any(w < 16 or w % (w // 16) for w in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be at least 16 and fall into groups of "
-                             f"that size or more: take multiples of 16")
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be at least 16 and fall into groups "
+                             f"of that size or more: take multiples of 16")
         if len(self.beta_ends) != 2 or not 0 < self.beta_ends[0] <= self.beta_ends[1] < 1:
             raise ValueError(f"beta_ends {self.beta_ends} must rise, both above 0 and below 1")
         if self.n_obs_steps + self.n_action_steps > self.horizon + 1:  # the present counts twice

@@ -237,6 +237,7 @@ def take_up(run, checkpoint):
         state |= {key: distributed.split(x, parameters[i]) for key, x in state.items()
                   if x.shape == parameters[i].shape}
     run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.frozen_file = checkpoint.get("frozen", "")
     run.step, run.seconds = checkpoint["step"], checkpoint["train_seconds"]
     run.unlogged = checkpoint.get("unlogged", {"step": run.step})
 

@@ -16,7 +16,7 @@ from robot.errors import UserError
 from robot.policy import Policy
 from robot.released import build_model, open_release
 from robot.weight_files import read_safetensors
-from tests.helpers import refused, write_safetensors
+from helpers import refused, write_safetensors
 from tools.runs import read_rows
 
 LEGACY = Path(__file__).parents[1] / "golden/pipelines/lerobot_diffusion_legacy"

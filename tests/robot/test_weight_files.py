@@ -8,7 +8,7 @@ import torch
 from robot.downloads import open_download
 from robot.errors import UserError
 from robot.weight_files import read_weights, refuse_not_finite
-from tests.helpers import write_safetensors
+from helpers import write_safetensors
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
            "n": torch.tensor(3), "flag": torch.tensor([True, False]),
