@@ -109,6 +109,8 @@ class Options:
     extra: dict = field(default_factory=dict)
     # several robots in one run: {name: {data, action_names, state_names}}, for rdt (YAML only)
     robots: dict = field(default_factory=dict)
+    # steps between the robot's numbers and pictures and the network's, see docs/data.md (YAML only)
+    processing: dict = field(default_factory=dict)
     # environment of the closed loop: {id, kwargs, obs, ...}, see robot/environments.py (YAML only)
     env: dict = field(default_factory=dict)
 
