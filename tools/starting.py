@@ -12,7 +12,7 @@ from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.released import build_model, open_release
 from tools import distributed
-from tools.options import parse_set
+from tools.options import check_options, parse_set
 from tools.runs import n_parameters, read_rows
 
 
@@ -64,7 +64,9 @@ def with_release(options, explicit):
         found["processing"] = release.description["processing"]
     found = {name: value for name, value in found.items() if name in vars(options) and (
         name not in explicit or name == "set")}
-    return dataclasses.replace(options, **found), explicit | set(found), release
+    options = dataclasses.replace(options, **found)
+    check_options(options)
+    return options, explicit | set(found), release
 
 
 def released_policy(args):
@@ -106,6 +108,8 @@ def units(options, earlier, release):
 
 def fits(release, facts, description):
     """Refuse data that the weights were not made for: another number of actions, cameras in another order."""
+    if not release.config:
+        return
     for key, fact in facts.items():
         its = release.config.get(key, fact)
         if key in ("action_dim", "state_dim", "n_cameras", "image_size") and tuple_of(its) != tuple_of(fact):
