@@ -72,6 +72,8 @@ def test_delta_by_hand():
     assert got.tolist() == [[[-1, 2, 0.75], [-2, 0, 0.25]]]
     assert processing.undo_actions(got, now).tolist() == x.tolist()
     assert processing.relative and processing.moving(3) == [0, 1]
+    first = Processing({"actions": [{"delta": {"to": "qpos", "except": 0}}]}, {"qpos": 3})
+    assert first.moving(3) == [1, 2]                    # 0 is a number of an action, not nothing
     # Another state than that of the chunk: the way is kept, the place is not.
     assert processing.undo_actions(got, now + torch.tensor([0, 0, 5.0, 5.0])).tolist()[0][0] == [11, 27, 0.75]
 
@@ -171,6 +173,11 @@ LINEAR = {"at": [0], "factor": 1}
     ({"actions": [{"linear": LINEAR | {"at": 7}}]}, "actions: step 1 .linear.: number 7 does not exist"),
     ({"normalize": {"qpos": "minmx"}}, "normalize: qpos: there is no normaliser 'minmx', did you"),
     ({"normalize": {"state": "none"}}, "normalize: state is no state of the robot"),
+    ({"obs": {"eef_quat": [{"rotation": {"at": 0, "from": ["matrix"], "to": "matrix"}}]}}, "is no form of a"),
+    ({"obs": {"eef_quat": [{"rotation": {"at": [0, 1], "from": "quaternion_xyzw", "to": "matrix"}}]}},
+     r"at: \[0, 1\] should be its first number"),
+    ({"actions": [{"delta": {"to": "qpos", "except": "0"}}]}, "delta: except: '0' should say which numbers"),
+    ({"normalize": {"qpos": {"minmax": [1, 2], "none": [2]}}}, "normalize: qpos: a number has two modes"),
     ({"normalize": {"qpos": 3}}, "normalize: qpos: 3 should be a mode"),
     ({"normalize": {"actions": {"minmax": [7]}}}, "normalize: actions: number 7 does not exist, there are 7"),
     ({"normalize": {"qpos": {"none": [14]}}}, "normalize: qpos: number 14 does not exist"),
