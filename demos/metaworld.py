@@ -5,7 +5,8 @@
 
 The expert's hand trembles: noise is added to what is executed and not to what is recorded. So the set shows
 how to come back to the way, which a policy needs as soon as it has left it. An episode is kept if the task
-was done, and ends HOLD steps after that. Seeds begin at demos.generated.DEMO_SEEDS, far from those of the
+was done, and ends HOLD steps after that. With --images it holds the picture and the hand's own position and
+opening, and not where the objects are. Seeds begin at demos.generated.DEMO_SEEDS, far from those of the
 evaluation; the scene of a seed is always the same.
 """
 import math
@@ -27,13 +28,14 @@ NOISE = 0.1                             # standard deviation of the trembling, i
 def demonstration(scene, expert, seed, noise):
     """One episode from the scene of this seed, {"actions" (T, 4), "obs": {key: (T, ...)}} float32 (pictures
     uint8), or None if the expert failed."""
+    keys = ("hand", *scene.cameras) if scene.cameras else ("state", "task")
     rng = np.random.default_rng(seed)
     obs, _ = scene.reset(seed)
     actions, seen, done_at = [], [], math.inf
     while len(actions) < min(PATIENCE, done_at + HOLD):
         wanted = expert(obs["state"])
         actions.append(wanted)
-        seen.append({key: np.array(x) for key, x in obs.items()})           # pictures are drawn here
+        seen.append({key: np.array(obs[key]) for key in keys if key in obs})    # pictures are drawn here
         # The fingers do not tremble: what they hold would fall.
         shaken = wanted + noise * np.append(rng.standard_normal(3), 0)
         obs, _, success, _, _ = scene.step(np.clip(shaken, -1, 1).astype(np.float32))

@@ -23,7 +23,8 @@ from .gym_episodes import GymEpisodes, Later
 
 FPS = 80
 MAX_STEPS = 500
-CAMERA = "corner2"        # the view of most papers that learn these tasks from pictures
+CAMERA = "corner2"        # the view of most papers that learn these tasks from pictures, moved nearer to
+CAMERA_AT = (0.75, 0.075, 0.7)  # the table as in the data set lerobot/metaworld_mt50
 
 # Each task in words, for policies that read.
 WORDS = {
@@ -114,14 +115,16 @@ def expert_of(task):
 
 
 class Scene:
-    """One task. Observations are dicts: "state" (39,); of several tasks "task", one-hot in their order; of a
-    policy with cameras also the picture, which is rendered when somebody looks at it."""
+    """One task. Observations are dicts: "state" (39,); "hand" (4,), what of it a robot knows of itself; of
+    several tasks "task", one-hot in their order; each camera's picture (H, W, 3), rendered when somebody
+    looks at it."""
     spec = None
 
     def __init__(self, task, tasks, cameras=(), size=(96, 96)):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         self.env = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA, width=size[1],
                                              height=size[0])
+        self.env.model.cam(CAMERA).pos[:] = CAMERA_AT
         self.env._partially_observable, self.env._set_task_called = False, True     # the goal is observed
         vars(self.env).pop("sawyer_observation_space", None)    # kept from before, it cuts the goal to 0
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True       # a scene of its own per seed
@@ -129,7 +132,8 @@ class Scene:
         self.task, self.cameras, self.action_space = task, cameras, self.env.action_space
 
     def observe(self, state):
-        obs = {"state": np.asarray(state, np.float32)}
+        state = np.asarray(state, np.float32)
+        obs = {"state": state, "hand": state[:4]}
         obs |= {"task": self.one_hot} if len(self.one_hot) > 1 else {}
         return obs | {camera: Later(self.render) for camera in self.cameras}
 

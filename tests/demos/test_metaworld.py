@@ -72,6 +72,7 @@ def test_a_set_of_two_tasks(package, tmp_path):
         scene = Scene("push-v3", ["push-v3"])
         np.testing.assert_array_equal(demos[0]["obs/state"][0], scene.reset(DEMO_SEEDS)[0]["state"])
         assert file["data"].attrs["fps"] == 80
+        assert set(demos[0]["obs"]) == {"state", "task"}
     with pytest.raises(UserError, match="exists already"):
         metaworld.generate(["reach"], 1, path)
 
@@ -121,6 +122,18 @@ def test_pictures_are_drawn_when_somebody_looks(package):
         obs, *_ = env.step(np.zeros((2, 4)))
     assert not drawn
     assert np.asarray(obs["image"]).shape == (2, 4, 4, 3) and len(drawn) == 2
+
+
+def test_with_pictures_the_set_does_not_tell_where_the_objects_are(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scene, "render", lambda self: np.full((8, 6, 3), self.env.data.time * 80 % 256, np.uint8))
+    metaworld.generate(["reach"], 1, tmp_path / "a.hdf5", images=True, image_size=(8, 6))
+    with h5py.File(tmp_path / "a.hdf5") as file:
+        obs = file["data/demo_0/obs"]
+        assert set(obs) == {"hand", "image"} and obs["image"].shape[1:] == (8, 6, 3)
+        expected = Scene("reach-v3", ["reach-v3"]).reset(DEMO_SEEDS)[0]["state"][:4]
+        np.testing.assert_array_equal(obs["hand"][0], expected)
+        moved = np.diff(obs["image"][:, 0, 0, 0].astype(int))       # each step has a picture of its own time
+        assert (moved == 1).all()
 
 
 def test_no_way_to_render_is_one_line(package, tmp_path, monkeypatch):
