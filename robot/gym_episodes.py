@@ -144,7 +144,8 @@ class GymEpisodes:
         seen = [pick(obs, where) for obs in self.last]
         if any(isinstance(one, Later) for one in seen):
             return Later(lambda: np.stack(seen))
-        return np.stack(seen).reshape(len(seen), -1) if key in self.description["state_keys"] else np.stack(seen)
+        stacked = np.stack(seen)
+        return stacked.reshape(len(seen), -1) if key in self.description["state_keys"] else stacked
 
     def glance(self, i, obs):
         """A small picture, or a blank one where none is to be had: an evaluation never dies of a picture."""

@@ -6,7 +6,7 @@ goal (3). An action is 4 numbers in [-1, 1]: displacement of the hand in hundred
 gripper. 80 steps of control a second. An episode ends when the task is done, at the latest after 500 steps.
 
     tasks_of(names)         the tasks by name, or one line with the nearest name
-    Scene(task)             one of them, as Gymnasium has environments; reset(seed) sets up the scene of the seed
+    Scene(task)             one of them, as Gymnasium has environments; reset(seed): the scene of this seed
     MetaworldEpisodes       n of them side by side for a policy, see environments.py
 
 Meta-World's own Gymnasium ids choose an episode's scene from a list of 50, and not by the seed of `reset`.

@@ -1,4 +1,4 @@
-"""robot/metaworld.py and demos/metaworld.py: somebody else's benchmark, from demonstrations to an evaluation."""
+"""robot/metaworld.py and demos/metaworld.py: somebody else's benchmark, from its demonstrations on."""
 import h5py
 import numpy as np
 import pytest
@@ -86,8 +86,8 @@ def test_an_expert_that_fails_is_said(package, tmp_path, monkeypatch):
 
 class ExpertPolicy:
     """Stands in for a Policy: the experts of two tasks, chosen by the instruction."""
-    description = {"state_keys": {"state": 39, "task": 2}, "camera_keys": [], "image_size": None, "action_dim": 4,
-                   "instructions": [WORDS["reach"], WORDS["drawer-close"]]}
+    description = {"state_keys": {"state": 39, "task": 2}, "camera_keys": [], "image_size": None,
+                   "action_dim": 4, "instructions": [WORDS["reach"], WORDS["drawer-close"]]}
 
     def reset(self):
         self.experts = {words_of(task): expert_of(task) for task in ("reach-v3", "drawer-close-v3")}
@@ -125,7 +125,8 @@ def test_pictures_are_drawn_when_somebody_looks(package):
 
 
 def test_with_pictures_the_set_does_not_tell_where_the_objects_are(package, tmp_path, monkeypatch):
-    monkeypatch.setattr(Scene, "render", lambda self: np.full((8, 6, 3), self.env.data.time * 80 % 256, np.uint8))
+    monkeypatch.setattr(Scene, "render", lambda self: np.full((8, 6, 3), self.env.data.time * 80 % 256,
+                                                                  np.uint8))
     metaworld.generate(["reach"], 1, tmp_path / "a.hdf5", images=True, image_size=(8, 6))
     with h5py.File(tmp_path / "a.hdf5") as file:
         obs = file["data/demo_0/obs"]
