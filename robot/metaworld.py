@@ -103,7 +103,7 @@ def needs_package():
 
 
 def expert_of(task):
-    """The scripted expert that comes with the package: function observation (39,) -> action (4,) in [-1, 1]"""
+    """The scripted expert of the package: function observation (39,) -> action (4,) in [-1, 1]"""
     from metaworld.policies import ENV_POLICY_MAP
     policy = ENV_POLICY_MAP[task]()
 

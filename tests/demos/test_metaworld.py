@@ -93,7 +93,8 @@ class ExpertPolicy:
         self.experts = {words_of(task): expert_of(task) for task in ("reach-v3", "drawer-close-v3")}
 
     def act(self, obs):
-        return np.stack([self.experts[words](state) for words, state in zip(obs["instruction"], obs["state"])])
+        told = zip(obs["instruction"], obs["state"])
+        return np.stack([self.experts[words](state) for words, state in told])
 
 
 def test_episodes_are_of_the_tasks_of_the_data(package):
