@@ -1,4 +1,4 @@
-"""robot/preflight.py: a recorded episode that the policy may fly is a GO, every planted fault a NO-GO by name."""
+"""robot/preflight.py: an episode that the policy may fly is a GO, every planted fault a NO-GO by its name."""
 import json
 import time
 
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import train
-from conftest import ROOT
 from helpers import TINY, refused, write_demos
+
+import train
 from robot import preflight
 from robot.policy import Policy
 from robot.preflight_checks import UNKNOWN
@@ -20,8 +20,8 @@ LENGTH = 24
 def arm(i, actions, obs):
     """Joints that stand a little behind their targets, in rad, and two cameras."""
     rng = np.random.default_rng(i)
-    time = np.arange(LENGTH)[:, None] / 10
-    target = np.array([0.8, -0.4]) + 0.5 * np.sin(time + rng.uniform(0, 6, 2) * [[1, 1]])
+    clock = np.arange(LENGTH)[:, None] / 10
+    target = np.array([0.8, -0.4]) + 0.5 * np.sin(2 * clock + rng.uniform(0, 6, 2))
     joint = np.concatenate([target[:1], 0.5 * (target[:-1] + target[1:])]) - 0.02
     y, x = np.mgrid[:16, :24]
     front = np.stack([8 * x + 20, 3 * y + 0 * x, 5 * y + 10 + 0 * x], -1)
@@ -54,10 +54,9 @@ def trained(tmp_path_factory):
     with h5py.File(data, "r+") as file:
         for demo in file["data"].values():
             demo.attrs["language_instruction"] = "wave to me"
-    fields = [word for field in (*TINY, "obs=image", "vision_channels=8") for word in ("--set", field)]
-    fields = [word for field in TINY for word in ("--set", field)] + ["--set", "obs=image"]
-    train.main(["--model", "dp_cnn", "--data", str(data), "--out", str(folder / "run"), "--steps", "2", "--warmup",
-                "1", "--batch_size", "4", "--episodes", "0", "--device", "cpu", *fields])
+    fields = [word for field in (*TINY, "obs=image") for word in ("--set", field)]
+    train.main(["--model", "dp_cnn", "--data", str(data), "--out", str(folder / "run"), "--steps", "2",
+                "--warmup", "1", "--batch_size", "4", "--episodes", "0", "--device", "cpu", *fields])
     return folder / "run", data
 
 
@@ -72,7 +71,7 @@ def fly(trained, capsys, monkeypatch, change=lambda chunk: chunk, seconds=0.0, e
         policy.model = Follower(policy.model, change, seconds)
         policy.description = description(policy.description) if description else policy.description
         if reads:
-            policy.prepare_text = lambda told, n: torch.zeros(n, 4, dtype=torch.long)
+            policy.prepare_text = lambda told, n, *_: torch.zeros(n, 4, dtype=torch.long)
             policy.model.config = type("Reads", (), {"text_len": 4})()
             for name in ("n_obs_steps", "first_action", "n_action_steps", "pred_horizon"):
                 setattr(policy.model.config, name, getattr(policy.model.model.config, name))
@@ -147,7 +146,8 @@ def step(chunk):
 
 
 ACTIONS = {
-    "non-finite": ("non-finite", "24 of 24 actions are not finite, the first at step 0", lambda c: c * torch.nan),
+    "non-finite": ("non-finite", "24 of 24 actions are not finite, the first at step 0",
+                   lambda c: c * torch.nan),
     "limits": ("limits", "action 1 is ", lambda c: c + torch.tensor([0, -2.0])),
     "speed": ("speed", "action 1 goes ", step),
     "first action": ("first action", "action 0 of the chunk at step ",
@@ -166,14 +166,16 @@ def test_a_fault_of_the_actions_is_named(fault, trained, capsys, monkeypatch):
 
 def test_latency_is_compared_with_the_control_period(trained, capsys, monkeypatch):
     said = fly(trained, capsys, monkeypatch, seconds=0.13)
-    assert names(said) == ["latency"] and "a control step 100 ms: the arm would wait" in said["reasons"][0]["what"]
+    assert names(said) == ["latency"]
+    assert "a control step 100 ms: the arm would wait" in said["reasons"][0]["what"]
     assert fly(trained, capsys, monkeypatch, seconds=0.04)["go"]
 
 
 def test_instructions_and_rates_that_are_not_those_of_the_data(trained, capsys, monkeypatch, tmp_path):
     said = fly(trained, capsys, monkeypatch, told="wave to her", reads=True)
     assert names(said) == ["instruction"]
-    assert "'wave to her' is unknown, 1 others were trained on, did you mean 'wave to me'?" in said["reasons"][0]["what"]
+    assert ("'wave to her' is unknown, 1 others were trained on, did you mean 'wave to me'?"
+            in said["reasons"][0]["what"])
     assert fly(trained, capsys, monkeypatch, reads=True)["go"]                  # as the episode says
     silent = spoiled(tmp_path / "new.hdf5", lambda obs: None)
     said = fly(trained, capsys, monkeypatch, reads=True, episode=silent)
@@ -241,7 +243,8 @@ def test_a_real_run_is_read_from_aloha_too(trained, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         preflight.main([str(run), str(data), "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    assert stopped.value.code == 1 and lines[0] == "NO-GO" and lines[-1].startswith("arm.hdf5:demo_0: 24 of 24 st")
+    assert stopped.value.code == 1 and lines[0] == "NO-GO"
+    assert lines[-1].startswith("arm.hdf5:demo_0: 24 of 24 steps, 6 chunks of ")
 
 
 @pytest.mark.parametrize("argv, named", [
