@@ -65,8 +65,6 @@ def fly(policy, recording, told):
             if t in shown and frame is not None and frame.ndim == 3 and frame.dtype == np.uint8:
                 flight.sizes.setdefault(key, set()).add(frame.shape[:2])
                 flight.looks.setdefault(key, []).append(look_of(frame[None])[0])
-        if all(key in observation and observation[key].dtype.kind in "fiub" for key in states):
-            flight.state.append(np.concatenate([np.zeros(0), *(observation[key] for key in states)]))
         began, chunks = time.perf_counter(), len(policy.latency)
         try:
             action = policy.act(observation)
@@ -77,6 +75,7 @@ def fly(policy, recording, told):
             flight.fresh.append(t)
             flight.seconds.append(time.perf_counter() - began)
         flight.actions.append(np.asarray(action, np.float64))
+        flight.state.append(np.concatenate([np.zeros(0), *(observation[key] for key in states)]))
     return flight
 
 

@@ -71,8 +71,6 @@ def units(flight, usual):
         return
     low, high = (np.array(usual["state"][end]) for end in ("low", "high"))
     state = np.stack(flight.state)
-    if state.shape[1] != len(low):
-        return                                  # the policy has refused it, by the name of the key
     margin = BEYOND * np.maximum(high - low, 1e-3)
     outside = ~((state >= low - margin) & (state <= high + margin))
     those = np.flatnonzero(outside.mean(0) > 0.5)
@@ -180,7 +178,5 @@ def judge(flight):
         return [*found, ("remark", "limits, speeds, first action, units, cameras", UNKNOWN)]
     found += [*units(flight, usual), *cameras(flight, usual)]
     if flight.actions and np.isfinite(flight.actions).all():
-        found += [*limits(flight, usual), *speeds(flight, usual)]
-        if len(flight.state) >= len(flight.actions):
-            found += first_action(flight, usual)
+        found += [*limits(flight, usual), *speeds(flight, usual), *first_action(flight, usual)]
     return found
