@@ -176,7 +176,9 @@ def judge(flight):
              *sizes(flight)]
     if not usual:
         return [*found, ("remark", "limits, speeds, first action, units, cameras", UNKNOWN)]
+    if not flight.actions:                      # refused at once: that first
+        return found
     found += [*units(flight, usual), *cameras(flight, usual)]
-    if flight.actions and np.isfinite(flight.actions).all():
+    if np.isfinite(flight.actions).all():
         found += [*limits(flight, usual), *speeds(flight, usual), *first_action(flight, usual)]
     return found
