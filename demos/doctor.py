@@ -269,7 +269,7 @@ def outlier_starts(found, scaled):
     near = np.empty(len(some))
     for i, pose in enumerate(start):
         near[i] = np.partition(abs(start - pose).max(1), kth)[kth]          # number 0 is the pose itself
-    far = np.flatnonzero((near > 0.25) & (near > FACTOR * np.median(near)))
+    far = np.flatnonzero((near > 0.25) & (near > FACTOR * np.quantile(near, 0.9)))
     if len(far):
         worst = far[near[far].argmax()]
         d = kept[int(abs(start[worst] - np.median(start, axis=0)).argmax())]
