@@ -29,11 +29,12 @@ class Demos:
     Of the set: state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
     action_names, image_size (H, W) or None, camera_sizes {key: (H, W)} before resizing, fps (of the first
     episode), processing, notes (what a user should know).
-    Of each episode: lengths, instructions, episode_names, episode_fps. train_episodes, valid_episodes:
-    numbers. shown (episodes, V) bool: whether a camera fills this place of the network. Of each step: actions (N, action_dim), state (N, state_dim): float32, all episodes in a row;
-    episode e begins at starts[e]. They are in the units of the file, or what the steps of `processing` make
-    of these; but they are not yet relative, which depends on the window. The state keys stand side by side in
-    their order. So do the labels: labels (N, sum of their dims).
+    Of each episode: lengths, instructions, episode_names, episode_fps, shown (episodes, V) bool: whether a
+    camera fills this place of the network. train_episodes, valid_episodes: numbers. Of each step: actions (N,
+    action_dim), state (N, state_dim): float32, all episodes in a row; episode e begins at starts[e]. They are
+    in the units of the file, or what the steps of `processing` make of these; but they are not yet relative,
+    which depends on the window. The state keys stand side by side in their order. So do the labels: labels
+    (N, sum of their dims).
     """
 
     def __init__(self, source, episodes, keys, label_keys, split, memory_gb, image_size=None, colour="bgr",
@@ -58,7 +59,8 @@ class Demos:
         self.camera_keys, self.action_names = list(keys.cameras), first.action_names
         self.label_keys = label_keys
         self.processing = Processing(processing, self.state_keys, self.camera_keys)
-        self.shown = np.array([[key in e.obs for _, key in self.processing.places] for e in episodes])
+        self.shown = np.array([[key in e.obs for _, key in self.processing.places] for e in episodes],
+                              bool)
         self.raw_action_dim = first.actions.shape[1]
         self.action_dim = self.processing.action_dim(self.raw_action_dim)
         self.state_dim = self.processing.state_dim
@@ -202,8 +204,8 @@ def remarks(demos):
     for v, (place, key) in enumerate(demos.processing.places):
         without = [name for name, has in zip(demos.episode_names, demos.shown[:, v]) if key and not has]
         if without:
-            yield (f"{without[0]}{f' and {len(without) - 1} more' if without[1:] else ''}: no camera '{key}', the "
-                   f"place '{place}' is hidden there (image_mask)")
+            more = f" and {len(without) - 1} more" if without[1:] else ""
+            yield f"{without[0]}{more}: no camera '{key}', the place '{place}' is hidden there (image_mask)"
     said = collections.Counter(note for e in demos.episodes for note in e.notes)
     for note, count in said.items():
         name = next(e.name for e in demos.episodes if note in e.notes)
