@@ -15,9 +15,10 @@ import torch
 
 from .checkpoint import load_model
 from .errors import UserError, hint, say_once
-from .models import load_module, model_config, pick_device
+from .models import pick_device
 from .normalizer import Normalizer
 from .processing import Processing
+from .released import build_model
 from .text import codes
 from .transforms import same_shape
 
@@ -72,15 +73,13 @@ class Policy:
     @classmethod
     def from_release(cls, release, device="cpu", dtype=None, steps=None, seed=0, relative_to="chunk"):
         """A policy of released.open_release, as it was downloaded, without training. Raises UserError."""
-        module = load_module(release.model)
         device, _ = pick_device(str(device), "float32")
-        config = model_config(module, release.config, f"{release.model}'s folder")
-        try:
-            model = module.Model.from_official(release.weights, config)
-        except ValueError as e:
-            raise UserError(f"{release.model}: {e}") from None
-        return cls(model.to(device).eval().requires_grad_(False), release.normalizer, release.description,
-                   device, dtype, steps, seed, relative_to=relative_to)
+        if release.normalizer is None or not release.description:
+            raise UserError("--init: these weights come without the statistics and the observations that "
+                            "a policy needs to act: train.py --init gives it those of a data set")
+        model = build_model(release, dtype=dtype or torch.float32).to(device).eval().requires_grad_(False)
+        return cls(model, release.normalizer, release.description, device, dtype, steps, seed,
+                   relative_to=relative_to)
 
     def reset(self):
         """Forget the past: call it at the start of every episode."""
