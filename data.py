@@ -214,9 +214,9 @@ class Windows:
             batch["images"] = gather(self.images, seen)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
-        if not all(key for _, key in self.demos.processing.places):
-            shown = torch.tensor([key is not None for _, key in self.demos.processing.places])
-            batch["image_mask"] = shown.expand(*batch["images"].shape[:3])
+        if not self.demos.shown.all():
+            shown = torch.from_numpy(self.demos.shown[self.episodes[episode.cpu().numpy()]])    # (B, V)
+            batch["image_mask"] = shown[:, None].expand(*batch["images"].shape[:3])
         if self.text is not None:
             batch["text"] = self.text[episode]
         elif self.text_of_state:
