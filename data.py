@@ -19,6 +19,7 @@ would be padding, because it trains on the padding.)
 """
 import copy
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -33,7 +34,7 @@ from demos.limits import refuse_beyond_memory
 from demos.mixed import MixedDemos
 from robot.errors import UserError, say
 from robot.normalizer import Normalizer
-from robot.text import encode_text
+from robot.text import encode_text, prompts
 
 # ----------------------------------------------------------------------------------------------------------
 # What train.py asks for
@@ -80,7 +81,8 @@ def open_data(options, module, cache=None, normalizer=None):
                                  "lower --batch_size, or resize: --image_size H W")
         return [Windows(demos, normalizer, config.pred_horizon, config.n_obs_steps, config.first_action,
                         n_state_steps=config.n_obs_loaded, text_len=getattr(config, "text_len", 0),
-                        split=split, device=device, encode=getattr(config, "encode_text", None))
+                        split=split, device=device, encode=functools.partial(prompts, config),
+                        state_in_text=getattr(config, "state_in_text", False))
                 for split in ("train", "valid")]
 
     return facts_of(demos, normalizer, module, options), windows, demos.description(), normalizer
@@ -136,13 +138,14 @@ class Windows:
     n_obs_steps              state and images of the steps t - n_obs_steps + 1 .. t
     n_state_steps            so many of them instead, from the same first step on (for inpainting)
     text_len                 bytes of the instruction; 0 leaves the text out
-    encode                   function that makes codes of an instruction instead, int64 (text_len,)
+    encode                   function that makes codes of n instructions and present states (n, S) instead,
+                             int64 (n, text_len); with state_in_text it is called for every batch
     device                   where batches come out. The data are held there too if it is a GPU and they take
                              less than a quarter of what is free on it
     """
 
     def __init__(self, demos, normalizer, horizon, n_obs_steps, first_action, n_state_steps=None, text_len=0,
-                 split="train", device="cpu", encode=None):
+                 split="train", device="cpu", encode=None, state_in_text=False):
         self.demos, self.device, self.held_on = demos, torch.device(device), torch.device("cpu")
         self.episodes = {"train": demos.train_episodes, "valid": demos.valid_episodes}[split]
         self.action_steps = torch.arange(first_action, first_action + horizon)
@@ -167,12 +170,11 @@ class Windows:
             self.actions *= self.valid["action_valid"][self.item_episode]
             self.state *= self.valid["state_valid"][self.item_episode]
         self.control_hz = torch.tensor(demos.episode_fps[self.episodes], dtype=torch.float32)
-        encode = encode or (lambda text: encode_text(text, text_len))
-        try:
-            texts = [encode(demos.instructions[e]) for e in self.episodes] if text_len else []
-        except ValueError as error:                 # of a model file: too long, a tokenizer that is not there
-            raise UserError(str(error)) from None
-        self.text = torch.stack(texts) if texts else None
+        self.encode = encode or (lambda texts, _: torch.stack([encode_text(t, text_len) for t in texts]))
+        self.told = [demos.instructions[e] for e in self.episodes] if text_len else []
+        self.text = self.encode(self.told, self.state[starts]) if self.told else None   # of their first steps
+        # What `batch` writes into every item's text: on the CPU, wherever the data are held.
+        self.written = (self.item_episode.numpy(), self.state.numpy()) if state_in_text else None
 
         self.images = None
         if demos.camera_keys:
@@ -214,7 +216,10 @@ class Windows:
             batch["images"] = gather(self.images, seen)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
-        if self.text is not None:
+        if self.text is not None and self.written:
+            episodes, states = (x[indices.numpy()] for x in self.written)
+            batch["text"] = self.encode([self.told[e] for e in episodes], torch.from_numpy(states))
+        elif self.text is not None:
             batch["text"] = self.text[episode]
         return to_device(batch, self.device)
 

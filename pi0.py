@@ -68,6 +68,7 @@ Run alone: `python pi0.py` learns to obey a one-letter instruction, in half a mi
 import functools
 import math
 import re
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -93,6 +94,7 @@ class Config:
     text_len: int = 24          # L, longest instruction in codes
     vocab_size: int = 257       # number of codes; 257 = bytes + 1, 0 is padding
     tokenizer_path: str = ""    # SentencePiece model file; "" = bytes
+    prompt_form: str = "openpi"  # with tokenizer_path: "openpi" cleans the text, "lerobot" leaves it as it is
     # -- SigLIP, the image encoder
     vit_size: int = 48          # side of the square that images are fitted into, pixels
     patch_size: int = 12        # side of a patch, pixels
@@ -146,6 +148,8 @@ class Config:
         for name in ("action_dim", "state_dim"):
             if 0 < self.padded_dim < (dim := getattr(self, name)):
                 raise ValueError(f"{name} {dim} is above padded_dim {self.padded_dim}; from scratch, use 0")
+        if self.prompt_form not in ("openpi", "lerobot"):
+            raise ValueError(f"prompt_form {self.prompt_form!r} must be openpi or lerobot")
         if not self.tokenizer_path and self.vocab_size < 257 and self.text_weight:
             raise ValueError(f"vocab_size {self.vocab_size} must be at least 257 for bytes")
         for name, part in (("vit_size", "patch_size"), ("vit_width", "vit_heads"), ("n_heads", "n_kv_heads")):
@@ -163,16 +167,26 @@ class Config:
 
     def encode_text(self, text):
         """An instruction as codes, int64 (L,), 0 = padding: its UTF-8 bytes + 1, or the pieces of
-        tokenizer_path in the form PaliGemma was trained on, with a beginning and a line end."""
-        codes = [byte + 1 for byte in text.encode()]
-        if self.tokenizer_path:
-            pieces, line = tokenizer(self.tokenizer_path), text.strip().replace("_", " ").replace("\n", " ")
-            if (size := pieces.vocab_size()) > self.vocab_size:
+        tokenizer_path in the form that the weights were trained with: a beginning, the text, a line end. As
+        there, such a prompt is cut to text_len, and loses its end; one of bytes is refused."""
+        if not self.tokenizer_path:
+            codes = [byte + 1 for byte in text.encode()]
+            if self.vocab_size != 257:
+                raise ValueError(f"vocab_size {self.vocab_size} is not that of bytes, 257: tokenizer_path must "
+                                 "name the SentencePiece file that the weights were trained with")
+            if len(codes) > self.text_len:
+                raise ValueError(f"{len(codes)} codes, more than text_len {self.text_len}, in {text!r}")
+        else:
+            pieces = tokenizer(self.tokenizer_path)
+            if (size := pieces.vocab_size()) != self.vocab_size:
                 raise ValueError(f"{self.tokenizer_path} has {size} pieces, vocab_size is {self.vocab_size}")
-            codes = [pieces.bos_id()] + pieces.encode(line) + pieces.encode("\n")
-        if len(codes) > self.text_len:
-            raise ValueError(f"{len(codes)} codes, more than text_len {self.text_len}, in {text!r}")
-        return torch.tensor(codes + [0] * (self.text_len - len(codes)))
+            parts = [text.strip().replace("_", " ").replace("\n", " "), "\n"]
+            if self.prompt_form == "lerobot":
+                parts = [text if text.endswith("\n") else text + "\n"]
+            codes = [pieces.bos_id()] + [code for part in parts for code in pieces.encode(part)]
+            if len(codes) > self.text_len:
+                warnings.warn(f"cut to text_len {self.text_len} codes, as in the original: {text!r}")
+        return torch.tensor((codes + [0] * self.text_len)[:self.text_len])
 
     def decode_text(self, codes):
         """The text of one row of codes, without padding, halves of characters and spare codes."""
@@ -646,6 +660,8 @@ class Pi0(nn.Module):
         PaliGemma alone, beside which the action expert starts fresh. config must describe it
         (PRESETS["pi0"]). The tensors become the parameters as they are, nothing is copied."""
         weights = convert_official(state_dict)
+        if any(".dense." in key for key in weights):
+            raise ValueError("these are weights of pi0.5: take pi05.py, or --model pi05")
         with torch.device("meta"):
             model = cls(config)
         if "embed.weight" in weights and not any(k.startswith(ACTION_PARTS) for k in weights):

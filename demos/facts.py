@@ -45,7 +45,10 @@ def text_facts(demos, module, given, blind, chosen):
         say("there is no camera: the states are taken, and no instruction is read, since dit_policy reads "
             "it with the pictures")
         return {"text_len": 0}
-    longest = max(len(text.encode()) for text in demos.instructions)
+    written = lambda text: text
+    if given.get("state_in_text", getattr(module.Config, "state_in_text", False)):
+        written = lambda text: module.short_prompt(text, [0] * demos.state_dim)
+    longest = max(len(written(text).encode()) for text in demos.instructions)
     if length < longest <= LONGEST_TEXT:
         say(f"text_len is {longest} instead of {length}: the longest instruction has so many bytes")
         return {"text_len": longest}

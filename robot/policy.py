@@ -17,7 +17,7 @@ from .checkpoint import load_model
 from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
-from .text import encode_text
+from .text import prompts
 from .transforms import resize, same_shape
 
 BACKGROUND = 127          # grey level, 0..255, of a camera that is covered or that a robot does not have
@@ -114,7 +114,7 @@ class Policy:
         if d["camera_keys"]:
             step["images"] = self.prepare_images(values, n)
         if getattr(self.model.config, "text_len", 0):
-            step["text"] = self.prepare_text(observation.get("instruction"), n)
+            step["text"] = self.prepare_text(observation.get("instruction"), step["state"])
         return step, single
 
     def prepare_state(self, values, n):
@@ -182,8 +182,8 @@ class Policy:
             images.append(np.full_like(image, BACKGROUND) if key in self.without else image)
         return torch.from_numpy(np.stack(images, axis=1))                       # (n, V, H, W, 3)
 
-    def prepare_text(self, told, n):
-        known = self.description.get("instructions")
+    def prepare_text(self, told, state):
+        n, known = len(state), self.description.get("instructions")
         if told is None and known:
             raise UserError(f"the policy reads: add 'instruction' to the observation (env: instruction: in "
                             f"YAML), for example {known[0]!r}")
@@ -193,13 +193,7 @@ class Policy:
             raise UserError(f"'instruction' must be a text, or {n} of them, not {str(told)[:80]!r}")
         for a, b in self.swap:
             texts = [re.sub(rf"\b(?:{a}|{b})\b", lambda m: b if m[0] == a else a, t) for t in texts]
-        # A model file may bring its own codes; bytes otherwise.
-        config = self.model.config
-        encode = getattr(config, "encode_text", lambda text: encode_text(text, config.text_len))
-        try:
-            return torch.stack([torch.as_tensor(encode(text)) for text in texts])
-        except ValueError as e:  # an instruction that is too long, a tokenizer that is not there
-            raise UserError(str(e)) from None
+        return prompts(self.model.config, texts, state)
 
     def valid(self, kind, n):
         """Which numbers of the unified vector the robot has: (n, dim) bool."""

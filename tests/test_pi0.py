@@ -19,7 +19,7 @@ from pi0 import PRESETS, Config, Pi0, block_mask, convert_official
 # -- the official implementation ---------------------------------------------------------------------------
 
 
-def official_config(case):
+def official_config(case, config=Config):
     """The case's description of PI0Pytorch -> ours."""
     c = {k: v for k, v in case.config.items() if not k.startswith("_")}
     unknown = set(c) - {
@@ -38,7 +38,7 @@ def official_config(case):
     assert not unknown, f"arguments that this file cannot build: {unknown}"
     (width, depth, mlp, *heads), (expert_width, *_), vit = c["vlm"], c["expert"], c["vit"]
     assert c["expert"][1] == depth and c["expert"][3:] == heads, "the two models meet in every layer"
-    return Config(
+    return config(
         action_dim=c["dim"],
         state_dim=c["dim"],
         padded_dim=c["dim"],
@@ -619,8 +619,8 @@ def test_sentencepiece_text_has_paligemmas_form(tmp_path):
         minloglevel=2,
     )
     path = str(tmp_path / "words.model")
-    config = Config(tokenizer_path=path, vocab_size=60, text_len=40)
     pieces = pi0.tokenizer(path)
+    config = Config(tokenizer_path=path, vocab_size=pieces.vocab_size(), text_len=40)
     codes = config.encode_text("  put_the red block\n").tolist()
     assert codes[0] == 2 and len(codes) == 40
     real = [c for c in codes if c]
