@@ -545,6 +545,10 @@ class Pi05(nn.Module):
                 m.dense.weight.zero_()
                 m.dense.bias.zero_()
 
+    def fit(self, images):
+        """Pictures (B, 3, H, W) uint8, as the network sees them: (B, 3, vit_size, vit_size) float."""
+        return fit_images(images.float() / 255, self.config.vit_size, self.config.antialias)
+
     def embed_images(self, batch):
         """-> tokens of all cameras (B, V patches, D), which of them are real (B, V patches)."""
         c, images = self.config, batch["images"]                                # (B, To, V, 3, H, W)
@@ -555,7 +559,7 @@ class Pi05(nn.Module):
                              f"(B, To, V) = {grid} with V = n_cameras = {c.n_cameras} expected")
         images = images[:, -1].flatten(0, 1)                                    # (B V, 3, H, W)
         if not images.is_floating_point():
-            images = fit_images(images.float() / 255, c.vit_size, c.antialias)
+            images = self.fit(images)
         if c.augment and self.training:
             images = augment_images(images.unflatten(0, (-1, c.n_cameras)), c.wrist_cameras).flatten(0, 1)
         x = self.vision(images.to(self.projector.weight.dtype))                 # (B V, patches, D_vit)

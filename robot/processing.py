@@ -12,7 +12,7 @@ They are applied to the data in training, and applied and undone by the policy:
         - rotation: {at: 3, from: axis_angle, to: rotation_6d}
         - delta: {to: qpos, except: [6, 13]}
       normalize: {robot0_eef_quat: none, actions: {minmax: [0, 1, 2]}}
-      images: {fit: pad, filter: bilinear, fill: 0}
+      images: {fit: pad, filter: bilinear, fill: 0}     # fit: model, as the network itself does
       cameras: {base: cam_high, left_wrist: cam_left_wrist, right_wrist: null}
 
 The steps themselves: steps.py. `at` counts the numbers as the steps before have left them. docs/data.md has
@@ -33,7 +33,8 @@ class Processing:
     state_keys   {key: numbers in the robot's form}; camera_keys: cameras of the data or of the robot
 
     state_dims: {key: numbers in the network's form}, state_dim their sum. places: [(place of the network,
-    camera key or None)]. relative: whether the actions end with a delta.
+    camera key or None)]. relative: whether the actions end with a delta. by_model: the network's own `fit`
+    resizes a robot's pictures, as floats.
     """
     KEYS = ("obs", "actions", "normalize", "images", "cameras")
 
@@ -56,6 +57,7 @@ class Processing:
         self.rule = part(spec, "images")
         fields(self.rule, "processing: images", (), ("fit", "filter", "fill"))
         transforms.check_rule(self.rule, "processing: images")
+        self.by_model = self.rule.get("fit") == "model"
         self.places = self.parse_cameras(list(camera_keys))
         self.normalize = part(spec, "normalize")
         for key, mode in self.normalize.items():
@@ -69,8 +71,10 @@ class Processing:
     def parse_delta(self, spec):
         where = "processing: actions: delta"
         fields(spec, where, ("to",), ("except",))
-        self.known(spec["to"], f"{where}: to: {one_line(spec['to'], 40)}")
-        return spec["to"], places(spec["except"], f"{where}: except") if spec.get("except") else []
+        keys = spec["to"] if isinstance(spec["to"], list) else [spec["to"]]
+        for key in keys:
+            self.known(key, f"{where}: to: {one_line(key, 40)}")
+        return keys, places(spec["except"], f"{where}: except") if spec.get("except") else []
 
     def parse_cameras(self, camera_keys):
         where, cameras = "processing: cameras", part(self.spec, "cameras")
@@ -110,10 +114,10 @@ class Processing:
             dim = step.width(dim, where)
         if self.relative:
             within(self.absolute or [0], dim, "processing: actions: delta: except")
-            has = self.state_dims[self.delta_to]
+            has = sum(self.state_dims[key] for key in self.delta_to)
             for d in self.moving(dim):
                 if d >= has:
-                    raise UserError(f"processing: actions: delta: {self.delta_to!r} has {has} numbers, none "
+                    raise UserError(f"processing: actions: delta: {few(self.delta_to)}: {has} numbers, none "
                                     f"for number {d} of the actions: if that is absolute, name it in except")
         mode = self.normalize.get("actions", {})
         for at in mode.values() if isinstance(mode, dict) else ():
@@ -162,8 +166,8 @@ class Processing:
         where an action is absolute."""
         base = state.new_zeros(*state.shape[:-1], dim, dtype=torch.float64)
         if self.relative:
-            at = list(self.state_dims).index(self.delta_to)
-            own, moving = state.split(list(self.state_dims.values()), -1)[at], self.moving(dim)
+            parts = dict(zip(self.state_dims, state.split(list(self.state_dims.values()), -1)))
+            own, moving = torch.cat([parts[key] for key in self.delta_to], -1), self.moving(dim)
             base[..., moving] = own[..., moving].double()
         return base
 
@@ -184,4 +188,4 @@ class Processing:
 
     def image(self, frames, size):
         """(N, H, W, 3) uint8 -> (N, *size, 3) uint8, by the rule of images:."""
-        return transforms.resize(frames, size, **self.rule)
+        return transforms.resize(frames, size, **({} if self.by_model else self.rule))

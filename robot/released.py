@@ -7,6 +7,7 @@ A reader of READERS looks at a Download and makes a Release of it, or says that 
 """
 import torch
 
+from . import released_pi0
 from .downloads import Release, open_download
 from .errors import UserError, few, one_line
 from .models import load_module, model_config
@@ -30,7 +31,7 @@ def bare(download, model, hints):
 
 
 # Tried in this order: function(download, model or None, hints) -> Release or None.
-READERS = [bare]
+READERS = [released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma, bare]
 
 
 def open_release(path, model=None, **hints):
