@@ -9,11 +9,11 @@ import torch
 
 from .downloads import Release
 from .errors import UserError, few, hint, one_line
-from .lerobot_folder import ACTION, STATE, LeRobotFolder
 from .models import load_module
 from .normalizer import Normalizer
 from .openpi_robots import ROBOTS
 from .processing import Processing
+from .released_lerobot import NORMALIZERS, features, normalizer, statistics, steps_of, take_buffers
 from .weight_files import read_json
 
 # Heads are in no shape. Gemma's 8 are fixed in openpi's code (gemma_pytorch.py), SigLIP has those of So400m.
@@ -29,6 +29,7 @@ STEPS = ("rename_observations_processor", "to_batch_processor", "pi0_new_line_pr
          "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor", "device_processor",
          "relative_actions_processor", "normalizer_processor", "unnormalizer_processor",
          "absolute_actions_processor")
+STATE = "observation.state"
 
 # ----------------------------------------------------------------------------------------------------------
 # LeRobot
@@ -43,53 +44,93 @@ def lerobot(download, model, hints):
         if config.get(key, value) != value:
             raise UserError(f"{download.name}: config.json has {key} {one_line(config[key], 40)}, {kind} has "
                             f"{value} here, and nothing else")
-    folder = LeRobotFolder(download, STEPS)
-    if folder.mode("state", "", "VISUAL") != "IDENTITY":
-        raise UserError(f"{download.name}: its pictures are normalised, {kind} here takes them as they are")
+    inputs, outputs = features(config)
+    steps = known_steps(download)
+    renames = steps["rename_observations_processor"].get("rename_map") or {}
+    renamed = {theirs: robots for robots, theirs in renames.items()}
+    state_key = renamed.get(STATE, STATE)
+    state_dim = inputs.get(STATE, ("STATE", [number(download, "max_state_dim", 32)]))[1][0]
+    action_dim = outputs.get("action", ("ACTION", [number(download, "max_action_dim", 32)]))[1][0]
+    cameras = places_of(download, [name for name, (what, _) in inputs.items() if what == "VISUAL"], renamed)
     fields = fields_of(download, kind)
-    state_dim = folder.width("input_features", STATE, config.get("max_state_dim", 32))
-    action_dim = folder.width("output_features", ACTION, config.get("max_action_dim", 32))
-    cameras = places_of(folder)
-    fields |= {"horizon": folder.number("chunk_size"), "n_action_steps": folder.number("n_action_steps"),
-               "text_len": folder.number("tokenizer_max_length"), "n_cameras": len(cameras),
-               "max_cameras": max(3, len(cameras)), "antialias": False, "augment": False}
+    fields |= {"n_cameras": len(cameras), "max_cameras": max(3, len(cameras)), "antialias": False,
+               "augment": False}
+    fields |= {ours: number(download, theirs) for ours, theirs in (
+        ("horizon", "chunk_size"), ("n_action_steps", "n_action_steps"), ("text_len", "tokenizer_max_length"))}
     if "num_inference_steps" in config:                 # num_steps in early 2025
-        fields["sampler_steps"] = folder.number("num_inference_steps")
+        fields["sampler_steps"] = number(download, "num_inference_steps")
     if kind == "pi0":
         fields["prompt_form"] = "lerobot"
-    processing = {"actions": relative(folder, action_dim), "images": {"fit": "model"}, "cameras": cameras}
-    own = str(folder.steps.get("tokenizer_processor", {}).get("tokenizer_name", ""))
+    processing = {"actions": relative(steps["relative_actions_processor"], state_key, action_dim),
+                  "images": {"fit": "model"}, "cameras": cameras}
+    own = str(steps["tokenizer_processor"].get("tokenizer_name", "."))
     notes = with_tokenizer(fields, download, hints, (".", own))
-    normalizer = folder.normalizer(state_dim, action_dim)
-    if normalizer is None:
-        notes.append(f"{download.name} has no statistics: train it on data before it acts")
-    if folder.early:
+    weights = download.weights
+    scales = lerobot_normalizer(download, weights, {STATE: state_dim}, {"action": action_dim}, notes)
+    description = describe(download, {state_key: state_dim}, action_dim, fields, processing)
+    return Release(kind, fields, weights, scales, description, notes)
+
+
+def known_steps(download):
+    """{name: options} of both processors, {} of one that is not there. Raises UserError for one that is not
+    done here."""
+    steps = dict.fromkeys(STEPS, {})
+    for part in ("pre", "post"):
+        for name, options, _ in steps_of(download, f"policy_{part}processor.json"):
+            if name not in STEPS:
+                raise UserError(f"{download.name}: policy_{part}processor.json has a step "
+                                f"{one_line(name, 60)!r}, which is not done here{hint(name, STEPS)}")
+            steps[name] = options
+    return steps
+
+
+def number(download, key, default=None):
+    """A whole number of config.json."""
+    value = download.config.get(key, default)
+    if type(value) is not int or value < 0:
+        raise UserError(f"{download.name}: config.json has {key} {one_line(value, 40)}, no whole number: it "
+                        f"is another program's, or it was edited")
+    return value
+
+
+def places_of(download, names, renamed):
+    """{camera in config.json: the robot's name of it, or None}. Empty ones stand last, as there."""
+    empty = [name for name in names if ".empty_camera_" in name]
+    wanted = [f"observation.images.empty_camera_{i}" for i in range(number(download, "empty_cameras", 0))]
+    empty += [name for name in wanted if name not in empty]
+    real = [name for name in names if name not in empty]
+    if not real:
+        raise UserError(f"{download.name}: config.json: input_features names no camera, type VISUAL")
+    return {name: renamed.get(name, name) for name in real} | dict.fromkeys(empty)
+
+
+def lerobot_normalizer(download, weights, state, action, notes):
+    """Normalizer, or None where the folder has no statistics. Takes those of early files out of `weights`."""
+    early = not steps_of(download, "policy_preprocessor.json")
+    if early:
         notes.append(f"{download.name} was made before LeRobot had processors: pictures stand in the middle "
                      f"of black as today; at that time they stood at its right and lower edge")
-    description = describe(download, {folder.robots_name(STATE): state_dim}, action_dim, fields, processing)
-    return Release(kind, fields, download.weights, normalizer, description, notes)
+    saved = [state for part in ("pre", "post") for name, _, state in steps_of(
+        download, f"policy_{part}processor.json") if name in NORMALIZERS and state]
+    if not saved and not (early and take_buffers(dict(weights))):
+        notes.append(f"{download.name} has no statistics: train it on data before it acts")
+        return None
+    found = statistics(download, weights)
+    for name, (mode, _) in found.items():
+        if name not in (*state, *action) and mode != "IDENTITY":
+            raise UserError(f"{download.name}: {name} is normalised by {mode}, pictures here are taken as they "
+                            f"are")
+    return normalizer(found, {"actions": action, "state": state})
 
 
-def places_of(folder):
-    """{camera in config.json: the robot's name of it, or None}. Empty ones stand last, as there."""
-    empty = [name for name in folder.cameras if ".empty_camera_" in name]
-    wanted = folder.number("empty_cameras", 0)
-    empty += [name for i in range(wanted) if (name := f"observation.images.empty_camera_{i}") not in empty]
-    real = [name for name in folder.cameras if name not in empty]
-    if not real:
-        raise UserError(f"{folder.name}: config.json: input_features names no camera, type VISUAL")
-    return {name: folder.robots_name(name) for name in real} | dict.fromkeys(empty)
-
-
-def relative(folder, action_dim):
+def relative(options, state_key, action_dim):
     """The step that takes the state off a command, except where a joint's name holds an excluded word."""
-    step = folder.steps.get("relative_actions_processor", {})
-    if not step.get("enabled"):
+    if not options.get("enabled"):
         return []
-    words = [str(word).lower() for word in step.get("exclude_joints") or [] if word]
-    names = [str(name).lower() for name in step.get("action_names") or []][:action_dim]
+    words = [str(word).lower() for word in options.get("exclude_joints") or [] if word]
+    names = [str(name).lower() for name in options.get("action_names") or []][:action_dim]
     absolute = [i for i, name in enumerate(names) if any(word in name for word in words)]
-    return [{"delta": {"to": folder.robots_name(STATE), "except": absolute}}]
+    return [{"delta": {"to": state_key, "except": absolute}}]
 
 
 # ----------------------------------------------------------------------------------------------------------
