@@ -126,8 +126,9 @@ class Config:
                 len(self.image_mean) not in (0, 3, 3 * self.n_cameras):
             raise ValueError(f"image_mean {self.image_mean}, image_std {self.image_std}: give three numbers "
                              f"of each, or three for every camera; deviations are above 0")
-        if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
+        if not self.resnet_widths or any(w < 16 or w % (w // 16) for w in self.resnet_widths):
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be at least 16, and fall into groups of "
+                             f"at least 16: multiples of 16 do")
         if len(self.beta_ends) != 2 or not 0 < self.beta_ends[0] <= self.beta_ends[1] < 1:
             raise ValueError(f"beta_ends {self.beta_ends} must rise, both above 0 and below 1")
         if self.n_obs_steps + self.n_action_steps > self.horizon + 1:  # the present counts twice

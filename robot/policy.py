@@ -17,6 +17,7 @@ from .checkpoint import load_model
 from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
+from .released import build_model
 from .text import prompts
 from .transforms import resize, same_shape
 
@@ -63,10 +64,14 @@ class Policy:
 
     @classmethod
     def from_release(cls, release, device="cpu", dtype=None, steps=None, seed=0, relative_to="chunk"):
-        """A policy of released.open_release, without training. relative_to: whether delta actions are added
-        to the state at which the chunk was sampled ("chunk") or to the latest one ("latest", what LeRobot's
-        select_action does). Raises UserError."""
-        raise NotImplementedError
+        """A policy of released.open_release, as it was downloaded, without training. Raises UserError."""
+        device, _ = pick_device(str(device), "float32")
+        if release.normalizer is None or not release.description:
+            raise UserError("--init: these weights come without the statistics and the names of observations that "
+                            "a policy needs to act: train.py --init gives it those of a data set")
+        model = build_model(release, dtype=dtype or torch.float32).to(device).eval().requires_grad_(False)
+        return cls(model, release.normalizer, release.description, device, dtype, steps, seed,
+                   relative_to=relative_to)
 
     def reset(self):
         """Forget the past: call it at the start of every episode."""

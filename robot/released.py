@@ -11,6 +11,7 @@ from . import released_pi0
 from .downloads import Release, open_download
 from .errors import UserError, few, one_line
 from .models import load_module, model_config
+from .released_dp import lerobot_diffusion, original
 from .weight_files import refuse_not_finite
 
 # One line of the names of each model's official weights, by which a bare file is known.
@@ -31,7 +32,7 @@ def bare(download, model, hints):
 
 
 # Tried in this order: function(download, model or None, hints) -> Release or None.
-READERS = [released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma, bare]
+READERS = [lerobot_diffusion, original, released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma, bare]
 
 
 def open_release(path, model=None, **hints):
