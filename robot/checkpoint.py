@@ -149,27 +149,3 @@ def load_model(path, device="cpu", module=None, replay=True):
                         f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained; if that "
                         f"is meant, load it with --no_replay")
     return model, checkpoint
-
-
-def load_official(module, config, path):
-    """A model with official weights from a .safetensors file (package safetensors) or a plain torch
-    state_dict."""
-    try:
-        path = input_file(path)
-    except UserError as e:
-        raise UserError(f"--init {e}") from None
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            state_dict = load_file(path)
-        else:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError("reading .safetensors needs a package: pip install safetensors") from None
-    except Exception as e:  # either library has types of its own for files that are cut short or foreign
-        raise UserError(f"--init {path} cannot be read ({one_line(e, 150)}); it must be a "
-                        f".safetensors file or a torch file that holds tensors only") from None
-    try:
-        return module.Model.from_official(state_dict, config)
-    except (ValueError, AttributeError) as e:
-        raise UserError(f"--init {path}: {e}") from None

@@ -75,7 +75,7 @@ class Policy:
         """A policy of released.open_release, as it was downloaded, without training. Raises UserError."""
         device, _ = pick_device(str(device), "float32")
         if release.normalizer is None or not release.description:
-            raise UserError("--init: these weights come without the statistics and the names of observations that "
+            raise UserError("--init: these weights come without the statistics and the observations that "
                             "a policy needs to act: train.py --init gives it those of a data set")
         model = build_model(release, dtype=dtype or torch.float32).to(device).eval().requires_grad_(False)
         return cls(model, release.normalizer, release.description, device, dtype, steps, seed,

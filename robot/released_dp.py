@@ -65,7 +65,17 @@ def lerobot_diffusion(download, model, hints):
     description = describe(download.name, {names[k]: d for k, d in state_keys.items()},
                            [names[c] for c in cameras], size, fields["action_dim"])
     order = [state_keys["observation.state"], *cameras, *(state_keys[name] for name in env)]
-    return Release("dp_cnn", fields, weights, normalizer(stats, keys), description, notes, {"order": order})
+    return Release("dp_cnn", fields, weights, normalizer(stats, keys), description, notes, {"order": order},
+                   recipe(config))
+
+
+def recipe(config):
+    """How the folder says that it was trained, as options of train.py."""
+    names = {"optimizer_lr": "lr", "optimizer_weight_decay": "weight_decay",
+             "scheduler_warmup_steps": "warmup"}
+    found = {ours: config[name] for name, ours in names.items() if isinstance(config.get(name), (int, float))}
+    betas = config.get("optimizer_betas")
+    return found | ({"betas": tuple(betas)} if isinstance(betas, list) else {})
 
 
 def renamed(download, names):

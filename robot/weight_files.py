@@ -134,7 +134,7 @@ def unwrap(content, path):
                             f"weight")
         weights = {key: x for key, x in content.items() if torch.is_tensor(x)}
         inner = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
-        if weights and not inner or not inner and not content:
+        if weights and not inner:
             rest = [key for key in content if key not in weights]
             return weights, notes + ([f"of {path} these are no tensors: {few(rest)}"] if rest else [])
         if not inner:

@@ -18,14 +18,14 @@ class Pipeline:
         path, = folder.glob("*.npz")
         with np.load(path, allow_pickle=False) as arrays:
             self.meta = json.loads(str(arrays["meta"]))
-            self.inp, self.out = ({key[len(part):]: arrays[key] for key in arrays.files if key.startswith(part)}
-                                  for part in ("in/", "out/"))
+            self.inp, self.out = ({key[len(part):]: arrays[key] for key in arrays.files
+                                   if key.startswith(part)} for part in ("in/", "out/"))
         self.config = self.meta["config"]
         self.unchecked = set(self.out)
 
     def check(self, key, got, relative=0.0):
-        """Assert that `got` equals the array out/<key> within `relative` times its rms, or within ten times the
-        error of float32 in the official program."""
+        """Assert that `got` equals the array out/<key> within `relative` of its rms, or within ten times
+        the error of float32 in the official program."""
         want, got = self.out[key], np.asarray(got)
         assert got.shape == want.shape, f"{self.name} {key}: {got.shape}, official {want.shape}"
         self.unchecked.discard(key)
@@ -48,7 +48,7 @@ def pipelines(*prefixes):
 
 
 def replayed(model, noise, step_noise=None):
-    """Let a model's r-th chunk start from noise[r]. -> list that receives what each was given and gave: (batch,
+    """Let a model's r-th chunk start from noise[r]. -> list that receives what each got and gave: (batch,
     chunk)"""
     sample, calls = model.sample, []
 

@@ -1,4 +1,4 @@
-"""Diffusion Policy's state_dict of a robomimic policy with absolute actions, from raw readings to commands."""
+"""Diffusion Policy's state_dict of a robomimic policy, absolute actions: raw readings in, commands out."""
 import numpy as np
 import torch
 
