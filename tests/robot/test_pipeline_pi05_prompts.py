@@ -68,7 +68,7 @@ def test_lerobots_pi05(path):
 @cases("lerobot_pi0_*")
 def test_lerobots_pi0(path):
     z = arrays(path / "episode.npz")
-    config = lerobot_config(path, pi0, prompt_form="lerobot")
+    config = lerobot_config(path, pi0, text_as_is=True)
     for texts, tokens, mask in ((z["in/task"], "tokens", "token_mask"),
                                 (z["in/prompts"], "prompt_tokens", "prompt_mask")):
         got = prompts(config, [str(t) for t in texts], None)
