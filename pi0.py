@@ -7,8 +7,8 @@
 Modelled is p(x0 | o): a chunk x0 of the next Tp actions, given an observation o = (images, instruction,
 state: the robot's own pose). Not p(x0, o): nobody needs generated pictures, and o is encoded once per chunk.
 
-A pretrained vision-language model (PaliGemma = SigLIP + Gemma) reads images and instruction. Beside it stands
-a smaller transformer, the action expert, with weights of its own for state and noised actions. They meet in
+A pretrained vision-language model (PaliGemma = SigLIP + Gemma) reads images and text. Beside it stands a
+smaller transformer with weights of its own for what the robot is and does: the action expert. They meet in
 the attention of every layer: each token is projected by the weights of its own model, and all of them share
 one attention. Which query (row) sees which key (column):
 
@@ -43,11 +43,11 @@ width, d width of a head; n draws of noise and time per observation.
 what minimises [3], and [3] takes one pair at a time. Ten steps are enough because lines are straight: where o
 leaves one chunk only, a single Euler step would land on it; paths bend where several are still possible.
 
-Map: Config | Siglip | Gemma | block_mask, time | Pi0: loss, text, sample, from_official | PRESETS | main.
+Map: Config | Siglip | Gemma | block_mask, time | policy: loss, text, sample, from_official | PRESETS | main.
 
 Differs from the original:
  1. The one attention is computed in two parts, prefix first, in training as in sampling. The numbers are the
-    same, since the prefix does not see the suffix (state and actions), and n draws of noise and time can
+    same, since the prefix does not see the suffix (the expert's tokens), and n draws of noise and time can
     share a prefix. The prefix's last layer stops at keys and values: the suffix reads nothing else.
  2. Steps past the end of an episode are left out of the loss. openpi trains on the last action, repeated, so
     that the policy learns to stay: `train_on_padding`.
@@ -58,12 +58,12 @@ Differs from the original:
     PyTorch code, which draws once per camera and batch. (Its JAX code draws per picture, but recolours half
     of them; hues move there, and saturations, by an oversight, do not.) A camera that a robot lacks can be
     left out, which equals masking it.
- 5. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values, state
-    and actions without padding, 4 draws per observation, and larger initial queries, keys, patches and
+ 5. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values,
+    vectors without padding, 4 draws per observation, and larger initial queries, keys, patches and
     positions. Without these, attention starts nearly even, patches differ less from each other than words do,
     and the few tokens that matter (some letters, a small block) are lost among the rest.
 
-Run alone: `python pi0.py` learns to obey a one-letter instruction, in half a minute on two CPU cores.
+Run alone, this file learns to obey a one-letter instruction, in half a minute on two CPU cores.
 """
 import functools
 import math
@@ -89,12 +89,12 @@ class Config:
     n_obs_steps: int = 1        # To, observed steps; pi0 sees the present only
     n_action_steps: int = 8     # Ta, executed steps
     # -- what the weights are made for
-    padded_dim: int = 0         # zeros pad state and actions to this, so that robots share weights; 0 = none
+    padded_dim: int = 0         # zeros pad a robot's vectors to this, so that robots share weights; 0 = none
     max_cameras: int = 3        # most cameras that are accepted
     text_len: int = 24          # L, longest instruction in codes
     vocab_size: int = 257       # number of codes; 257 = bytes + 1, 0 is padding
     tokenizer_path: str = ""    # SentencePiece model file; "" = bytes
-    prompt_form: str = "openpi"  # with tokenizer_path: "openpi" cleans the text, "lerobot" leaves it as it is
+    text_as_is: bool = False    # with tokenizer_path: LeRobot's way; False: openpi's, which cleans the text
     # -- SigLIP, the image encoder
     vit_size: int = 48          # side of the square that images are fitted into, pixels
     patch_size: int = 12        # side of a patch, pixels
@@ -136,7 +136,7 @@ class Config:
         if len(self.image_size) != 2:
             raise ValueError(f"image_size {self.image_size} must be two numbers: height, width")
         if self.n_obs_steps != 1:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: pi0 has no history")
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: there is no history")
         if self.n_action_steps > self.horizon:
             raise ValueError(f"n_action_steps {self.n_action_steps} must lie in 1..horizon = {self.horizon}")
         if self.n_cameras > self.max_cameras:
@@ -148,8 +148,6 @@ class Config:
         for name in ("action_dim", "state_dim"):
             if 0 < self.padded_dim < (dim := getattr(self, name)):
                 raise ValueError(f"{name} {dim} is above padded_dim {self.padded_dim}; from scratch, use 0")
-        if self.prompt_form not in ("openpi", "lerobot"):
-            raise ValueError(f"prompt_form {self.prompt_form!r} must be openpi or lerobot")
         if not self.tokenizer_path and self.vocab_size < 257 and self.text_weight:
             raise ValueError(f"vocab_size {self.vocab_size} must be at least 257 for bytes")
         for name, part in (("vit_size", "patch_size"), ("vit_width", "vit_heads"), ("n_heads", "n_kv_heads")):
@@ -166,14 +164,14 @@ class Config:
     n_obs_loaded = property(lambda self: self.n_obs_steps)
 
     def encode_text(self, text):
-        """An instruction as codes, int64 (L,), 0 = padding: its UTF-8 bytes + 1, or the pieces of
-        tokenizer_path in the form that the weights were trained with: a beginning, the text, a line end. As
-        there, such a prompt is cut to text_len, and loses its end; one of bytes is refused."""
+        """An instruction as codes, int64 (L,), 0 = padding: bytes + 1; with tokenizer_path its pieces, in the
+        form that the weights were trained with: a beginning, the text, a line end. As there, it is cut to
+        text_len and then loses its end; what is too long in bytes is refused."""
         if not self.tokenizer_path:
             codes = [byte + 1 for byte in text.encode()]
             if self.vocab_size != 257:
-                raise ValueError(f"vocab_size {self.vocab_size} is not that of bytes, 257: tokenizer_path must "
-                                 "name the SentencePiece file that the weights were trained with")
+                raise ValueError(f"vocab_size {self.vocab_size} is not that of bytes, 257: tokenizer_path "
+                                 "must name the SentencePiece file that goes with the weights")
             if len(codes) > self.text_len:
                 raise ValueError(f"{len(codes)} codes, more than text_len {self.text_len}, in {text!r}")
         else:
@@ -181,7 +179,7 @@ class Config:
             if (size := pieces.vocab_size()) != self.vocab_size:
                 raise ValueError(f"{self.tokenizer_path} has {size} pieces, vocab_size is {self.vocab_size}")
             parts = [text.strip().replace("_", " ").replace("\n", " "), "\n"]
-            if self.prompt_form == "lerobot":
+            if self.text_as_is:
                 parts = [text if text.endswith("\n") else text + "\n"]
             codes = [pieces.bos_id()] + [code for part in parts for code in pieces.encode(part)]
             if len(codes) > self.text_len:
@@ -406,7 +404,7 @@ class Gemma(nn.Module):
 
     def forward(self, x, mask, positions, past=None, cache_only=False):
         """x (B, N, D); mask (B, N, M) bool, True = query may see key; positions (B, N); past: keys and values
-        of every layer, which stand before x's own. cache_only: nobody reads the output, only the cache.
+        of every layer, which stand before x's own. cache_only: only the cache is wanted.
         -> ((B, N, D) or None, keys and values of every layer, `past` included)"""
         rope = rope_angles(positions, self.head_dim)
         bias = torch.where(mask, 0.0, MASKED).to(product_dtype(x))              # (B, N, M)
@@ -566,10 +564,10 @@ class Pi0(nn.Module):
         mask = block_mask(F.pad(valid, (0, N), value=True), starts, first=P)    # (B, N, P + N)
         positions = valid.sum(1, keepdim=True) + torch.arange(N, device=x.device)
         x, _ = self.expert(x, mask, positions, past=cache)
-        return self.action_out_proj(x[:, 1:]).float()
+        return self.action_out_proj(x[:, -x_t.shape[1]:]).float()
 
     def pad(self, x):
-        """State or actions with the zeros that a shared action space needs."""
+        """A vector with the zeros that a shared action space needs."""
         return F.pad(x, (0, max(0, self.config.padded_dim - x.shape[-1])))
 
     def loss(self, batch, noise=None, t=None):
@@ -644,11 +642,11 @@ class Pi0(nn.Module):
             raise ValueError(f"sampler steps {steps} must be at least 1")
         cache, valid = self.encode(batch, *self.embed_images(batch))
         state = self.pad(batch["state"][:, -1])
-        shape = (len(state), c.horizon, c.padded_dim or c.action_dim)
-        x_t = randn(shape, generator, state.device) if noise is None else noise.float()
+        shape = (len(valid), c.horizon, c.padded_dim or c.action_dim)
+        x_t = randn(shape, generator, valid.device) if noise is None else noise.float()
         for i in range(steps):
             # Not t - dt again and again: rounding errors add up, and the short periods of [9] show them.
-            t = torch.full((len(state),), 1 - i / steps, device=state.device)
+            t = torch.full((len(valid),), 1 - i / steps, device=valid.device)
             x_t = x_t - 1 / steps * self.velocity(cache, valid, state, x_t, t)  # [5]
             if trace is not None:
                 trace.append(x_t[..., :c.action_dim])
@@ -660,9 +658,9 @@ class Pi0(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config):
-        """A policy with released weights: pi0 in openpi's PyTorch layout or LeRobot's (now or early 2025), or
-        PaliGemma alone, beside which the action expert starts fresh. config must describe it
-        (PRESETS["pi0"]). The tensors become the parameters as they are, nothing is copied."""
+        """A policy with released weights in openpi's PyTorch layout or LeRobot's (now or early 2025), or with
+        those of PaliGemma alone, beside which the action expert starts fresh. config must describe it
+        (PRESETS). The tensors become the parameters as they are, nothing is copied."""
         weights = convert_official(state_dict)
         if any(".dense." in key for key in weights):
             raise ValueError("these are weights of pi0.5: take pi05.py, or --model pi05")
@@ -695,7 +693,7 @@ RENAMES = [
     (r"\.mlp\.(gate|up|down)_proj\.", r".\1."), (r"\.input_layernorm\.", ".norm1."),
     (r"\.post_attention_layernorm\.", ".norm2."), (r"^time_mlp_", "action_time_mlp_"),
 ]
-# Not read: the expert's unused text head, and normalisers that early LeRobot files carry.
+# Not read: the expert's unused text head, and what early LeRobot files carry besides.
 NOT_WEIGHTS = re.compile(r"^expert\.lm_head\.|^(un)?normalize_")
 
 
@@ -729,13 +727,14 @@ Model = Pi0
 
 PRESETS = {
     "tiny": {},  # learns the built-in task on two CPU cores
-    # The released size: 3,238,048,528 parameters, of which 311,464,960 in the expert
-    "pi0": {"horizon": 50, "n_action_steps": 50, "padded_dim": 32, "action_dim": 32, "state_dim": 32,
-            "n_cameras": 3, "image_size": (224, 224), "text_len": 48, "vocab_size": 257152,
-            "vit_size": 224, "patch_size": 14, "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304,
-            "vit_heads": 16, "depth": 18, "n_heads": 8, "n_kv_heads": 1, "head_dim": 256, "width": 2048,
-            "mlp": 16384, "expert_width": 1024, "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0,
-            "n_draws": 1, "text_weight": 0.0, "train_on_padding": True, "antialias": True, "augment": True},
+    # The released size
+    "pi0": {"text_len": 48, "horizon": 50, "n_action_steps": 50,
+        "padded_dim": 32, "action_dim": 32, "state_dim": 32,
+        "n_cameras": 3, "image_size": (224, 224), "vocab_size": 257152, "vit_size": 224, "patch_size": 14,
+        "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304, "vit_heads": 16, "depth": 18, "n_heads": 8,
+        "n_kv_heads": 1, "head_dim": 256, "width": 2048, "mlp": 16384, "expert_width": 1024,
+        "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0, "n_draws": 1, "text_weight": 0.0,
+        "train_on_padding": True, "antialias": True, "augment": True},
 }
 # ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
 # ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
@@ -743,8 +742,9 @@ RECIPES = {
     "tiny": {"steps": 4000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
     # openpi's fine-tuning
-    "pi0": {"steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
-            "betas": (0.9, 0.95), "weight_decay": 1e-10, "ema_max": 0.99, "normalizer": "meanstd"},
+    "pi0": {"normalizer": "meanstd",
+        "steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
+        "betas": (0.9, 0.95), "weight_decay": 1e-10, "ema_max": 0.99},
 }
 
 
@@ -773,7 +773,7 @@ def main(steps=500):
     config = Config(action_dim=2, state_dim=1, n_cameras=1, image_size=(16, 16), horizon=8, text_len=2,
                     vit_size=16, patch_size=8, vit_width=48, vit_depth=1, vit_mlp=96, depth=2, width=64,
                     mlp=128, expert_width=64, expert_mlp=128)
-    model = Pi0(config)
+    model = Model(config)
     optimizer = torch.optim.AdamW(model.param_groups(1e-3), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(1)

@@ -1,21 +1,21 @@
 """pi0.5: pi0 whose expert is told the time in every norm, and whose text holds the robot's state.
 
-    Kevin Black, Noah Brown, James Darpinian, Karan Dhabalia, Danny Driess, Adnan Esmail, Michael Equi, et al.:
+    Kevin Black, Noah Brown, James Darpinian, Karan Dhabalia, Danny Driess, Adnan Esmail, et al.:
     "pi0.5: a Vision-Language-Action Model with Open-World Generalization", arXiv:2504.16054
     official code: github.com/Physical-Intelligence/openpi, and its port in github.com/huggingface/lerobot
 
 Modelled is p(x0 | o): a chunk x0 of the next Tp actions, given an observation o = (images, instruction,
 state: the robot's own pose). Not p(x0, o): nobody needs generated pictures, and o is encoded once per chunk.
 
-A pretrained vision-language model (PaliGemma = SigLIP + Gemma) reads images and text, and the text holds the
-state as numbers [11]. Beside it stands a smaller transformer, the action expert, with weights of its own for
-noised actions. They meet in the attention of every layer: each token is projected by the weights of its own
-model, and all of them share one attention. Which query (row) sees which key (column):
+A pretrained vision-language model (PaliGemma = SigLIP + Gemma) reads images and text. Beside it stands a
+smaller transformer with weights of its own for what the robot is and does: the action expert. They meet in
+the attention of every layer: each token is projected by the weights of its own model, and all of them share
+one attention. Which query (row) sees which key (column):
 
                      images  text | a_1 ... a_Tp
-    images, text        x      x  |      .        PaliGemma's weights. Nothing here sees the actions or the
-    --------------------------------------------  time: computed once, kept as keys and values
-    a_1 ... a_Tp        x      x  |      x        the expert's; actions see each other in both directions
+    images, text        x      x  |      .        PaliGemma's weights. Nothing here sees the time or
+    ----------------------------------------------------  the actions: computed once, kept as keys and values
+    a_1 ... a_Tp        x      x  |      x        the expert's weights; actions see each other both ways
 
 Missing cameras and padding behind the text are masked: nothing sees them, and positions [7] skip them.
 
@@ -37,43 +37,41 @@ width, d width of a head; n draws of noise and time per observation.
     [7]  RoPE: components (i, i + d/2) of q and k turn by (position) 10000^(-2i/d)
     [8]  GeGLU: W_down (gelu(W_gate x) * W_up x)
     [9]  c = silu(W_2 silu(W_1 [sin, cos of 2 pi t / period])),   action token = W_in x_t
-    [10] x <- x + gate branch(n(x) (1 + scale) + shift),   scale, shift, gate = W c + b: time enters here alone
-    [11] bin of a state's number s = floor(128 (s + 1)), at least -1, at most 255
+    [10] x <- x + gate branch((1 + scale) n(x) + shift);  scale, shift, gate = W c + b: time enters here alone
+    [11] word for a number s of the state = floor(128 (s + 1)), at least -1 and at most 255
 
 [5] needs the mean of u_t over all pairs (x0, eps) whose lines [2] pass through x_t. It is unknown, but it is
 what minimises [3], and [3] takes one pair at a time. Ten steps are enough because lines are straight: where o
 leaves one chunk only, a single Euler step would land on it; paths bend where several are still possible.
 
-Map: Config | Siglip | Gemma | block_mask, time | Pi05: loss, text, sample, from_official | PRESETS | main.
+Map: Config | Siglip | Gemma | block_mask, time | policy: loss, text, sample, from_official | PRESETS | main.
 
 Differs from pi0.py:
- a. Time is not part of the action tokens. Every norm of the expert takes scale and shift from it, and every
-    branch a gate [10], the last norm too. They start at zero: a fresh expert passes its tokens through.
- b. There is no state token. The state stands in the text [11], as whole numbers, normalised by quantiles, which
-    leave 2 % of the data beyond -1 and 1. Without state_in_text, as in pi05_libero, the policy never sees it.
- c. The text is longer, and in the released form "Task: ..., State: ...;\nAction: ".
+ a. Time is not in the action tokens but in every norm of the expert, whose layers start as identities [10].
+ b. No state token: a longer text, which ends with the state in whole numbers [11], normalised by quantiles.
+    Without state_in_text, as in pi05_libero, the policy does not know its state at all.
 
 Differs from the original:
  1. The one attention is computed in two parts, prefix first, in training as in sampling. The numbers are the
-    same, since the prefix does not see the suffix (the actions), and n draws of noise and time can
+    same, since the prefix does not see the suffix (the expert's tokens), and n draws of noise and time can
     share a prefix. The prefix's last layer stops at keys and values: the suffix reads nothing else.
  2. Steps past the end of an episode are left out of the loss. openpi trains on the last action, repeated, so
     that the policy learns to stay: `train_on_padding`.
- 3. openpi's code trains no text. The paper's training does, on FAST tokens of actions and on subtasks, and in
-    the released weights no gradient of the flow reached PaliGemma ("knowledge insulation"); its policy says a
-    subtask before it acts. None of this is public, or here. The text loss here is pi0.py's, of instruction and
-    state: a second pass over a share of the batch, where a code sees the images and the codes before it, not
-    those behind. Code 0, padding elsewhere, begins and ends a text.
+ 3. openpi's code trains no text. Here the text loss is a second pass over a share of the batch, with the mask
+    that PaliGemma was trained with: a code sees the images and the codes before it, not those behind. Code 0,
+    padding elsewhere, begins and ends a text.
  4. Images are augmented with `augment` only, each picture by draws of its own, in the ranges of openpi's
     PyTorch code, which draws once per camera and batch. (Its JAX code draws per picture, but recolours half
     of them; hues move there, and saturations, by an oversight, do not.) A camera that a robot lacks can be
     left out, which equals masking it.
  5. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values,
-    actions without padding, 4 draws per observation, and larger initial queries, keys, patches and
+    vectors without padding, 4 draws per observation, and larger initial queries, keys, patches and
     positions. Without these, attention starts nearly even, patches differ less from each other than words do,
     and the few tokens that matter (some letters, a small block) are lost among the rest.
+ 6. Not here, nor in openpi's code: FAST tokens of actions in pre-training, no gradient of the flow into
+    PaliGemma ("knowledge insulation"), and the policy that first says a subtask and then acts on it.
 
-Run alone: `python pi05.py` learns to obey a one-letter instruction, in half a minute on two CPU cores.
+Run alone, this file learns to obey a one-letter instruction, in half a minute on two CPU cores.
 """
 import functools
 import math
@@ -99,12 +97,12 @@ class Config:
     n_obs_steps: int = 1        # To, observed steps; pi0 sees the present only
     n_action_steps: int = 8     # Ta, executed steps
     # -- what the weights are made for
-    padded_dim: int = 0         # zeros pad actions to this, so that robots share weights; 0 = none
+    padded_dim: int = 0         # zeros pad a robot's vectors to this, so that robots share weights; 0 = none
     max_cameras: int = 3        # most cameras that are accepted
-    text_len: int = 30          # L, longest instruction and state in codes
+    text_len: int = 30          # L, longest instruction in codes, with the state
     vocab_size: int = 257       # number of codes; 257 = bytes + 1, 0 is padding
     tokenizer_path: str = ""    # SentencePiece model file; "" = bytes
-    state_in_text: bool = True  # the text ends with the state, a number 0..255 for each of its dimensions
+    state_in_text: bool = True  # the text ends with the state; False: as pi0's
     # -- SigLIP, the image encoder
     vit_size: int = 48          # side of the square that images are fitted into, pixels
     patch_size: int = 12        # side of a patch, pixels
@@ -146,7 +144,7 @@ class Config:
         if len(self.image_size) != 2:
             raise ValueError(f"image_size {self.image_size} must be two numbers: height, width")
         if self.n_obs_steps != 1:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: pi0.5 has no history")
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: there is no history")
         if self.n_action_steps > self.horizon:
             raise ValueError(f"n_action_steps {self.n_action_steps} must lie in 1..horizon = {self.horizon}")
         if self.n_cameras > self.max_cameras:
@@ -155,9 +153,9 @@ class Config:
         if any(camera >= self.n_cameras for camera in self.wrist_cameras):
             raise ValueError(f"wrist_cameras {self.wrist_cameras} must be numbers below n_cameras = "
                              f"{self.n_cameras}")
-        if 0 < self.padded_dim < self.action_dim:
-            raise ValueError(f"action_dim {self.action_dim} is above padded_dim {self.padded_dim}; from scratch, "
-                             "use 0")
+        for name in ("action_dim", "state_dim"):
+            if 0 < self.padded_dim < (dim := getattr(self, name)):
+                raise ValueError(f"{name} {dim} is above padded_dim {self.padded_dim}; from scratch, use 0")
         if not self.tokenizer_path and self.vocab_size < 257 and self.text_weight:
             raise ValueError(f"vocab_size {self.vocab_size} must be at least 257 for bytes")
         for name, part in (("vit_size", "patch_size"), ("vit_width", "vit_heads"), ("n_heads", "n_kv_heads")):
@@ -174,25 +172,25 @@ class Config:
     n_obs_loaded = property(lambda self: self.n_obs_steps)
 
     def encode_text(self, text, state=None):
-        """An instruction and the present state (S,), normalised, as codes, int64 (L,), 0 = padding: UTF-8 bytes
-        + 1, or the pieces of tokenizer_path in the form that the weights were trained with. As there, such a
-        prompt is cut to text_len, and loses its end; one of bytes is refused. state None: the text alone."""
-        bins = state_bins(state).tolist() if self.state_in_text and state is not None else None
+        """An instruction as codes, int64 (L,), 0 = padding: bytes + 1; with tokenizer_path its pieces, in the
+        form that the weights were trained with. state (S,): of now, normalised. As there, it is cut to
+        text_len and then loses its end; what is too long in bytes is refused."""
+        bins = state_bins(state).tolist() if self.state_in_text and state is not None else []
         if not self.tokenizer_path:
-            codes = [byte + 1 for byte in (text if bins is None else short_prompt(text, bins)).encode()]
+            shown = f";{''.join(f'{bin:02x}' for bin in bins)}" if bins else ""  # "-1" has two, too
+            codes = [byte + 1 for byte in (text + shown).encode()]
             if self.vocab_size != 257:
-                raise ValueError(f"vocab_size {self.vocab_size} is not that of bytes, 257: tokenizer_path must "
-                                 "name the SentencePiece file that the weights were trained with")
+                raise ValueError(f"vocab_size {self.vocab_size} is not that of bytes, 257: tokenizer_path "
+                                 "must name the SentencePiece file that goes with the weights")
             if len(codes) > self.text_len:
                 raise ValueError(f"{len(codes)} codes, more than text_len {self.text_len}, in {text!r}")
         else:
             pieces = tokenizer(self.tokenizer_path)
             if (size := pieces.vocab_size()) != self.vocab_size:
                 raise ValueError(f"{self.tokenizer_path} has {size} pieces, vocab_size is {self.vocab_size}")
-            task = text.strip().replace("_", " ").replace("\n", " ")
-            parts = [task, "\n"]
-            if bins is not None:  # one text, since pieces join across its parts; with the blank at its end
-                parts = [f"Task: {task}, State: {' '.join(map(str, bins))};\nAction: "]
+            parts = [text.strip().replace("_", " ").replace("\n", " "), "\n"]
+            if bins:  # one part, since pieces go across its ends; the last blank counts
+                parts = [f"Task: {parts[0]}, State: {' '.join(map(str, bins))};\nAction: "]
             codes = [pieces.bos_id()] + [code for part in parts for code in pieces.encode(part)]
             if len(codes) > self.text_len:
                 warnings.warn(f"cut to text_len {self.text_len} codes, as in the original: {text!r}")
@@ -208,16 +206,9 @@ class Config:
 
 
 def state_bins(state):
-    """Numbers in [-1, 1] -> whole numbers 0..255; below -1 they are -1. 127/128 and all above are 255. Counted
-    as edges at or below: in float32, 128 (s + 1) is wrong next to an edge."""
+    """[11] as a count of the edges at or below: next to an edge, the formula in float32 is wrong."""
     edges = torch.arange(256, device=state.device) / 128 - 1
     return torch.searchsorted(edges, state.float().contiguous(), right=True) - 1  # [11]
-
-
-def short_prompt(text, bins):
-    """The text of "tiny": two hexadecimal digits for each number of the state ("-1" has two characters, too).
-    They stand at the end, so that each is as far from the actions whatever the instruction."""
-    return f"{text};{''.join(f'{bin:02x}' for bin in bins)}"
 
 
 @functools.lru_cache
@@ -359,8 +350,7 @@ def product_dtype(x):
 
 
 class GemmaNorm(nn.Module):
-    """x / sqrt(mean x^2) * (1 + weight), computed in float32. Stored as in Gemma: 0 changes nothing.
-    -> that, and the gate of the branch that reads it: 1, whatever the condition c."""
+    """x / sqrt(mean x^2) * (1 + weight), computed in float32. Stored as in Gemma: 0 changes nothing."""
 
     def __init__(self, width):
         super().__init__()
@@ -371,8 +361,7 @@ class GemmaNorm(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """The expert's: scale, shift and gate all come from the condition c (B, D). The gate is a plain factor:
-    at 0 its branch is silent, below 0 it subtracts. -> (B, N, D), (B, 1, D)"""
+    """The expert's: (B, N, D), condition c (B, D) -> what a branch reads, gate on its answer (else 1)."""
 
     def __init__(self, width):
         super().__init__()
@@ -435,7 +424,7 @@ class GemmaLayer(nn.Module):
 class Gemma(nn.Module):
     """A stack of layers: PaliGemma's language model or, narrower, the action expert."""
 
-    def __init__(self, width, mlp, config, norm):
+    def __init__(self, width, mlp, config, norm=GemmaNorm):
         super().__init__()
         self.head_dim, self.group = config.head_dim, config.n_heads // config.n_kv_heads
         self.checkpointing = config.checkpointing
@@ -444,8 +433,7 @@ class Gemma(nn.Module):
 
     def forward(self, x, mask, positions, past=None, cache_only=False, c=None):
         """x (B, N, D); mask (B, N, M) bool, True = query may see key; positions (B, N); past: keys and values
-        of every layer, which stand before x's own. cache_only: nobody reads the output, only the cache. c:
-        the condition of the norms.
+        of every layer, which stand before x's own. cache_only: only the cache is wanted.
         -> ((B, N, D) or None, keys and values of every layer, `past` included)"""
         rope = rope_angles(positions, self.head_dim)
         bias = torch.where(mask, 0.0, MASKED).to(product_dtype(x))              # (B, N, M)
@@ -505,7 +493,7 @@ class Pi05(nn.Module):
                              c.checkpointing)
         self.projector = nn.Linear(c.vit_width, c.width)
         self.embed = nn.Embedding(c.vocab_size, c.width)  # and the text head: a logit per row
-        self.vlm = Gemma(c.width, c.mlp, c, GemmaNorm)
+        self.vlm = Gemma(c.width, c.mlp, c)
         self.expert = Gemma(c.expert_width, c.expert_mlp, c, AdaptiveNorm)
         self.action_in_proj = nn.Linear(c.padded_dim or c.action_dim, c.expert_width)
         self.time_mlp_in = nn.Linear(c.expert_width, c.expert_width)
@@ -590,7 +578,7 @@ class Pi05(nn.Module):
         return cache, valid
 
     def condition(self, t):
-        """What the norms of the expert know of the time: (B,) -> (B, D)."""
+        """What the norms are told of the time: (B,) -> (B, D)."""
         c = time_embedding(t, self.config.expert_width).to(self.time_mlp_in.weight.dtype)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(c))))           # [9]
 
@@ -603,10 +591,10 @@ class Pi05(nn.Module):
         mask = block_mask(F.pad(valid, (0, N), value=True), starts, first=P)    # (B, N, P + N)
         positions = valid.sum(1, keepdim=True) + torch.arange(N, device=x.device)
         x, _ = self.expert(x, mask, positions, past=cache, c=self.condition(t))
-        return self.action_out_proj(x).float()
+        return self.action_out_proj(x[:, -x_t.shape[1]:]).float()
 
     def pad(self, x):
-        """Actions with the zeros that a shared action space needs."""
+        """A vector with the zeros that a shared action space needs."""
         return F.pad(x, (0, max(0, self.config.padded_dim - x.shape[-1])))
 
     def loss(self, batch, noise=None, t=None):
@@ -684,7 +672,7 @@ class Pi05(nn.Module):
         for i in range(steps):
             # Not t - dt again and again: rounding errors add up, and the short periods of [9] show them.
             t = torch.full((len(valid),), 1 - i / steps, device=valid.device)
-            x_t = x_t - 1 / steps * self.velocity(cache, valid, x_t, t)  # [5]
+            x_t = x_t - 1 / steps * self.velocity(cache, valid, x_t, t)        # [5]
             if trace is not None:
                 trace.append(x_t[..., :c.action_dim])
         return x_t[..., :c.action_dim]
@@ -695,9 +683,9 @@ class Pi05(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config):
-        """A policy with released weights: pi0.5 in openpi's PyTorch layout or LeRobot's (now or early 2025), or
-        PaliGemma alone, beside which the action expert starts fresh. config must describe it
-        (PRESETS["pi05"]). The tensors become the parameters as they are, nothing is copied."""
+        """A policy with released weights in openpi's PyTorch layout or LeRobot's (now or early 2025), or with
+        those of PaliGemma alone, beside which the action expert starts fresh. config must describe it
+        (PRESETS). The tensors become the parameters as they are, nothing is copied."""
         weights = convert_official(state_dict)
         if "expert.norm.weight" in weights:
             raise ValueError("these are weights of pi0: take pi0.py, or --model pi0")
@@ -729,8 +717,8 @@ RENAMES = [
     (r"\.mlp\.(gate|up|down)_proj\.", r".\1."), (r"\.input_layernorm\.", ".norm1."),
     (r"\.post_attention_layernorm\.", ".norm2."), (r"^action_time_mlp_", "time_mlp_"),
 ]
-# Not read: the expert's unused text head, a leftover of pi0, and normalisers that early LeRobot files carry.
-NOT_WEIGHTS = re.compile(r"^expert\.lm_head\.|^state_proj\.|^(un)?normalize_")
+# Not read: the expert's unused text head, and what early LeRobot files carry besides.
+NOT_WEIGHTS = re.compile(r"^expert\.lm_head\.|^(un)?normalize_|^state_proj\.")
 
 
 def convert_official(state_dict):
@@ -763,13 +751,14 @@ Model = Pi05
 
 PRESETS = {
     "tiny": {},  # learns the built-in task on two CPU cores
-    # The released size: 3,353,433,872 parameters, of which 427,932,672 in the expert
-    "pi05": {"horizon": 50, "n_action_steps": 50, "padded_dim": 32, "action_dim": 32, "state_dim": 32,
-            "n_cameras": 3, "image_size": (224, 224), "text_len": 200, "vocab_size": 257152,
-            "vit_size": 224, "patch_size": 14, "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304,
-            "vit_heads": 16, "depth": 18, "n_heads": 8, "n_kv_heads": 1, "head_dim": 256, "width": 2048,
-            "mlp": 16384, "expert_width": 1024, "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0,
-            "n_draws": 1, "text_weight": 0.0, "train_on_padding": True, "antialias": True, "augment": True},
+    # The released size
+    "pi05": {"text_len": 200, "horizon": 50, "n_action_steps": 50,
+        "padded_dim": 32, "action_dim": 32, "state_dim": 32,
+        "n_cameras": 3, "image_size": (224, 224), "vocab_size": 257152, "vit_size": 224, "patch_size": 14,
+        "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304, "vit_heads": 16, "depth": 18, "n_heads": 8,
+        "n_kv_heads": 1, "head_dim": 256, "width": 2048, "mlp": 16384, "expert_width": 1024,
+        "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0, "n_draws": 1, "text_weight": 0.0,
+        "train_on_padding": True, "antialias": True, "augment": True},
 }
 # ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
 # ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
@@ -777,8 +766,9 @@ RECIPES = {
     "tiny": {"steps": 4000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16", "normalizer": "quantile"},
     # openpi's fine-tuning
-    "pi05": {"steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
-            "betas": (0.9, 0.95), "weight_decay": 1e-10, "ema_max": 0.99, "normalizer": "quantile"},
+    "pi05": {"normalizer": "quantile",
+        "steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
+        "betas": (0.9, 0.95), "weight_decay": 1e-10, "ema_max": 0.99},
 }
 
 
@@ -807,7 +797,7 @@ def main(steps=500):
     config = Config(action_dim=2, state_dim=1, n_cameras=1, image_size=(16, 16), horizon=8, text_len=2,
                     vit_size=16, patch_size=8, vit_width=48, vit_depth=1, vit_mlp=96, depth=2, width=64,
                     mlp=128, expert_width=64, expert_mlp=128)
-    model = Pi05(config)
+    model = Model(config)
     optimizer = torch.optim.AdamW(model.param_groups(1e-3), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(1)

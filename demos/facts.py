@@ -33,12 +33,13 @@ def text_facts(demos, module, given, blind, chosen):
         say("there is no camera: the states are taken, and no instruction is read, since dit_policy reads "
             "it with the pictures")
         return {"text_len": 0}
-    written = lambda text: text
+    longest, what = max(len(text.encode()) for text in demos.instructions), "instruction has"
     if given.get("state_in_text", getattr(module.Config, "state_in_text", False)):
-        written = lambda text: module.short_prompt(text, [0] * demos.state_dim)
-    longest = max(len(written(text).encode()) for text in demos.instructions)
+        reader = module.Config(text_len=8 + 4 * demos.state_dim)
+        state = reader.encode_text("", torch.zeros(demos.state_dim))
+        longest, what = longest + int((state > 0).sum()), "instruction and the state have"
     if length < longest <= LONGEST_TEXT:
-        say(f"text_len is {longest} instead of {length}: the longest instruction has so many bytes")
+        say(f"text_len is {longest} instead of {length}: the longest {what} so many bytes")
         return {"text_len": longest}
     return {}
 
