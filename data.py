@@ -71,6 +71,9 @@ def open_data(options, module, cache=None, normalizer=None):
         demos = mix_robots(options.robots, module, opened)
     else:
         demos = opened(options.data or "tabletop")
+    if "max_cameras" not in fields and not demos.shown.all():
+        raise UserError(f"{demos.source}: {module.__name__} has no image_mask, so that no camera may be "
+                        f"missing: leave out empty places of processing: cameras, and episodes without one")
     facts, steps = facts_of(demos, module, options), None
     if demos.processing.relative:               # statistics of all windows, whose length the Config knows
         config = model_config(module, module.PRESETS.get(options.preset, {}) | facts | options.set, "--set")
@@ -159,6 +162,7 @@ class Windows:
             self.actions = normalizer.normalize("actions", self.actions, self.actions.dtype)
             self.base = self.base * normalizer.scale["actions"] if self.base is not None else None
         self.labels, self.label_keys = torch.from_numpy(demos.labels[rows]), demos.label_keys
+        self.shown = torch.from_numpy(demos.shown[self.episodes])           # (episodes, V)
         self.valid = {}
         if isinstance(demos, MixedDemos):           # 0 stays 0 where a robot has nothing
             robot = demos.robot[self.episodes]
@@ -195,9 +199,9 @@ class Windows:
     def batch(self, indices):
         """indices (B,) int64 -> dict on `device`: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S)
         and control_hz (B,); images (B, To, V, 3, H, W) uint8 if there are cameras, text (B, L) unless
-        text_len is 0, image_mask (B, To, V) if a place has no camera; of several robots also action_valid,
-        state_valid (B, dim). Labels go by their names: (B, Tp, d) of the same steps as the actions, in the
-        units of the file."""
+        text_len is 0, image_mask (B, To, V) if a place or an episode lacks a camera; of several robots also
+        action_valid, state_valid (B, dim). Labels go by their names: (B, Tp, d) of the same steps as the
+        actions, in the units of the file."""
         i = indices.to(self.held_on)
         first, last, episode = self.first[i, None], self.last[i, None], self.item_episode[i]
         acted = i[:, None] + self.action_steps                              # (B, Tp) rows, not yet clamped
@@ -217,9 +221,8 @@ class Windows:
             batch["images"] = gather(self.images, seen)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
-        if not all(key for _, key in self.demos.processing.places):
-            shown = torch.tensor([key is not None for _, key in self.demos.processing.places])
-            batch["image_mask"] = shown.expand(*batch["images"].shape[:3])
+        if not self.shown.all():
+            batch["image_mask"] = self.shown[episode, None].expand(*batch["images"].shape[:3])
         if self.text is not None and self.written:
             episodes, states = (x[indices.numpy()] for x in self.written)
             batch["text"] = self.encode([self.told[e] for e in episodes], torch.from_numpy(states))

@@ -30,10 +30,11 @@ class Demos:
     action_names, image_size (H, W) or None, camera_sizes {key: (H, W)} before resizing, fps (of the first
     episode), processing, notes (what a user should know).
     Of each episode: lengths, instructions, episode_names, episode_fps. train_episodes, valid_episodes:
-    numbers. Of each step: actions (N, action_dim), state (N, state_dim): float32, all episodes in a row;
-    episode e begins at starts[e]. They are in the units of the file, or what the steps of `processing` make
-    of these; but they are not yet relative, which depends on the window. The state keys stand side by side in
-    their order. So do the labels: labels (N, sum of their dims).
+    numbers; shown (episodes, V) bool: whether the episode has a camera at this place of the network. Of each
+    step: actions (N, action_dim), state (N, state_dim): float32, all episodes in a row; episode e begins at
+    starts[e]. They are in the units of the file, or what the steps of `processing` make of these; but they
+    are not yet relative, which depends on the window. The state keys stand side by side in their order. So
+    do the labels: labels (N, sum of their dims).
     """
 
     def __init__(self, source, episodes, keys, label_keys, split, memory_gb, image_size=None, colour="bgr",
@@ -43,7 +44,8 @@ class Demos:
         self.colour, self.notes, self.files = colour, keys.lines(label_keys), {}
         self.train_episodes, self.valid_episodes = split
         for episode in episodes:
-            for fault in faults(episode, first, keys.state, keys.cameras, resized=bool(image_size)):
+            for fault in faults(episode, first, keys.state, keys.cameras, resized=bool(image_size),
+                                may_lack=bool((processing or {}).get("cameras"))):
                 raise UserError(fault)
         self.lengths = np.array([e.length for e in episodes])
         self.starts = np.cumsum(self.lengths) - self.lengths
@@ -69,7 +71,11 @@ class Demos:
                   for name, dim in label_keys.items()]
         self.labels = np.concatenate([raw[:, :0], *map(np.concatenate, labels)], axis=1)
 
-        self.camera_sizes = {key: self._size(first, key) for key in self.camera_keys}
+        having = {key: next((e for e in episodes if key in e.obs), None) for key in self.camera_keys}
+        for key in [key for key, episode in having.items() if episode is None]:
+            raise UserError(f"{source}: no episode has the camera '{key}': correct shape_meta")
+        self.camera_sizes = {key: self._size(episode, key) for key, episode in having.items()}
+        self.shown = np.array([[key in e.obs for _, key in self.processing.places] for e in episodes])
         sizes = set(self.camera_sizes.values())
         if len(sizes) > 1 and not image_size:
             raise UserError(f"{first.name}: cameras differ in size, {self.camera_sizes}: --image_size H W "
@@ -135,7 +141,7 @@ class Demos:
         place without a camera is black."""
         places = self.processing.places
         out = np.zeros((hi - lo, len(places), 3, *self.image_size), np.uint8)
-        for v, key in [(v, key) for v, (_, key) in enumerate(places) if key]:
+        for v, key in [(v, key) for v, (_, key) in enumerate(places) if self.shown[e, v]]:
             for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
                 frames = self._frames(self.episodes[e], key, at, min(at + 16, hi))      # (T, H, W, 3)
                 if frames.shape[1:3] != self.image_size and not self.resizing:
@@ -204,6 +210,9 @@ def remarks(demos):
         key: demos.state[:, lo:hi] for key, lo, hi in zip(demos.state_keys, at, at[1:])}
     for key, x in parts.items():
         yield from coarse(key, x)
+    for v, (_, key) in enumerate(demos.processing.places):
+        if key and (lacking := int((~demos.shown[:, v]).sum())):
+            yield f"{lacking} of {len(demos.episodes)} episodes have no camera '{key}': its place is hidden there"
     for key, size in demos.camera_sizes.items():
         if size != demos.image_size:
             height, width = demos.image_size

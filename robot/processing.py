@@ -188,4 +188,4 @@ class Processing:
 
     def image(self, frames, size):
         """(N, H, W, 3) uint8 -> (N, *size, 3) uint8, by the rule of images:."""
-        return transforms.resize(frames, size, **({} if self.by_model else self.rule))
+        return transforms.resize(frames, size, **({"fit": "pad"} if self.by_model else self.rule))

@@ -30,6 +30,10 @@ STEPS = ("rename_observations_processor", "to_batch_processor", "pi0_new_line_pr
          "relative_actions_processor", "normalizer_processor", "unnormalizer_processor",
          "absolute_actions_processor")
 STATE = "observation.state"
+# Fields that are in no weight's shape: of a robot's own data, which padded_dim has room for, and of training.
+FACTS = ("action_dim", "state_dim", "n_cameras", "image_size")
+FREE = (*FACTS, "horizon", "text_len", "state_in_text", "tokenizer_path", "antialias", "augment",
+        "wrist_cameras", "n_draws", "text_weight", "text_share")
 
 # ----------------------------------------------------------------------------------------------------------
 # LeRobot
@@ -55,8 +59,8 @@ def lerobot(download, model, hints):
     fields = fields_of(download, kind)
     fields |= {"n_cameras": len(cameras), "max_cameras": max(3, len(cameras)), "antialias": False,
                "augment": False}
-    fields |= {ours: number(download, theirs) for ours, theirs in (
-        ("horizon", "chunk_size"), ("n_action_steps", "n_action_steps"), ("text_len", "tokenizer_max_length"))}
+    own = {"horizon": "chunk_size", "n_action_steps": "n_action_steps", "text_len": "tokenizer_max_length"}
+    fields |= {ours: number(download, theirs) for ours, theirs in own.items()}
     if "num_inference_steps" in config:                 # num_steps in early 2025
         fields["sampler_steps"] = number(download, "num_inference_steps")
     if kind == "pi0":
@@ -68,7 +72,10 @@ def lerobot(download, model, hints):
     weights = download.weights
     scales = lerobot_normalizer(download, weights, {STATE: state_dim}, {"action": action_dim}, notes)
     description = describe(download, {state_key: state_dim}, action_dim, fields, processing)
-    return Release(kind, fields, weights, scales, description, notes)
+    own = {"lr": "optimizer_lr", "weight_decay": "optimizer_weight_decay", "warmup": "scheduler_warmup_steps"}
+    recipe = recipe_of(kind) | {ours: config[theirs] for ours, theirs in own.items() if theirs in config}
+    recipe |= {"normalizer": scales.mode_of("actions")} if scales else {}
+    return Release(kind, fields, weights, scales, description, notes, recipe=recipe, free=FREE)
 
 
 def known_steps(download):
@@ -118,8 +125,7 @@ def lerobot_normalizer(download, weights, state, action, notes):
     found = statistics(download, weights)
     for name, (mode, _) in found.items():
         if name not in (*state, *action) and mode != "IDENTITY":
-            raise UserError(f"{download.name}: {name} is normalised by {mode}, pictures here are taken as they "
-                            f"are")
+            raise UserError(f"{download.name}: {name} is normalised by {mode}; pictures are not, here")
     return normalizer(found, {"actions": action, "state": state})
 
 
@@ -150,7 +156,7 @@ def openpi(download, model, hints):
     if not name:
         notes.append(f"{download.name}: whose statistics are taken? Add --robot with one of "
                      f"{few(robots_of(kind), 20)}; or train it on data")
-        return Release(kind, fields, download.weights, None, {}, notes)
+        return unnamed(kind, fields, download, notes)
     robot = ROBOTS[name]
     horizon = download.config.get("action_horizon", robot.horizon)
     fields |= {"horizon": horizon, "n_action_steps": min(robot.n_action_steps, horizon),
@@ -160,7 +166,8 @@ def openpi(download, model, hints):
     description = describe(download, robot.state_keys, robot.action_dim, fields, robot.processing())
     description |= {"fps": robot.fps, "default_instruction": robot.instruction}
     normalizer = openpi_normalizer(download, robot, fields)
-    return Release(kind, fields, download.weights, normalizer, description, notes)
+    return Release(kind, fields, download.weights, normalizer, description, notes, recipe=recipe_of(kind),
+                   free=FREE)
 
 
 def robots_of(kind):
@@ -219,7 +226,17 @@ def paligemma(download, model, hints):
     fields["vocab_size"] = min(fields["vocab_size"], load_module(kind).PRESETS[kind]["vocab_size"])
     notes = with_tokenizer(fields, download, hints)
     notes.append(f"{download.name} is PaliGemma: the action expert starts fresh, train it on data")
-    return Release(kind, fields, download.weights, None, {}, notes)
+    return unnamed(kind, fields, download, notes)
+
+
+def unnamed(kind, fields, download, notes):
+    """Weights of nobody's robot: the data of the training say the rest."""
+    fields = {key: value for key, value in fields.items() if key not in FACTS}
+    return Release(kind, fields, download.weights, None, {}, notes, recipe=recipe_of(kind), free=FREE)
+
+
+def recipe_of(kind):
+    return load_module(kind).RECIPES[kind] | {"preset": kind}
 
 
 def fields_of(download, kind):

@@ -2,18 +2,16 @@
 import json
 import re
 import shutil
-import struct
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import write_safetensors
 from pipeline_cases import Pipeline, pipelines
 
 import pi0
 import pi05
-from data import fit_normalizer
-from robot.normalizer import Normalizer
 from robot.openpi_robots import ROBOTS
 from robot.policy import Policy
 from robot.processing import Processing
@@ -55,17 +53,6 @@ def official_names(weights):
     return named
 
 
-def write_safetensors(path, tensors):
-    """float32 tensors as the format has them: the length of a JSON header, the header, the numbers."""
-    header, at = {}, 0
-    for name, x in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [at, at + 4 * x.numel()]}
-        at += 4 * x.numel()
-    text = json.dumps(header).encode()
-    numbers = b"".join(x.contiguous().numpy().tobytes() for x in tensors.values())
-    path.write_bytes(struct.pack("<Q", len(text)) + text + numbers)
-
-
 def downloaded(folder, model, into, pieces=512):
     """A folder as openpi's conversion writes it: weights of a tiny network, statistics, tokenizer."""
     module = {"pi0": pi0, "pi05": pi05}[model]
@@ -83,7 +70,8 @@ class StandIn:
 
     def __init__(self, pipe, tmp_path):
         model = "pi05" if pipe.config["model_type"].endswith("05") else "pi0"
-        release = open_release(downloaded(pipe.folder, model, tmp_path / "openpi"), robot=pipe.config["config_name"])
+        folder = downloaded(pipe.folder, model, tmp_path / "openpi")
+        release = open_release(folder, robot=pipe.config["config_name"])
         executed = pipe.config.get("replan_steps", pipe.config.get("action_horizon_executed"))
         release.config["n_action_steps"] = executed or 1
         assert release.config["horizon"] == pipe.config["action_horizon"]
