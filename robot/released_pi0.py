@@ -64,7 +64,7 @@ def lerobot(download, model, hints):
     if "num_inference_steps" in config:                 # num_steps in early 2025
         fields["sampler_steps"] = number(download, "num_inference_steps")
     if kind == "pi0":
-        fields["prompt_form"] = "lerobot"
+        fields["text_as_is"] = True
     processing = {"actions": relative(steps["relative_actions_processor"], state_key, action_dim),
                   "images": {"fit": "model"}, "cameras": cameras}
     own = str(steps["tokenizer_processor"].get("tokenizer_name", "."))
@@ -244,6 +244,9 @@ def fields_of(download, kind):
     shapes do not tell, may stand in sizes.json: {"vlm": [width, depth, mlp, heads], "vit": [the same]}."""
     module, sizes = load_module(kind), download.json("sizes.json")
     weights = module.convert_official(download.weights)
+    theirs = "pi05" if "expert.norm.dense.weight" in weights else "pi0"
+    if theirs != kind and "expert.layers.0.q.weight" in weights:
+        raise UserError(f"{download.name}: config.json says {kind}, but beside it lie weights of {theirs}")
     size = lambda name, axis: weights[name].shape[axis]
     depth = lambda part: 1 + max(int(name.split(".")[2]) for name in weights if name.startswith(part))
     try:

@@ -1,13 +1,15 @@
 """Releases of pi0 and pi0.5: layouts of the same weights, what is refused, and training from them."""
 import json
-import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+import yaml
 from golden_cases import GOLDEN_DIR
 from helpers import read_rows, refused, write_safetensors
+from test_pipeline_openpi import SMALL, official_names
 
 import data
 import pi0
@@ -19,7 +21,6 @@ from robot.policy import Policy
 from robot.processing import Processing
 from robot.released import build_model, open_release
 from robot.weight_files import read_safetensors
-from tests.robot.test_pipeline_openpi import SMALL, official_names
 
 NUMBERS = {name: [0.1 * i + k for i in range(32)] for k, name in enumerate(("mean", "std", "q01", "q99"))}
 STATS = {"state": NUMBERS, "actions": NUMBERS}
@@ -48,7 +49,7 @@ def lerobot(folder, config=(), stats=None, steps=(), weights=None, mode="MEAN_ST
     shape = lambda kind, *dims: {"type": kind, "shape": list(dims)}
     inputs = {name: shape("VISUAL", 3, 48, 64) for name in CAMERAS} | {"observation.state": shape("STATE", 3)}
     content = {"type": "pi0", "input_features": inputs, "output_features": {"action": shape("ACTION", 2)},
-               "chunk_size": 6, "n_action_steps": 4, "tokenizer_max_length": 12, "num_inference_steps": 2}
+               "chunk_size": 6, "n_action_steps": 4, "tokenizer_max_length": 20, "num_inference_steps": 2}
     (folder / "config.json").write_text(json.dumps(content | dict(config)))
     (folder / "sizes.json").write_text(json.dumps({"vlm": [8, 1, 8, 8], "vit": [16, 1, 8, 16]}))
     weights = weights or {f"model.{key}": x for key, x in weights_of().items()}
@@ -111,6 +112,17 @@ def test_every_robots_description_is_sound_and_exact_there_and_back():
         back = work.undo_actions(work.actions(actions, state), state)
         torch.testing.assert_close(back, actions, rtol=0, atol=1e-6, msg=name)
         assert [place for place, _ in work.places] == ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
+
+
+def test_the_yaml_of_aloha_is_what_the_flag_takes():
+    path = Path(train.__file__).parent / "configs/openpi_aloha.yaml"
+    spec, robot = yaml.safe_load(path.read_text())["processing"], ROBOTS["pi0_aloha"]
+    state, command = {"qpos": torch.rand(14)}, torch.rand(3, 14)
+    a, b = (Processing(one, robot.state_keys, list(robot.cameras.values()))
+            for one in (spec, robot.processing()))
+    assert a.places == b.places and a.rule == b.rule
+    torch.testing.assert_close(a.state(state), b.state(state))
+    torch.testing.assert_close(a.actions(command, a.state(state)), b.actions(command, b.state(state)))
 
 
 def test_robosuites_angle_goes_up_to_a_full_turn():
@@ -183,7 +195,7 @@ def test_a_renamed_observation_has_the_robots_name(tmp_path):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"config": {"type": "pi05"}}, ["lacks", "pi05"]),
+    ({"config": {"type": "pi05"}}, ["config.json says pi05", "weights of pi0"]),
     ({"config": {"chunk_size": None}}, ["chunk_size None", "no whole number"]),
     ({"config": {"time_sampling_scale": 0.5}}, ["time_sampling_scale 0.5", "0.999"]),
     ({"config": {"adapt_to_pi_aloha": True}}, ["adapt_to_pi_aloha True"]),
@@ -277,7 +289,7 @@ def test_a_lerobot_folder_is_trained_further_with_its_own_statistics(tmp_path):
                 "--steps", "30", "--batch_size", "8", "--lr", "1e-2", "--warmup", "1", "--episodes", "0",
                 "--device", "cpu", "--log_every", "1", "--set", "augment=true"])
     model, checkpoint = load_model(out)
-    assert checkpoint["model"] == "pi0" and model.config.prompt_form == "lerobot"
+    assert checkpoint["model"] == "pi0" and model.config.text_as_is
     assert model.config.wrist_cameras == (1,) and model.config.augment and not model.config.antialias
     losses = [row["loss"] for row in read_rows(out) if "lr" in row]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
