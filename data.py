@@ -32,8 +32,9 @@ from demos.facts import facts_of
 from demos.images import open_samples
 from demos.limits import refuse_beyond_memory
 from demos.mixed import MixedDemos
+from demos.statistics import fit_normalizer, largest
 from robot.errors import UserError, say
-from robot.normalizer import Normalizer
+from robot.models import model_config
 from robot.text import encode_text, prompts
 
 # ----------------------------------------------------------------------------------------------------------
@@ -47,6 +48,8 @@ def open_data(options, module, cache=None, normalizer=None):
     """
     fields = {f.name: f.default for f in dataclasses.fields(module.Config)}
     if "data_shape" in fields:  # points or images
+        if options.processing:
+            raise UserError(f"processing: {module.__name__} makes samples, no actions: leave it out")
         train, valid = (open_samples(options.data or "moons", n=options.demos or None, seed=options.seed,
                                      split=split) for split in ("train", "valid"))
         facts = {"data_shape": train.shape, "n_classes": train.n_classes}
@@ -60,22 +63,36 @@ def open_data(options, module, cache=None, normalizer=None):
         shape_meta=options.shape_meta or None, extra=options.extra, episodes=options.demos or None,
         val_ratio=options.val_ratio or None, max_train_episodes=options.max_train_episodes or None,
         seed=options.seed, cache=cache, memory_gb=options.memory_gb,
-        image_size=options.image_size if any(options.image_size) else None, colour=options.colour)
+        image_size=options.image_size if any(options.image_size) else None, colour=options.colour,
+        processing=options.processing)
     if options.robots:
+        if options.processing:
+            raise UserError("processing: is for one robot: write the sets of robots: in one form instead")
         demos = mix_robots(options.robots, module, opened)
     else:
         demos = opened(options.data or "tabletop")
+    if "max_cameras" not in fields and not demos.shown.all():
+        raise UserError(f"{demos.source}: {module.__name__} has no image_mask, so that no camera may be "
+                        f"missing: leave out empty places of processing: cameras, and episodes without one")
+    facts, steps = facts_of(demos, module, options), None
+    if demos.processing.relative:               # statistics of all windows, whose length the Config knows
+        config = model_config(module, module.PRESETS.get(options.preset, {}) | facts | options.set, "--set")
+        steps = range(config.first_action, config.first_action + config.pred_horizon)
     if normalizer is None:
-        normalizer = fit_normalizer(demos, options.normalizer)
+        normalizer = fit_normalizer(demos, demos.processing.modes(options.normalizer, demos.raw_action_dim),
+                                    steps)
     for key, has in (("actions", demos.action_dim), ("state", demos.state_dim)):
         if len(normalizer.scale[key]) != has:
             raise UserError(f"{demos.source} has {has} numbers of {key} a step, the run to start from "
                             f"{len(normalizer.scale[key])}: its normaliser and weights do not fit")
 
+    if "clip_x0" not in given:
+        facts["clip_x0"] = largest(demos, normalizer, steps)
+
     def windows(config, device):
         if demos.camera_keys:
             items = min(options.batch_size, int(demos.lengths[demos.train_episodes].sum()))
-            frames = items * config.n_obs_steps * len(demos.camera_keys)
+            frames = items * config.n_obs_steps * len(demos.processing.places)
             refuse_beyond_memory(f"a batch of {frames:,} pictures of {demos.image_size}",
                                  15 * frames * math.prod(demos.image_size),     # uint8, then float32
                                  "lower --batch_size, or resize: --image_size H W")
@@ -85,7 +102,7 @@ def open_data(options, module, cache=None, normalizer=None):
                         state_in_text=getattr(config, "state_in_text", False))
                 for split in ("train", "valid")]
 
-    return facts_of(demos, normalizer, module, options), windows, demos.description(), normalizer
+    return facts, windows, demos.description(), normalizer
 
 
 def mix_robots(robots, module, opened):
@@ -102,28 +119,6 @@ def mix_robots(robots, module, opened):
             raise UserError(f"robots: {name}: {e}") from None
         parts[name] = (opened(spec.get("data", name)), *places)
     return MixedDemos(parts)
-
-
-def fit_normalizer(demos, mode="minmax"):
-    """A Normalizer of "actions" and "state" over the training episodes. Of several robots: one for the whole
-    unified vector, each place over those that have it, since it means the same for all of them."""
-    rows = demos.rows(demos.train_episodes)
-    whole = Normalizer.fit({"actions": demos.actions[rows], "state": demos.state[rows]}, mode)
-    if not isinstance(demos, MixedDemos):
-        return whole
-    robot = np.repeat(demos.robot, demos.lengths)[rows]
-    for kind, valid in (("actions", demos.action_valid), ("state", demos.state_valid)):
-        for d in range(valid.shape[1]):
-            has = valid[robot, d]
-            column = getattr(demos, kind)[rows][has, d:d + 1]
-            one = Normalizer.fit({kind: column}, mode) if has.any() else None
-            whole.scale[kind][d] = one.scale[kind][0] if one else 1.0
-            whole.centre[kind][d] = one.centre[kind][0] if one else 0.0
-            for name, x in whole.stats[kind].items():
-                x[d] = one.stats[kind][name][0] if one else 0.0
-            whole.near_constant[kind] = [k for k in whole.near_constant[kind] if k != d]
-            whole.near_constant[kind] += [d] if one and one.near_constant[kind] else []
-    return whole
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -158,10 +153,16 @@ class Windows:
         self.first, self.last = starts[self.item_episode], (starts + lengths - 1)[self.item_episode]
         rows = demos.rows(self.episodes)
         self.actions, self.state = torch.from_numpy(demos.actions[rows]), torch.from_numpy(demos.state[rows])
+        self.base = None                            # what relative actions are relative to
+        if demos.processing.relative:
+            self.base = demos.processing.base(self.state, self.actions.shape[1])
+            self.actions = self.actions.double()
         if normalizer:
-            self.actions = normalizer.normalize("actions", self.actions)
             self.state = normalizer.normalize("state", self.state)
+            self.actions = normalizer.normalize("actions", self.actions, self.actions.dtype)
+            self.base = self.base * normalizer.scale["actions"] if self.base is not None else None
         self.labels, self.label_keys = torch.from_numpy(demos.labels[rows]), demos.label_keys
+        self.shown = torch.from_numpy(demos.shown[self.episodes])           # (episodes, V)
         self.valid = {}
         if isinstance(demos, MixedDemos):           # 0 stays 0 where a robot has nothing
             robot = demos.robot[self.episodes]
@@ -178,7 +179,7 @@ class Windows:
 
         self.images = None
         if demos.camera_keys:
-            shape = (len(demos.camera_keys), 3, *demos.image_size)
+            shape = (len(demos.processing.places), 3, *demos.image_size)
             used = np.concatenate([demos.train_episodes, demos.valid_episodes])     # both splits have to fit
             if demos.lengths[used].sum() * np.prod(shape) <= demos.memory_gb * 1e9:
                 self.images = torch.empty((len(rows), *shape), dtype=torch.uint8)
@@ -198,8 +199,9 @@ class Windows:
     def batch(self, indices):
         """indices (B,) int64 -> dict on `device`: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S)
         and control_hz (B,); images (B, To, V, 3, H, W) uint8 if there are cameras, text (B, L) unless
-        text_len is 0; of several robots also action_valid, state_valid (B, dim). Labels go by their names:
-        (B, Tp, d) of the same steps as the actions, in the units of the file."""
+        text_len is 0, image_mask (B, To, V) if a place or an episode lacks a camera; of several robots also
+        action_valid, state_valid (B, dim). Labels go by their names: (B, Tp, d) of the same steps as the
+        actions, in the units of the file."""
         i = indices.to(self.held_on)
         first, last, episode = self.first[i, None], self.last[i, None], self.item_episode[i]
         acted = i[:, None] + self.action_steps                              # (B, Tp) rows, not yet clamped
@@ -207,7 +209,10 @@ class Windows:
         acted = acted.clamp(first, last)
         seen = (i[:, None] + self.state_steps).clamp(first, last)           # (B, To) rows
         labels = gather(self.labels, acted).split([*self.label_keys.values()], dim=-1)
-        batch = {"actions": gather(self.actions, acted), "action_mask": real,
+        actions = gather(self.actions, acted)
+        if self.base is not None:
+            actions = (actions - self.base[i, None]).float()
+        batch = {"actions": actions, "action_mask": real,
                  **dict(zip(self.label_keys, labels)),
                  "state": gather(self.state, seen),
                  "control_hz": self.control_hz[episode],
@@ -216,6 +221,8 @@ class Windows:
             batch["images"] = gather(self.images, seen)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
+        if not self.shown.all():
+            batch["image_mask"] = self.shown[episode, None].expand(*batch["images"].shape[:3])
         if self.text is not None and self.written:
             episodes, states = (x[indices.numpy()] for x in self.written)
             batch["text"] = self.encode([self.told[e] for e in episodes], torch.from_numpy(states))

@@ -60,7 +60,10 @@ Differs from the original:
  3. openpi's code trains no text. Here the text loss is a second pass over a share of the batch, with the mask
     that PaliGemma was trained with: a code sees the images and the codes before it, not those behind. Code 0,
     padding elsewhere, begins and ends a text.
- 4. Images are not augmented. A camera that a robot lacks can be left out, which equals masking it.
+ 4. Images are augmented with `augment` only, each picture by draws of its own, in the ranges of openpi's
+    PyTorch code, which draws once per camera and batch. (Its JAX code draws per picture, but recolours half
+    of them; hues move there, and saturations, by an oversight, do not.) A camera that a robot lacks can be
+    left out, which equals masking it.
  5. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values,
     vectors without padding, 4 draws per observation, and larger initial queries, keys, patches and
     positions. Without these, attention starts nearly even, patches differ less from each other than words do,
@@ -107,6 +110,11 @@ class Config:
     vit_depth: int = 1          # ... layers
     vit_mlp: int = 256          # ... hidden width of the MLPs
     vit_heads: int = 4          # ... heads
+    # True: pictures shrink as in openpi, every old pixel counts; False: as in LeRobot's port, a few do.
+    # For openpi's own numbers, bytes rounded as Pillow does, fit them before: `images` of `processing`
+    antialias: bool = False
+    augment: bool = False       # True: cropped, turned and recoloured anew in every training step
+    wrist_cameras: tuple = ()   # numbers, 0 .. V-1, of the cameras on a wrist, which are recoloured only
     # -- Gemma (prefix) and the action expert (suffix). Depth and heads are common: they meet in the attention
     depth: int = 4              # layers
     n_heads: int = 4            # heads of queries
@@ -128,9 +136,10 @@ class Config:
     sampler_steps: int = 10     # Euler steps
 
     def __post_init__(self):
-        sizes = [f.name for f in fields(self) if f.type in (int, tuple) and f.name != "padded_dim"]
-        check_at_least(self, 1, *sizes)
-        check_at_least(self, 0, "padded_dim", "text_weight")
+        may_be_0 = ("padded_dim", "text_weight", "wrist_cameras")
+        check_at_least(self, 0, *may_be_0)
+        check_at_least(self, 1, *[f.name for f in fields(self) if f.type in (int, tuple)
+                                  and f.name not in may_be_0])
         check_at_least(self, 1e-6, "text_share", "qk_init", "image_init")
         if len(self.image_size) != 2:
             raise ValueError(f"image_size {self.image_size} must be two numbers: height, width")
@@ -141,6 +150,9 @@ class Config:
         if self.n_cameras > self.max_cameras:
             raise ValueError(f"{self.n_cameras} cameras, but there is room for {self.max_cameras}: name "
                              "those to use in shape_meta, or raise max_cameras")
+        if any(camera >= self.n_cameras for camera in self.wrist_cameras):
+            raise ValueError(f"wrist_cameras {self.wrist_cameras} must be numbers below n_cameras = "
+                             f"{self.n_cameras}")
         for name in ("action_dim", "state_dim"):
             if 0 < self.padded_dim < (dim := getattr(self, name)):
                 raise ValueError(f"{name} {dim} is above padded_dim {self.padded_dim}; from scratch, use 0")
@@ -220,16 +232,48 @@ def check_at_least(config, least, *fields):
 
 # ---------------------------------------------------------------- SigLIP: patches of pictures become tokens
 
-def fit_images(images, size):
-    """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size) in [-1, 1]: as large as fits, the rest black. As in
-    openpi's PyTorch code: bilinear, no antialiasing, an odd row or column of black at the bottom or right."""
+def fit_images(images, size, antialias=False):
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size) in [-1, 1]: as large as fits, the rest black,
+    bilinear, an odd row or column of black at the bottom or right."""
     H, W = images.shape[-2:]
     ratio = max(H, W) / size
     h, w = max(1, int(H / ratio)), max(1, int(W / ratio))
     if (h, w) != (H, W):
-        images = F.interpolate(images, (h, w), mode="bilinear", align_corners=False)
+        images = F.interpolate(images, (h, w), mode="bilinear", align_corners=False, antialias=antialias)
     top, left = (size - h) // 2, (size - w) // 2
     return F.pad(images, (left, size - w - left, top, size - h - top)) * 2 - 1
+
+
+def move_images(images):
+    """Images (B, 3, H, W) with black = 0, as cameras would give them that were bumped: each is cropped to
+    95 % at its own random place, brought to its size again and turned by up to 5 degrees either way. One
+    resampling does all. What a turned corner misses is black."""
+    B = len(images)
+    draw = lambda most: most * (2 * torch.rand(B, device=images.device) - 1)
+    angle, x, y = draw(math.radians(5)), draw(0.05), draw(0.05)     # x, y: the crop's centre, edges are +-1
+    cos, sin = 0.95 * angle.cos(), 0.95 * angle.sin()
+    place = torch.stack([cos, -sin, x, sin, cos, y], dim=-1).view(B, 2, 3)      # new pixel -> where it was
+    grid = F.affine_grid(place, images.shape, align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+
+
+def recolour_images(images):
+    """Images (B, V, 3, H, W) in [0, 1] as another light would show them: each one's brightness times
+    0.7 .. 1.3, then its contrast times 0.6 .. 1.4, then its saturation times 0.5 .. 1.5."""
+    draw = lambda most: 1 + most * (2 * torch.rand(*images.shape[:2], 1, 1, 1, device=images.device) - 1)
+    images = images * draw(0.3)
+    mean = images.mean((2, 3, 4), keepdim=True)
+    images = mean + (images - mean) * draw(0.4)
+    grey = images.mean(2, keepdim=True)
+    return (grey + (images - grey) * draw(0.5)).clamp(0, 1)
+
+
+def augment_images(images, wrist_cameras):
+    """Images (B, V, 3, H, W) in [-1, 1] as another day would give them. Cameras of the robot's wrists are not
+    moved: they are fixed to the hand, and where things lie in their pictures says where the hand is."""
+    images = images / 2 + 0.5
+    images = [view if v in wrist_cameras else move_images(view) for v, view in enumerate(images.unbind(1))]
+    return recolour_images(torch.stack(images, dim=1)) * 2 - 1
 
 
 def checkpointed(layer, on, *inputs):
@@ -491,6 +535,10 @@ class Pi05(nn.Module):
                 m.dense.weight.zero_()
                 m.dense.bias.zero_()
 
+    def fit(self, images):
+        """Pictures (B, 3, H, W) uint8, as the network sees them: (B, 3, vit_size, vit_size) float."""
+        return fit_images(images.float() / 255, self.config.vit_size, self.config.antialias)
+
     def embed_images(self, batch):
         """-> tokens of all cameras (B, V patches, D), which of them are real (B, V patches)."""
         c, images = self.config, batch["images"]                                # (B, To, V, 3, H, W)
@@ -501,7 +549,9 @@ class Pi05(nn.Module):
                              f"(B, To, V) = {grid} with V = n_cameras = {c.n_cameras} expected")
         images = images[:, -1].flatten(0, 1)                                    # (B V, 3, H, W)
         if not images.is_floating_point():
-            images = fit_images(images.float() / 255, c.vit_size)
+            images = self.fit(images)
+        if c.augment and self.training:
+            images = augment_images(images.unflatten(0, (-1, c.n_cameras)), c.wrist_cameras).flatten(0, 1)
         x = self.vision(images.to(self.projector.weight.dtype))                 # (B V, patches, D_vit)
         x = self.projector(x).unflatten(0, (-1, c.n_cameras))                   # (B, V, patches, D)
         return x.flatten(1, 2), seen[:, -1].bool().repeat_interleave(x.shape[2], dim=1)
@@ -710,7 +760,7 @@ PRESETS = {
         "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304, "vit_heads": 16, "depth": 18, "n_heads": 8,
         "n_kv_heads": 1, "head_dim": 256, "width": 2048, "mlp": 16384, "expert_width": 1024,
         "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0, "n_draws": 1, "text_weight": 0.0,
-        "train_on_padding": True},
+        "train_on_padding": True, "antialias": True, "augment": True},
 }
 # ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
 # ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).

@@ -7,6 +7,7 @@ import torch
 from .errors import UserError, input_file, one_line, user_path, written_aside
 from .models import load_module, model_config
 from .normalizer import Normalizer
+from .processing import Processing
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
 
@@ -66,7 +67,11 @@ def faults(content):
 
 
 def check_normalizer(normalizer, data):
-    for key, dim in (("actions", data["action_dim"]), ("state", data["state_dim"])):
+    dims = {"actions": data["action_dim"], "state": data["state_dim"]}
+    if data.get("processing"):
+        steps = Processing(data["processing"], data["state_keys"], data["camera_keys"])
+        dims = {"actions": steps.action_dim(data["action_dim"]), "state": steps.state_dim}
+    for key, dim in dims.items():
         there_and_back = normalizer.unnormalize(key, normalizer.normalize(key, torch.zeros(1, dim)))
         stats = [normalizer.stats[key][name] for name in ("min", "max", "mean", "std")]
         numbers = torch.stack([there_and_back[0], *stats])
@@ -144,27 +149,3 @@ def load_model(path, device="cpu", module=None, replay=True):
                         f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained; if that "
                         f"is meant, load it with --no_replay")
     return model, checkpoint
-
-
-def load_official(module, config, path):
-    """A model with official weights from a .safetensors file (package safetensors) or a plain torch
-    state_dict."""
-    try:
-        path = input_file(path)
-    except UserError as e:
-        raise UserError(f"--init {e}") from None
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            state_dict = load_file(path)
-        else:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError("reading .safetensors needs a package: pip install safetensors") from None
-    except Exception as e:  # either library has types of its own for files that are cut short or foreign
-        raise UserError(f"--init {path} cannot be read ({one_line(e, 150)}); it must be a "
-                        f".safetensors file or a torch file that holds tensors only") from None
-    try:
-        return module.Model.from_official(state_dict, config)
-    except (ValueError, AttributeError) as e:
-        raise UserError(f"--init {path}: {e}") from None

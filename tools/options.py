@@ -61,7 +61,7 @@ class Options:
     max_train_episodes: int = 0
     # share of the episodes held out for validation, where the file does not say itself; 0 = as the file says
     val_ratio: float = 0.0
-    # minmax | meanstd | quantile | maxabs
+    # minmax | meanstd | quantile | maxabs | none | checkpoint (the statistics that came with --init)
     normalizer: str = "minmax"
     # gigabytes of memory for images; what takes more stays in the files
     memory_gb: float = 4.0
@@ -97,7 +97,7 @@ class Options:
     keep_every: int = 0
     # keep the checkpoint with the lowest held-out loss as checkpoint_best.pt
     keep_best: bool = False
-    # weights to start from: a run of one's own (its folder), or .safetensors or state_dict of a release
+    # weights to start from: a run of one's own, or a folder or file that was downloaded (docs/weights.md)
     init: str = ""
     # with --init: weights whose names begin so start fresh, for example a new head; several with commas
     fresh: str = ""
@@ -107,8 +107,12 @@ class Options:
     shape_meta: dict = field(default_factory=dict)
     # labels of a step that the loss reads beside the actions: {name in the file: dimensions} (YAML only)
     extra: dict = field(default_factory=dict)
+    # with --init of openpi's weights: whose statistics and units, a name in robot/openpi_robots.py
+    robot: str = ""
     # several robots in one run: {name: {data, action_names, state_names}}, for rdt (YAML only)
     robots: dict = field(default_factory=dict)
+    # steps between the robot's numbers and pictures and the network's, see docs/data.md (YAML only)
+    processing: dict = field(default_factory=dict)
     # environment of the closed loop: {id, kwargs, obs, ...}, see robot/environments.py (YAML only)
     env: dict = field(default_factory=dict)
 
