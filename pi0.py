@@ -334,7 +334,8 @@ def product_dtype(x):
 
 
 class GemmaNorm(nn.Module):
-    """x / sqrt(mean x^2) * (1 + weight), computed in float32. Stored as in Gemma: 0 changes nothing."""
+    """x / sqrt(mean x^2) * (1 + weight), computed in float32. Stored as in Gemma: 0 changes nothing. Files
+    differ in what comes with it: pi05.py has gates."""
 
     def __init__(self, width):
         super().__init__()
@@ -358,7 +359,8 @@ def rotate(x, cos, sin):
 
 
 class GemmaLayer(nn.Module):
-    """One layer of one set of weights. (B, N, D) -> (B, N, D), and keys and values for later tokens."""
+    """One layer of one set of weights. (B, N, D) -> (B, N, D), and keys and values for later tokens. Norms
+    differ by file."""
 
     def __init__(self, width, mlp, config):
         super().__init__()
@@ -393,7 +395,7 @@ class GemmaLayer(nn.Module):
 
 
 class Gemma(nn.Module):
-    """A stack of layers: PaliGemma's language model or, narrower, the action expert."""
+    """A stack of layers: PaliGemma's language model or, narrower, the action expert. Norms differ by file."""
 
     def __init__(self, width, mlp, config):
         super().__init__()

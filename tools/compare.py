@@ -207,7 +207,8 @@ def compare_generative(members, where, args):
 # What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
 # that answers with the mean (regression.py).
 TASKS = {
-    "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0")},
+    "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0",
+                                       "pi05")},
     "pusht": {"regression": "configs/pusht_lowdim_cnn_cpu.yaml",
               "dp_cnn": "configs/pusht_lowdim_cnn_cpu.yaml",
               "dp_transformer": "configs/pusht_lowdim_transformer_cpu.yaml"},
