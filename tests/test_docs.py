@@ -125,7 +125,7 @@ def test_the_processing_shown_is_understood():
     rows = [yaml.safe_load(step) for step in re.findall(r"^\| `(\w+: {.*?})` \|", page, re.M)]
     assert len(found) == 2 and {key for row in rows for key in row} == {*STEPS, "delta"}
     keys = {"qpos": 14, "robot0_eef_quat": 4}
-    for spec in [*found, {"actions": rows}]:
+    for spec in [*found, *({"actions": [row]} for row in rows)]:
         Processing(spec, keys, [name for name in spec.get("cameras", {}).values() if name]).action_dim(
             7 if spec is found[1] else 14)
     for form in FORMS:

@@ -154,7 +154,8 @@ def test_another_processing_is_refused_when_resumed(three, tmp_path, capsys):
 
 def test_weights_of_absolute_actions_do_not_start_relative_ones(three, tmp_path, capsys):
     train.main(command(three, tmp_path / "run", steps=2, eval_every=0))
-    argv = command(three, tmp_path / "next", *yaml_of(tmp_path, WHOLE), steps=2, init=tmp_path / "run")
+    config = yaml_of(tmp_path, "processing: {actions: [{delta: {to: agent_pos, except: 2}}]}")
+    argv = command(three, tmp_path / "next", *config, steps=2, init=tmp_path / "run")
     refused(capsys, lambda: train.main(argv), "its actions are not relative to the state")
 
 

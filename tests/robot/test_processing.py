@@ -208,3 +208,41 @@ def test_what_is_no_rotation_is_named(numbers):
     actions = [{"rotation": {"at": 0, "from": "rotation_6d", "to": "axis_angle"}}]
     with pytest.raises(UserError, match=r"actions: \[1, 0, 0, 1, 0, 0\] \(row 1\) is no rotation, rotation"):
         Processing({"actions": actions}, KEYS).absolute_actions([[1.0, 0, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0]])
+
+
+ODD = (None, True, -1, 0, 2**70, 1.5, math.inf, "", "x" * 500, "qpos", "none", [], [[]], [None], [0, 0], {},
+       {"at": {}}, {"minmax": [99]}, ["linear"], [{"delta": None}], {"qpos": {"qpos": {}}})
+
+
+def nodes(value, path=()):
+    yield path
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from nodes(part, (*path, key))
+
+
+def with_node(value, path, new):
+    """A copy of nested dicts and lists in which one part is another."""
+    if not path:
+        return new
+    copied = value.copy()
+    copied[path[0]] = with_node(value[path[0]], path[1:], new)
+    return copied
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_stands_there_is_taken_or_refused_in_one_line(seed):
+    """Each part of a description in turn is replaced by each odd value."""
+    cameras = {"cameras": {"a": "high", "b": None, "c": "wrist"}, "images": {"fit": "pad", "fill": 3}}
+    spec = random_spec(np.random.default_rng(seed)) | cameras
+    refused = taken = 0
+    for path in list(nodes(spec)):
+        for odd in ODD:
+            try:
+                found = Processing(with_node(spec, path, odd), KEYS, ["high", "wrist"])
+                found.action_dim(7), found.modes("minmax", 7)
+                taken += 1
+            except UserError as error:
+                refused += 1
+                assert len(str(error)) <= 380 and "\n" not in str(error)
+    assert refused > 500 and taken > 50
