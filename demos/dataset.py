@@ -212,7 +212,7 @@ def remarks(demos):
         yield from coarse(key, x)
     for v, (_, key) in enumerate(demos.processing.places):
         if key and (lacking := int((~demos.shown[:, v]).sum())):
-            yield f"{lacking} of {len(demos.episodes)} episodes have no camera '{key}': its place is hidden there"
+            yield f"{lacking} of {len(demos.episodes)} episodes have no camera '{key}': its place is hidden"
     for key, size in demos.camera_sizes.items():
         if size != demos.image_size:
             height, width = demos.image_size

@@ -159,8 +159,8 @@ def scale_and_centre(mode, first=0.0, second=1.0, margin=0.0, floor=1e-8):
         return 1 / ((max(abs(first), abs(second)) + margin) or floor), 0.0
     width = (second - first + margin) or floor
     centre = first + width / 2
-    # From the centre as it is rounded, and kept in float64: what lies at `first` becomes -1 exactly, in a range
-    # of 1e-8 too. A policy whose text holds the state (pi05.py) reads another number below it.
+    # From the centre as it is rounded, and kept in float64: what lies at `first` becomes exactly -1, in a
+    # range of 1e-8 too. A policy whose text holds the state (pi05.py) reads another number below it.
     return 1 / ((centre - first) or width / 2), centre
 
 

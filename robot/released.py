@@ -43,7 +43,8 @@ def bare(download, model, hints):
 
 
 # Tried in this order: function(download, model or None, hints) -> Release or None.
-READERS = [lerobot_diffusion, original, released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma, bare]
+READERS = [lerobot_diffusion, original, released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma,
+           bare]
 
 
 def open_release(path, model=None, **hints):
