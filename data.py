@@ -171,7 +171,7 @@ class Windows:
             self.actions *= self.valid["action_valid"][self.item_episode]
             self.state *= self.valid["state_valid"][self.item_episode]
         self.control_hz = torch.tensor(demos.episode_fps[self.episodes], dtype=torch.float32)
-        self.encode = encode or (lambda texts, _: torch.stack([encode_text(t, text_len) for t in texts]))
+        self.encode = encode or functools.partial(as_bytes, text_len)
         self.told = [demos.instructions[e] for e in self.episodes] if text_len else []
         self.text = self.encode(self.told, self.state[starts]) if self.told else None   # of their first steps
         # What `batch` writes into every item's text: on the CPU, wherever the data are held.
@@ -241,6 +241,10 @@ class Windows:
         """Names of the episodes that these items are from."""
         numbers = self.item_episode[indices.to(self.held_on)].tolist()
         return [self.demos.episode_names[self.episodes[e]] for e in numbers]
+
+
+def as_bytes(length, texts, states):
+    return torch.stack([encode_text(text, length) for text in texts])
 
 
 def gather(rows, index):

@@ -6,15 +6,15 @@ from .errors import UserError, say_once
 
 
 def prompts(config, texts, states):
-    """Codes of n instructions, int64 (n, L): as the model file makes them, else their bytes. states (n, S), of
-    now, normalised, are a part of the text where the Config has `state_in_text`. Raises UserError."""
+    """Codes of n instructions, int64 (n, L): as the model file makes them, else their bytes. states (n, S),
+    of now, normalised, are a part of the text where the Config has `state_in_text`. Raises UserError."""
     encode = getattr(config, "encode_text", lambda text: encode_text(text, config.text_len))
     try:
         if not getattr(config, "state_in_text", False):
             return torch.stack([torch.as_tensor(encode(text)) for text in texts])
         if (states.abs() > 1).any():
-            say_once("a number of the normalised state is outside of -1..1: the text says -1 or 255, as in the "
-                     "original (said once)")
+            say_once("a number of the normalised state is outside of -1..1: the text says -1 or 255, as in "
+                     "the original (said once)")
         return torch.stack([encode(text, state) for text, state in zip(texts, states)])
     except ValueError as e:     # of a model file: a text that is too long, a tokenizer that is not there
         raise UserError(str(e)) from None
