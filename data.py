@@ -171,11 +171,11 @@ class Windows:
             self.actions *= self.valid["action_valid"][self.item_episode]
             self.state *= self.valid["state_valid"][self.item_episode]
         self.control_hz = torch.tensor(demos.episode_fps[self.episodes], dtype=torch.float32)
-        self.encode = encode or functools.partial(as_bytes, text_len)
+        encode = encode or (lambda texts, _: torch.stack([encode_text(t, text_len) for t in texts]))
         self.told = [demos.instructions[e] for e in self.episodes] if text_len else []
-        self.text = self.encode(self.told, self.state[starts]) if self.told else None   # of their first steps
+        self.text = encode(self.told, self.state[starts]) if self.told else None        # of their first steps
         # What `batch` writes into every item's text: on the CPU, wherever the data are held.
-        self.written = (self.item_episode.numpy(), self.state.numpy()) if state_in_text else None
+        self.written = (encode, self.item_episode.numpy(), self.state.numpy()) if state_in_text else None
 
         self.images = None
         if demos.camera_keys:
@@ -224,8 +224,9 @@ class Windows:
         if not self.shown.all():
             batch["image_mask"] = self.shown[episode, None].expand(*batch["images"].shape[:3])
         if self.text is not None and self.written:
-            episodes, states = (x[indices.numpy()] for x in self.written)
-            batch["text"] = self.encode([self.told[e] for e in episodes], torch.from_numpy(states))
+            encode, *rows = self.written
+            episodes, states = (x[indices.numpy()] for x in rows)
+            batch["text"] = encode([self.told[e] for e in episodes], torch.from_numpy(states))
         elif self.text is not None:
             batch["text"] = self.text[episode]
         return to_device(batch, self.device)
@@ -241,10 +242,6 @@ class Windows:
         """Names of the episodes that these items are from."""
         numbers = self.item_episode[indices.to(self.held_on)].tolist()
         return [self.demos.episode_names[self.episodes[e]] for e in numbers]
-
-
-def as_bytes(length, texts, states):
-    return torch.stack([encode_text(text, length) for text in texts])
 
 
 def gather(rows, index):

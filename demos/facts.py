@@ -1,4 +1,6 @@
 """What a set of demonstrations says about a policy's Config, so that a file in a known form needs no flag."""
+import torch
+
 from robot import tabletop
 from robot.errors import few, one_line, say
 

@@ -6,8 +6,8 @@ from .errors import UserError, say_once
 
 
 def prompts(config, texts, states):
-    """Codes of n instructions, int64 (n, L): as the model file makes them, else their bytes. states (n, S),
-    of now, normalised, are a part of the text where the Config has `state_in_text`. Raises UserError."""
+    """Codes of n instructions, int64 (n, L): as the model file makes them, else their bytes. states (n, S) of
+    now, normalised, are a part of the text where the Config has `state_in_text`. Raises UserError."""
     encode = getattr(config, "encode_text", lambda text: encode_text(text, config.text_len))
     try:
         if not getattr(config, "state_in_text", False):

@@ -1,5 +1,5 @@
-"""From a state and an instruction to the codes that pi0 and pi0.5 read, as openpi and LeRobot do it: every case of
-GOLDEN_DIR/pipelines that holds prompts."""
+"""From a state and an instruction to the codes that pi0 and pi0.5 read, as openpi and LeRobot do it: every
+case of GOLDEN_DIR/pipelines that holds prompts."""
 import json
 
 import numpy as np
@@ -17,7 +17,8 @@ PIPELINES = GOLDEN_DIR / "pipelines"
 def cases(pattern):
     found = sorted(PIPELINES.glob(pattern))
     skip = pytest.mark.skip(reason=f"no {PIPELINES}/{pattern}")
-    return pytest.mark.parametrize("path", found or [pytest.param(None, marks=skip)], ids=lambda p: p and p.name)
+    return pytest.mark.parametrize("path", found or [pytest.param(None, marks=skip)],
+                                   ids=lambda path: path and path.name)
 
 
 def arrays(path):
@@ -58,8 +59,9 @@ def test_lerobots_pi05(path):
         got = prompts(config, [str(t) for t in texts], torch.from_numpy(states).float())
         assert torch.equal(got, torch.from_numpy(z[f"out/{tokens}"]))
         assert torch.equal(got > 0, torch.from_numpy(z[f"out/{mask}"]))
-        whole = [pi05.tokenizer(config.tokenizer_path).encode(str(t)) for t in z[written]]
-        assert [row[1:1 + len(w)].tolist() for row, w in zip(got, whole)] == [w[:config.text_len - 1] for w in whole]
+        for row, text in zip(got, z[written]):              # the stored text is what was encoded
+            pieces = pi05.tokenizer(config.tokenizer_path).encode(str(text))
+            assert row[1:1 + len(pieces)].tolist() == pieces[:config.text_len - 1]
     bins = pi05.state_bins(torch.from_numpy(z["out/state_normalized"]))
     assert torch.equal(bins, torch.from_numpy(z["out/state_bins"]))
 
