@@ -13,8 +13,8 @@ def prompts(config, texts, states):
         if not getattr(config, "state_in_text", False):
             return torch.stack([torch.as_tensor(encode(text)) for text in texts])
         if (states.abs() > 1).any():
-            say_once("a number of the normalised state is outside of -1..1: the text says -1 or 255, as in the "
-                     "original (said once)")
+            say_once("a number of the normalised state is outside of -1..1: the text says -1 or 255, as in "
+                     "the original (said once)")
         return torch.stack([encode(text, state) for text, state in zip(texts, states)])
     except ValueError as e:     # of a model file: a text that is too long, a tokenizer that is not there
         raise UserError(str(e)) from None
