@@ -162,7 +162,6 @@ class Windows:
             self.actions = normalizer.normalize("actions", self.actions, self.actions.dtype)
             self.base = self.base * normalizer.scale["actions"] if self.base is not None else None
         self.labels, self.label_keys = torch.from_numpy(demos.labels[rows]), demos.label_keys
-        self.shown = torch.from_numpy(demos.shown[self.episodes])           # (episodes, V)
         self.valid = {}
         if isinstance(demos, MixedDemos):           # 0 stays 0 where a robot has nothing
             robot = demos.robot[self.episodes]
@@ -221,8 +220,9 @@ class Windows:
             batch["images"] = gather(self.images, seen)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
-        if not self.shown.all():
-            batch["image_mask"] = self.shown[episode, None].expand(*batch["images"].shape[:3])
+        if not self.demos.shown.all():
+            shown = torch.from_numpy(self.demos.shown[self.episodes[episode.cpu().numpy()]])    # (B, V)
+            batch["image_mask"] = shown[:, None].expand(*batch["images"].shape[:3])
         if self.text is not None and self.written:
             encode, *rows = self.written
             episodes, states = (x[indices.numpy()] for x in rows)

@@ -45,8 +45,8 @@ Differs from the original:
  3. FiLM's linear layer over [step, observation] is computed as a sum of two shares. The numbers are the same,
     and a sampler reads this layer's weights once per chunk instead of once per step.
  4. On a CPU some convolutions are computed as matrix products (Conv1d below).
- 5. With images the features are ordered [cameras, state] for every data set; LeRobot's [state, cameras,
-    environment state] is permuted while loading.
+ 5. With images the features are ordered [cameras, state] for every data set; another order, as LeRobot's
+    [state, cameras, environment state], is permuted while loading.
  6. Local conditioning (on every step of the chunk by itself) is left out: no released model uses it.
 
 Run alone: `python dp_cnn.py` learns paths around an obstacle in under a minute on two CPU cores.
@@ -127,8 +127,8 @@ class Config:
             raise ValueError(f"image_mean {self.image_mean}, image_std {self.image_std}: give three numbers "
                              f"of each, or three for every camera; deviations are above 0")
         if not self.resnet_widths or any(w < 16 or w % (w // 16) for w in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be at least 16 and fall into groups of "
-                             f"that size or more: take multiples of 16")
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be at least 16 and fall into groups "
+                             f"of that size or more: take multiples of 16")
         if len(self.beta_ends) != 2 or not 0 < self.beta_ends[0] <= self.beta_ends[1] < 1:
             raise ValueError(f"beta_ends {self.beta_ends} must rise, both above 0 and below 1")
         if self.n_obs_steps + self.n_action_steps > self.horizon + 1:  # the present counts twice
@@ -483,7 +483,7 @@ class DiffusionPolicyCNN(nn.Module):
         return torch.cat(features + [state], dim=-1)
 
     def pixels(self, camera, device):
-        """Mean and deviation of a camera's pixels, 2 x (3, 1, 1); nothing: as the encoder has them."""
+        """Mean and deviation of a camera's pixels, 2 x (3, 1, 1), or none for the default of the encoder."""
         both, at = (self.config.image_mean, self.config.image_std), slice(3 * camera, 3 * camera + 3)
         return [per_channel(x[at] or x, device) for x in both if x]
 
@@ -537,12 +537,16 @@ class DiffusionPolicyCNN(nn.Module):
         return {"loss": loss, "per_sample": per_sample, "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
-    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None,
+               guide=None):
         """Draw one chunk per observation: (B, Tp, A), normalised. Index -first_action is executed first.
 
         batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
         default config.sampler_steps. noise (B, Tp, D): where to start; step_noise: what DDPM adds, one tensor
         per step but the last; both are drawn from `generator` if None. trace: receives (B, Tp, A) every step.
+        guide: for real-time chunking. guide(net, alpha, sigma, kind) returns what is called in place of the
+        network net(x_t) of a step; x_t = alpha x0 + sigma eps, and kind says what net gives: "x0", "eps" or
+        "v" = eps - x0.
         """
         config, To, A = self.config, self.config.n_obs_steps, self.config.action_dim
         steps = config.sampler_steps if steps is None else steps
@@ -562,7 +566,10 @@ class DiffusionPolicyCNN(nn.Module):
             last = i + 1 == len(levels)
             # After the last level come clean data: alpha_bar = 1, and no noise is added.
             alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
-            out = self.unet(x_t, [share[i:i + 1] for share in of_step], of_obs)  # (B, Tp, D)
+            net = lambda x: self.unet(x, [share[i:i + 1] for share in of_step], of_obs)
+            if guide is not None:
+                net = guide(net, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), config.prediction_type)
+            out = net(x_t)                                                      # (B, Tp, D)
             if config.prediction_type == "eps":
                 eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:

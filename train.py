@@ -36,8 +36,8 @@ from tools.explain import explain_one_batch
 from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import pictures
 from tools.quality import compare_samples, validate
-from tools.runs import (Run, Since, catch_signals, collect, keep_best, locked, log, n_parameters, prepare_out,
-                        release_signals, save, stop_status, worker_is_mourned, write_rows)
+from tools.runs import (Run, Since, averaged, catch_signals, collect, keep_best, locked, log, n_parameters,
+                        prepare_out, release_signals, save, stop_status, worker_is_mourned, write_rows)
 from tools.starting import build, earlier_run, fits, resume, say_notes, units, with_release
 
 # ----------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def prepare(options, module, out, device, dtype, rank, world, release=None):
     example = (held_out if len(held_out) else items).batch(torch.zeros(1, dtype=torch.long))
     torch.manual_seed(options.seed)
     model = build(options, module, config, example, device, earlier, release)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = averaged(model, options.fsdp)
     loss_step, shown = LossStep(model), ema
     if options.fsdp:
         shown = copy.deepcopy(ema) if rank == 0 else None
@@ -147,7 +147,8 @@ def loop(run, stream):
         optimizer.zero_grad()
         decay = ema_decay(run.step, options.ema_power, options.ema_max)
         with torch.no_grad():  # EMA: average <- decay * average + (1 - decay) * weights
-            torch._foreach_lerp_(distributed.own(run.ema), distributed.own(model), 1 - decay)
+            torch._foreach_lerp_(distributed.own(run.ema, run.frozen), distributed.own(model, run.frozen),
+                                 1 - decay)
         run.step += 1
         bar.update()
         since = after_steps(run, since, named, lr, grad_norm, received, bar)

@@ -61,9 +61,9 @@ def kind_of(shape, dtype):
     return "state", ""
 
 
-def faults(episode, first, state_keys, camera_keys, resized=False, may_lack=False):
+def faults(episode, first, state_keys, camera_keys, resized=False):
     """What is wrong with the shapes of an episode, a line each; `first` is the episode it has to be like.
-    resized: pictures of any size will do. may_lack: so will an episode without one of the cameras."""
+    resized: pictures of any size will do."""
     e, actions = episode, episode.actions
     if len(actions.shape) != 2 or not actions.shape[1] or actions.dtype.kind not in "fiub":
         yield (f"{e.name}: actions are {one_line(actions.dtype, 60)} {actions.shape}, make it (steps, "
@@ -79,8 +79,6 @@ def faults(episode, first, state_keys, camera_keys, resized=False, may_lack=Fals
         yield (f"{e.name}: actions have shape {actions.shape[1:]} per step, in {first.name} "
                f"{first.actions.shape[1:]}: keep different robots in different data sets")
     for key in [*state_keys, *camera_keys]:
-        if may_lack and key in camera_keys and key not in e.obs and {*camera_keys} & {*e.obs}:
-            continue
         if key not in e.obs:
             yield f"{e.name} has observations {few(e.obs)}, but no '{key}'{nearest(key, e.obs)}"
             continue

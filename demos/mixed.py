@@ -36,7 +36,6 @@ class MixedDemos(Demos):
         self.image_size, self.state_dim, self.action_dim = first.image_size, dim, dim
         self.raw_action_dim, self.processing = dim, Processing({}, {}, self.camera_keys)
         self.camera_sizes = first.camera_sizes
-        self.shown = np.ones((sum(len(demos.lengths) for demos in self.parts), len(self.camera_keys)), bool)
         self.label_keys, self.labels = first.label_keys, np.concatenate([d.labels for d in self.parts])
         self.instructions, self.episode_names = chain("instructions"), chain("episode_names")
         self.lengths, self.episode_fps = np.array(chain("lengths")), np.array(chain("episode_fps"))
@@ -54,6 +53,7 @@ class MixedDemos(Demos):
                 x[:, at] = getattr(demos, kind)
             setattr(self, kind, np.concatenate(packed))
             setattr(self, f"{kind.rstrip('s')}_valid", np.stack([np.isin(np.arange(dim), p) for p in places]))
+        self.shown = np.ones((len(self.lengths), len(self.camera_keys)), bool)
         self.fingerprint = fingerprint(self.actions, self.state)
 
     def images(self, e, lo, hi):

@@ -43,7 +43,8 @@ def bare(download, model, hints):
 
 
 # Tried in this order: function(download, model or None, hints) -> Release or None.
-READERS = [lerobot_diffusion, original, released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma, bare]
+READERS = [lerobot_diffusion, original, released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma,
+           bare]
 
 
 def open_release(path, model=None, **hints):
@@ -55,6 +56,9 @@ def open_release(path, model=None, **hints):
         release = next(filter(None, (reader(download, model, hints) for reader in READERS)))
     except UserError as e:
         raise UserError(f"--init: {e}") from None
+    except (TypeError, AttributeError, KeyError, ValueError, IndexError) as e:  # JSON of another form
+        raise UserError(f"--init {path}: its JSON files are not as its program writes them "
+                        f"({type(e).__name__}: {one_line(e, 120)})") from None
     if model and release.model != model:
         raise UserError(f"--init {path} is a {release.model}, not a {model}: leave --model out")
     return release
@@ -66,7 +70,7 @@ def build_model(release, config=None, dtype=torch.float32):
     config = config or model_config(module, release.config, "--init")
     try:
         model = module.Model.from_official(release.weights, config, **release.loading)
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, TypeError, RuntimeError) as e:  # numbers that are no floats, for one
         raise UserError(f"--init: {one_line(e, 340)}") from None
     for x in [*model.parameters(), *model.buffers()]:
         x.data = x.data.to(dtype if x.is_floating_point() else x.dtype, copy=True)

@@ -12,7 +12,7 @@ from .errors import UserError, few, hint, one_line
 from .normalizer import Normalizer
 from .released_lerobot import features, normalizer, scale_of, statistics, steps_of
 
-# Fields of LeRobot's DiffusionConfig -> ours. Those of which `None` stands here have their own lines below.
+# Fields of LeRobot's DiffusionConfig -> ours, where the name alone differs.
 FIELDS = {"horizon": "horizon", "n_obs_steps": "n_obs_steps", "n_action_steps": "n_action_steps",
           "down_dims": "down_dims", "kernel_size": "kernel_size", "n_groups": "n_groups",
           "diffusion_step_embed_dim": "step_embed_dim", "use_film_scale_modulation": "film_scale",
@@ -20,16 +20,21 @@ FIELDS = {"horizon": "horizon", "n_obs_steps": "n_obs_steps", "n_action_steps": 
 # ... that say nothing about what the policy computes once it is trained.
 UNUSED = {"type", "device", "use_amp", "use_peft", "push_to_hub", "repo_id", "private", "tags", "license",
           "pretrained_path", "pretrained_revision", "drop_n_last_frames", "pretrained_backbone_weights",
-          "crop_ratio", "gradient_checkpointing", "compile_model", "compile_mode"}
+          "gradient_checkpointing", "compile_model", "compile_mode"}
 READ = {*FIELDS, "input_features", "output_features", "input_shapes", "output_shapes",
         "normalization_mapping", "input_normalization_modes", "output_normalization_modes", "vision_backbone",
-        "resize_shape", "crop_shape", "crop_is_random", "use_group_norm",
+        "resize_shape", "crop_ratio", "crop_shape", "crop_is_random", "use_group_norm",
         "use_separate_rgb_encoder_per_camera",
         "noise_scheduler_type", "beta_schedule", "beta_start", "beta_end", "prediction_type", "clip_sample",
         "clip_sample_range", "num_inference_steps", "do_mask_loss_for_padding"}
 SCHEDULES = {"squaredcos_cap_v2": "cosine", "linear": "linear", "scaled_linear": "scaled_linear"}
 TARGETS = {"epsilon": "eps", "sample": "x0"}
 SAMPLERS = {"DDPM": "ddpm", "DDIM": "ddim", "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+# Fields of the original's YAML that are read, or say nothing about what is computed.
+ORIGINAL = {"shape_meta", "horizon", "n_obs_steps", "n_action_steps", "num_inference_steps", "down_dims",
+            "obs_as_global_cond", "diffusion_step_embed_dim", "kernel_size", "n_groups", "cond_predict_scale",
+            "crop_shape", "resnet_widths", "noise_scheduler", "scheduler", "num_keypoints", "_target_",
+            "feature_dimension", "obs_encoder_group_norm", "eval_fixed_crop"}
 # Fields of diffusers' schedulers that this code has with one value only.
 FIXED = {"trained_betas": None, "variance_type": "fixed_small", "thresholding": False, "steps_offset": 0,
          "rescale_betas_zero_snr": False, "set_alpha_to_one": True}
@@ -115,11 +120,10 @@ def need(config, names):
 def lerobot_fields(config, notes):
     """Timeline, U-Net and sampler."""
     need(config, [*FIELDS, "noise_scheduler_type", "prediction_type"])
-    unread = [name for name in config if name not in READ | UNUSED and not name.startswith(("optimizer_",
-                                                                                            "scheduler_"))]
+    unread = [name for name in config if name not in READ | UNUSED
+              and not name.startswith(("optimizer_", "scheduler_"))]
     notes += [f"config.json: {few(unread)} is not known here, and not used"] if unread else []
-    backbone = config.get("vision_backbone", "resnet18")
-    known("vision_backbone", backbone, ("resnet18",))
+    known("vision_backbone", config.get("vision_backbone", "resnet18"), ("resnet18",))
     steps = config.get("num_inference_steps")
     return {ours: config[name] for name, ours in FIELDS.items()} | {
         "sampler": known("noise_scheduler_type", config["noise_scheduler_type"], SAMPLERS),
@@ -137,9 +141,13 @@ def encoder_fields(config, stats, cameras, weights):
         return {}
     scales = [scale_of(stats, name) or (torch.zeros(3), torch.ones(3)) for name in cameras]
     mean, std = (torch.cat([pair[i] for pair in scales]).tolist() for i in (0, 1))
-    return {"image_mean": mean, "image_std": std, "resize": config.get("resize_shape") or [],
-            "crop_size": config.get("crop_shape") or [], "random_crop": config.get("crop_is_random", True),
-            "resnet_norm": "group" if config.get("use_group_norm") else "batch",
+    resize, crop = config.get("resize_shape") or [], config.get("crop_shape") or []
+    if resize:                  # then the crop is a share of it, as LeRobot derives it whenever it loads
+        share = config.get("crop_ratio", 1.0)
+        crop = [int(side * share) for side in resize] if share < 1 else []
+    return {"image_mean": mean, "image_std": std, "resize": resize, "crop_size": crop,
+            "random_crop": config.get("crop_is_random", True),
+            "resnet_norm": "group" if config.get("use_group_norm", True) else "batch",
             "share_encoder": not config.get("use_separate_rgb_encoder_per_camera", False),
             "resnet_widths": resnet_widths(weights, r"rgb_encoder\.(0\.)?backbone")}
 
@@ -168,6 +176,8 @@ def original(download, model, hints):
         return None
     need(config, ("horizon", "n_obs_steps", "n_action_steps", "down_dims", "noise_scheduler"))
     weights, notes = download.weights, list(download.notes)
+    unread = [name for name in config if name not in ORIGINAL]
+    notes += [f"config.json: {few(unread)} is not known here, and not used"] if unread else []
     try:
         obs = {key: (one.get("type", "low_dim"), one["shape"])
                for key, one in config["shape_meta"]["obs"].items()}

@@ -91,6 +91,8 @@ def statistics(download, weights):
 
 def of_processor(settings, state, name, kind):
     """Mode and statistics of a feature by a normalizer_processor."""
+    if settings.get("eps", EPS) != EPS:
+        raise UserError(f"the normaliser of {name} adds eps = {settings['eps']!r}, here it is {EPS}")
     only = settings.get("normalize_observation_keys")
     left_out = only is not None and kind != "ACTION" and name not in only
     mode = "IDENTITY" if left_out else str(settings.get("norm_map", {}).get(kind, "IDENTITY"))

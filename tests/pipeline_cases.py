@@ -30,12 +30,13 @@ class Pipeline:
         assert got.shape == want.shape, f"{self.name} {key}: {got.shape}, official {want.shape}"
         self.unchecked.discard(key)
         if want.dtype.kind in "bU" or not relative:
-            assert np.array_equal(got, want), f"{self.name} {key}: {(got != want).sum()} of {want.size} differ"
+            assert np.array_equal(got, want), f"{self.name} {key}: {(got != want).sum()} differ"
             return
         error = np.abs(got.astype(np.float64) - want).max()
         rms = np.sqrt(np.square(want, dtype=np.float64).mean())
         official = self.meta.get("float64_deviation", {}).get(f"out/{key}", [0.0])[0]
-        assert error <= max(relative * rms, 10 * official), f"{self.name} {key}: off by {error / rms:.1e} of rms"
+        limit = max(relative * rms, 10 * official)
+        assert error <= limit, f"{self.name} {key}: differs by {error / rms:.1e} of rms"
 
 
 def pipelines(*prefixes):

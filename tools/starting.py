@@ -12,8 +12,8 @@ from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.released import build_model, open_release
 from tools import distributed
-from tools.options import parse_set
-from tools.runs import n_parameters, read_rows
+from tools.options import check_options, parse_set
+from tools.runs import frozen_names, n_parameters, read_rows
 
 
 @contextlib.contextmanager
@@ -68,7 +68,9 @@ def with_release(options, explicit):
         found["image_size"] = tuple(release.description["image_size"])
     found = {name: value for name, value in found.items() if name in vars(options) and (
         name not in explicit or name == "set")}
-    return dataclasses.replace(options, **found), explicit | set(found), release
+    options = dataclasses.replace(options, **found)
+    check_options(options)
+    return options, explicit | set(found), release
 
 
 def released_policy(args):
@@ -112,6 +114,8 @@ def units(options, earlier, release):
 
 def fits(release, facts, description):
     """Refuse data that the weights were not made for: another number of actions, cameras in another order."""
+    if not release.config:
+        return
     for key, fact in facts.items():
         its = release.config.get(key, fact)
         if key in FACTS and key not in release.free and tuple_of(its) != tuple_of(fact):
@@ -151,7 +155,9 @@ def build(options, module, config, example, device, earlier, release=None):
 
 def check_size(model, device):
     """Refuse weights that cannot fit beside their average, before they are allocated."""
-    need, has = 8 * n_parameters(model), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    frozen = frozen_names(model)    # of these there is one copy
+    need = sum(p.numel() * (4 if name in frozen else 8) for name, p in model.named_parameters())
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
     if need > has:
@@ -176,6 +182,10 @@ def start_from(model, checkpoint, options):
     Raises UserError for what does not fit."""
     if checkpoint["model"] != options.model:
         raise UserError(f"--init {options.init} is a run of {checkpoint['model']}, not of {options.model}")
+    relative = [is_relative(spec) for spec in (checkpoint["data"].get("processing"), options.processing)]
+    if relative[0] != relative[1]:
+        raise UserError(f"--init {options.init}: its actions are {'' if relative[0] else 'not '}relative to "
+                        f"the state, here it is the other way round: write processing: actions: as there")
     fresh = tuple(prefix for prefix in options.fresh.split(",") if prefix)
     want, weights = model.state_dict(), checkpoint["ema"]
     for prefix in fresh:
@@ -197,6 +207,10 @@ def start_from(model, checkpoint, options):
     model.load_state_dict({key: want[key] if key in anew else weights[key] for key in want})
     if anew:
         print(f"note: {len(anew)} weights start fresh: {', '.join(anew[:6])}{' ...' * (len(anew) > 6)}")
+
+
+def is_relative(processing):
+    return any("delta" in step for step in (processing or {}).get("actions", []))
 
 
 # What the result depends on: a change is named, since it makes another run of it.
@@ -243,12 +257,14 @@ def take_up(run, checkpoint):
         state |= {key: distributed.split(x, parameters[i]) for key, x in state.items()
                   if x.shape == parameters[i].shape}
     run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.frozen_file = checkpoint.get("frozen", "")
     run.step, run.seconds = checkpoint["step"], checkpoint["train_seconds"]
     run.unlogged = checkpoint.get("unlogged", {"step": run.step})
 
 
 def same_data(was, now, out):
     """Refuse to go on with other data: weights in other units, held-out episodes that are trained on."""
+    was, now = ({"processing": {}} | description for description in (was, now))    # older runs have none
     for key, what in (("state_keys", "observations"), ("camera_keys", "cameras"), ("lengths", "episodes"),
                       ("items", "items"), ("fingerprint", "numbers"), ("train_episodes", "split"),
                       ("valid_episodes", "split"), ("processing", "processing:")):

@@ -5,7 +5,7 @@ import torch
 import dp_cnn
 from robot.policy import Policy
 from robot.released import open_release
-from tests.pipeline_cases import Pipeline, pipelines, replayed
+from pipeline_cases import Pipeline, pipelines, replayed
 
 BEFORE, AFTER = 1e-5, 2e-4  # of the rms: what no network has touched, and what has been through a sampler
 

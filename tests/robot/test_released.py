@@ -16,7 +16,7 @@ from robot.errors import UserError
 from robot.policy import Policy
 from robot.released import build_model, open_release
 from robot.weight_files import read_safetensors
-from tests.helpers import refused, write_safetensors
+from helpers import refused, write_safetensors
 from tools.runs import read_rows
 
 LEGACY = Path(__file__).parents[1] / "golden/pipelines/lerobot_diffusion_legacy"
@@ -117,7 +117,8 @@ def test_a_robots_own_names_by_the_rename_map(tmp_path):
     ({"prediction_type": "v_prediction"}, "prediction_type"), ({"beta_schedule": "sigmoid"}, "beta_schedule"),
     ({"noise_scheduler_type": "PNDM"}, "noise_scheduler_type"), ({"horizon": "16"}, "horizon"),
     ({"normalization_mapping": {"ACTION": "MAGIC"}}, "MAGIC"),
-    ({"num_inference_steps": 1000}, "sampler steps"),
+    ({"num_inference_steps": 1000}, "sampler steps"), ({"resize_shape": 7}, "resize = 7"),
+    ({"normalization_mapping": 3}, "not as its program writes them"), ({"crop_shape": "x"}, "crop_size"),
     ({"input_features": {"observation.state": {"type": "STATE", "shape": [3]}}}, "statistics of obs")])
 def test_what_a_config_says_and_this_code_does_not_do_is_one_line(change, named, tmp_path):
     folder = legacy(tmp_path / "folder", **change)
@@ -146,6 +147,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capsys):
     folder = legacy(tmp_path / "folder", weights)
     refused(capsys, lambda: train.main(["--init", str(folder), "--out", str(tmp_path / "out")]),
             "mid_modules.0.conv1.block.0.bias", "not finite")
+
+
+def test_weights_in_whole_numbers_are_refused(tmp_path):
+    weights = legacy_weights()
+    name = "diffusion.unet.final_conv.1.bias"
+    weights[name] = weights[name].to(torch.uint8)
+    with pytest.raises(UserError, match="floating point") as error:
+        build_model(open_release(legacy(tmp_path / "folder", weights)))
+    assert len(str(error.value)) < 400
 
 
 def test_another_models_weights_and_lists(tmp_path, capsys):

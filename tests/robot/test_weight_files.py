@@ -8,7 +8,7 @@ import torch
 from robot.downloads import open_download
 from robot.errors import UserError
 from robot.weight_files import read_weights, refuse_not_finite
-from tests.helpers import write_safetensors
+from helpers import write_safetensors
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
            "n": torch.tensor(3), "flag": torch.tensor([True, False]),
@@ -70,6 +70,14 @@ def test_what_programs_wrap_around_weights_is_taken_off_and_named(wrap, note, tm
 def test_prefixes_of_other_programs_are_stripped(name, tmp_path):
     torch.save({name.format(key): x for key, x in WEIGHTS.items()}, tmp_path / "weights.pt")
     assert same(read_weights(tmp_path / "weights.pt")[0])
+
+
+def test_a_programs_model_is_no_part_of_the_policys_names(tmp_path):
+    policy = {"model.final_conv.weight": torch.zeros(1), "obs_encoder.x": torch.ones(1)}
+    for names, want in (({f"model.{key}": x for key, x in policy.items()}, policy), (policy, policy),
+                        ({"model.down.x": torch.ones(1)}, {"model.down.x": torch.ones(1)})):
+        torch.save({"state_dict": names}, tmp_path / "weights.pt")
+        assert same(read_weights(tmp_path / "weights.pt")[0], want)
 
 
 def test_an_average_beside_the_weights_is_preferred_and_said(tmp_path):
