@@ -86,7 +86,7 @@ class Config:
     image_size: tuple = (64, 64)  # H, W of every camera image, pixels
     # -- the timeline, in control steps: the chunk starts now
     horizon: int = 16           # Tp, predicted steps (paper: H)
-    n_obs_steps: int = 1        # To, observed steps; pi0 sees the present only
+    n_obs_steps: int = 1        # To, observed steps: the present only
     n_action_steps: int = 8     # Ta, executed steps
     # -- what the weights are made for
     padded_dim: int = 0         # zeros pad a robot's vectors to this, so that robots share weights; 0 = none
@@ -165,8 +165,8 @@ class Config:
 
     def encode_text(self, text):
         """An instruction as codes, int64 (L,), 0 = padding: bytes + 1; with tokenizer_path its pieces, in the
-        form that the weights were trained with: a beginning, the text, a line end. As there, it is cut to
-        text_len and then loses its end; what is too long in bytes is refused."""
+        form that the weights were trained with: a beginning, the text, a line end. Pieces are cut to
+        text_len as there, and then lack their end; bytes that are too many are refused."""
         if not self.tokenizer_path:
             codes = [byte + 1 for byte in text.encode()]
             if self.vocab_size != 257:

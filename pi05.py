@@ -94,7 +94,7 @@ class Config:
     image_size: tuple = (64, 64)  # H, W of every camera image, pixels
     # -- the timeline, in control steps: the chunk starts now
     horizon: int = 16           # Tp, predicted steps (paper: H)
-    n_obs_steps: int = 1        # To, observed steps; pi0 sees the present only
+    n_obs_steps: int = 1        # To, observed steps: the present only
     n_action_steps: int = 8     # Ta, executed steps
     # -- what the weights are made for
     padded_dim: int = 0         # zeros pad a robot's vectors to this, so that robots share weights; 0 = none
@@ -173,8 +173,8 @@ class Config:
 
     def encode_text(self, text, state=None):
         """An instruction as codes, int64 (L,), 0 = padding: bytes + 1; with tokenizer_path its pieces, in the
-        form that the weights were trained with. state (S,): of now, normalised. As there, it is cut to
-        text_len and then loses its end; what is too long in bytes is refused."""
+        form that the weights were trained with; state (S,) is the present one, normalised. Pieces are cut to
+        text_len as there, and then lack their end; bytes that are too many are refused."""
         bins = state_bins(state).tolist() if self.state_in_text and state is not None else []
         if not self.tokenizer_path:
             shown = f";{''.join(f'{bin:02x}' for bin in bins)}" if bins else ""  # "-1" has two, too
