@@ -70,7 +70,7 @@ class Processing:
         where = "processing: actions: delta"
         fields(spec, where, ("to",), ("except",))
         keys = spec["to"] if isinstance(spec["to"], list) else [spec["to"]]
-        for key in keys:
+        for key in keys or [""]:
             self.known(key, f"{where}: to: {one_line(key, 40)}")
         none = spec.get("except") in (None, [])
         return keys, [] if none else places(spec["except"], f"{where}: except")
