@@ -331,5 +331,5 @@ def test_a_model_without_a_mask_refuses_such_episodes(tmp_path, capsys):
     path = demos(tmp_path / "a.hdf5", lacking={(1, "observation.images.wrist")})
     config = tmp_path / "c.yaml"
     config.write_text("processing: {cameras: {a: observation.images.top, b: observation.images.wrist}}\n")
-    run = ["--model", "dit_policy", "--data", str(path), "--config", str(config)]
-    refused(capsys, lambda: train.main([*run, "--out", str(tmp_path / "out")]), "dit_policy has no image_mask")
+    run = ["--model", "dit_policy", "--data", str(path), "--config", str(config), "--out", str(tmp_path)]
+    refused(capsys, lambda: train.main(run), "dit_policy has no image_mask")
