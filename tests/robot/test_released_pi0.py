@@ -301,7 +301,7 @@ def test_a_lerobot_folder_is_trained_further_with_its_own_statistics(tmp_path):
                 "--device", "cpu", "--log_every", "1", "--set", "augment=true"])
     model, checkpoint = load_model(out)
     assert checkpoint["model"] == "pi0" and model.config.text_as_is
-    assert checkpoint["data"]["image_size"] == [48, 64]     # as they are: the network fits them, as LeRobot does
+    assert checkpoint["data"]["image_size"] == [48, 64]     # as they are: the network fits them
     assert model.config.wrist_cameras == (1,) and model.config.augment and not model.config.antialias
     losses = [row["loss"] for row in read_rows(out) if "lr" in row]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
