@@ -17,6 +17,7 @@ from .checkpoint import load_model
 from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
+from .realtime import guidance
 from .text import encode_text
 from .transforms import resize, same_shape
 
@@ -200,9 +201,10 @@ class Policy:
         has[:, self.places["actions" if kind == "action" else "state"]] = True
         return has
 
-    def sample_chunk(self, copies=1, trace=None):
+    def sample_chunk(self, copies=1, trace=None, plan=None):
         """From the observations so far, `copies` chunks for each episode: (n copies, Tp, A), raw units.
-        trace: receives the chunks at every state of the sampler, normalised."""
+        trace: receives the chunks at every state of the sampler, normalised. plan: (target (n, Tp, A), raw
+        units, weight (Tp,)), what the chunks have to agree with, see realtime.py."""
         missing = self.model.config.n_obs_steps - len(self.history)
         history = self.history[:1] * missing + self.history  # the first one stands for the time before it
         state = torch.stack([h["state"] for h in history], dim=1)               # (n, To, S)
@@ -215,6 +217,23 @@ class Policy:
             batch |= {f"{kind}_valid": self.valid(kind, len(state)) for kind in ("action", "state")}
         batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}
         more = {} if trace is None else {"trace": trace}
+        if plan is not None:
+            more["guide"] = self.guide(*plan)
         chunk = self.model.sample(batch, steps=self.steps, generator=self.generator, **more)
         chunk = self.normalizer.unnormalize("actions", chunk.float().cpu()).numpy()  # (n, Tp, A)
         return chunk[..., self.places["actions"]] if self.places else chunk
+
+    def guide(self, target, weight):
+        """What draws a sampler towards `target` (n, Tp, A), raw units; weight (Tp,)."""
+        target, weight = torch.as_tensor(target), torch.as_tensor(weight)
+        places = range(target.shape[-1])                                        # of x_t
+        if self.places:
+            places = self.places["actions"]
+            packed = target.new_zeros(*target.shape[:-1], self.description["action_dim"])
+            packed[..., places] = target
+            target = self.normalizer.normalize("actions", packed)[..., places]
+        else:
+            places = getattr(self.model, "places", {}).get("action") or places  # one robot of a unified vector
+            target = self.normalizer.normalize("actions", target)
+        return guidance(target.to(self.device), weight.to(self.device), places,
+                        getattr(self.model.config, "clip_x0", 0.0))
