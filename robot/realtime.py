@@ -27,10 +27,16 @@ towards the rest of the old one, less and less. No training is needed: each step
     [3]  W_i = 1 for i < d;  c_i (e^c_i - 1) / (e - 1) for d <= i < end;  0 from there on
          c_i = (end - i) / (end - d + 1)
 
-Y: the old chunk, shifted. [1] is written for a flow. With x_t = alpha x0 + sigma eps, the scale divided out
-(tau = alpha / (alpha + sigma)), it is for flow and diffusion alike
+Y: the old chunk, shifted. [1] is written for a flow. With x_t = alpha x0 + sigma eps and the scale divided out
+(tau = alpha / (alpha + sigma)) it reads, for flow and diffusion alike,
 
-    [4]  x0' = x0 + sigma min(beta, (alpha^2 + sigma^2) / (alpha sigma)) (Y - x0)' diag(W) dx0/dx_t
+    [4]  x0' = x0 + sigma min(beta, sigma / (alpha r^2)) (Y - x0)' diag(W) dx0/dx_t
+    [5]  r^2 = s^2 sigma^2 / (s^2 alpha^2 + sigma^2)
+
+r^2 is how uncertain x0 is, given x_t, if actions have the deviation s. Differs from the paper: there s = 1 and
+beta = 5. But given an observation, normalised actions vary far less than over the whole data, and with s = 1 the
+guidance is too weak to keep a chunk from going round an obstacle on the other side. What the paper's numbers give is
+in docs/robots.md.
 
 Map: soft_mask, guidance -> strategies -> workers (who computes) -> RealTime (what a robot's program calls).
 A worker in another process or on another machine is in remote.py.
@@ -44,7 +50,8 @@ import torch
 
 from .errors import UserError, hint, say
 
-BETA = 5.0                # the paper's: without it the first steps, where tau is near 0, overshoot
+BETA = 20.0               # beta of [4], which bounds the guidance at the first steps, where alpha is near 0
+SPREAD = 0.3              # s of [5], in normalised units
 RECENT = 10               # so many delays are remembered; the longest of them is expected next time
 DECAY = 0.01              # ACT's: a prediction that is one chunk older weighs e^0.01 times as much
 
@@ -59,11 +66,11 @@ def soft_mask(length, frozen, end):
     return np.where(i < end, weight, 0).astype(np.float32)
 
 
-def guidance(target, weight, places, clip=0.0, beta=BETA):
+def guidance(target, weight, places, clip=0.0, beta=BETA, spread=SPREAD):
     """The `guide` that a model's `sample` takes: it draws samples towards `target`.
 
     target (n, Tp, A), normalised; weight (Tp,); places: which numbers of x_t the A numbers are. clip: the
-    sampler's clip_x0, 0 where it does not clip. The sampler runs without gradients; here they are switched on
+    sampler's clip_x0, 0 where it does not clip. beta, spread: beta and s of [4] and [5]. The sampler runs without gradients; here they are switched on
     for the product of a vector with the Jacobian, about two more passes through the network in every step.
     """
     places = list(places)
@@ -71,7 +78,8 @@ def guidance(target, weight, places, clip=0.0, beta=BETA):
     def guide(net, alpha, sigma, kind):
         scale = {"x0": None, "eps": alpha, "v": alpha + sigma}[kind]            # x_t = scale x0 + sigma out
         cut = lambda x0: x0.clamp(-clip, clip) if clip else x0
-        strength = sigma * min(beta, (alpha ** 2 + sigma ** 2) / (alpha * sigma) if alpha else math.inf)
+        r2 = (spread * sigma) ** 2 / ((spread * alpha) ** 2 + sigma ** 2)       # [5]
+        strength = sigma * min(beta, sigma / (alpha * r2) if alpha else math.inf)
 
         def guided(x_t):
             with torch.enable_grad():
@@ -166,9 +174,10 @@ STRATEGIES = {"wait": Wait, "naive": Naive, "ensembling": Ensembling, "rtc": Rea
 
 def settings_of(policy):
     """What RealTime has to know of a policy. Plain values, since they may come over a wire."""
-    config = policy.model.config
+    config, data = policy.model.config, policy.description
     return {"n_obs_steps": config.n_obs_steps, "first_action": config.first_action,
-            "n_action_steps": config.n_action_steps}
+            "n_action_steps": config.n_action_steps, "fps": data["fps"],
+            "keys": [*data["state_keys"], *data["camera_keys"], "instruction"]}
 
 
 def compute(policy, observations, plan=None):
