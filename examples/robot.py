@@ -8,11 +8,11 @@
     python examples/robot.py --connect 127.0.0.1:5555               here or on another machine
 
 The loop below runs at the robot's own pace and never waits for the network. When a chunk is late, or the
-connection is lost, the arm holds still, and goes on when the policy is back: stop the server and start it again
-to see it.
+connection is lost, the arm holds still, and goes on when the policy is back: stop the server and start it
+again to see it.
 
-What to copy: this file, robot/, the model file, the checkpoint. What to change: `Robot`. Connect to a machine in
-your own network only, or through a tunnel (ssh -L 5555:127.0.0.1:5555 gpu-machine): see robot/remote.py.
+What to copy: this file, robot/, the model file, the checkpoint. What to change: `Robot`. Connect to a machine
+in your own network only, or through a tunnel (ssh -L 5555:127.0.0.1:5555 gpu-machine): see robot/remote.py.
 """
 import sys
 import time
@@ -35,7 +35,8 @@ RANGES = {"port": (0, 65535), "speed": (0.01, 1000), "episodes": (1, 1_000_000),
 
 
 class Robot:
-    """What a robot has to offer, here by the built-in task. Yours reads its sensors and sends its commands."""
+    """What a robot has to offer, here by the built-in task. Yours reads its sensors and sends its
+    commands."""
     hz = Tabletop.fps                       # control steps per second, those of the demonstrations
 
     def __init__(self):
@@ -52,22 +53,22 @@ class Robot:
         return self.seen(obs, info), bool(terminated[0] or truncated[0])
 
     def seen(self, obs, info):
-        """One observation: the keys, shapes and units of the demonstrations, pictures (H, W, 3) uint8 RGB, and
-        the instruction for policies that read."""
+        """One observation: the keys, shapes and units of the demonstrations, pictures (H, W, 3) uint8 RGB,
+        and the instruction for policies that read."""
         self.outcome = str(info["outcome"][0])
         return {key: x[0] for key, x in obs.items()} | {"instruction": info["instruction"][0]}
 
     @staticmethod
     def hold(observation, last):
-        """The action with which the arm stays where it is. Here actions are positions: the present one, and the
-        gripper as it was commanded last. For a robot that is told velocities: zeros."""
+        """The action with which the arm stays where it is. Here actions are positions: the present one, and
+        the gripper as it was commanded last. For a robot that is told velocities: zeros."""
         gripper = [-1.0] if last is None else last[2:]
         return np.concatenate([observation["robot0_eef_pos"], gripper]).astype(np.float32)
 
 
 class Clock:
-    """Wakes the loop at a steady pace. A step that came too late is counted, and not made up for: two commands
-    in a row would be one jump."""
+    """Wakes the loop at a steady pace. A step that came too late is counted, and not made up for: two
+    commands in a row would be one jump."""
 
     def __init__(self, hz):
         self.period, self.late, self.steps = 1 / hz, 0, 0
@@ -137,7 +138,10 @@ def main(argv=None):
         policy = Policy.load(args.run, args.device)
         print(f"{args.run} is served at {args.host}:{args.port}; stop with Ctrl-C", flush=True)
         serve(policy, args.host, args.port)
-    worker = reach(args.connect, args.timeout) if args.connect else InThread(Policy.load(args.run, args.device))
+    if args.connect:
+        worker = reach(args.connect, args.timeout)
+    else:
+        worker = InThread(Policy.load(args.run, args.device))
     policy, robot = RealTime(worker, args.strategy, Robot.hold), Robot()
     results = []
     for i in range(args.episodes):

@@ -233,7 +233,8 @@ class Policy:
             packed[..., places] = target
             target = self.normalizer.normalize("actions", packed)[..., places]
         else:
-            places = getattr(self.model, "places", {}).get("action") or places  # one robot of a unified vector
+            # One robot of a unified vector has its places in the model.
+            places = getattr(self.model, "places", {}).get("action") or places
             target = self.normalizer.normalize("actions", target)
         return guidance(target.to(self.device), weight.to(self.device), places,
                         getattr(self.model.config, "clip_x0", 0.0))

@@ -13,9 +13,10 @@ that is in calls of `act`. What the arm does meanwhile is the strategy's choice:
                 about this step (ACT, arXiv:2304.13705)
     rtc         real-time chunking (Black, Galliker and Levine, arXiv:2506.07339), see below
 
-Real-time chunking: the actions that will have been executed when the chunk arrives are known, for the old chunk
-holds them. The new chunk is sampled under the condition that it begins with these (frozen), and is drawn
-towards the rest of the old one, less and less. No training is needed: each step of the sampler is guided.
+Real-time chunking: the actions that will have been executed when the chunk arrives are known, for the old
+chunk holds them. The new chunk is sampled under the condition that it begins with these (frozen), and is
+drawn towards the rest of the old one, less and less. No training is needed: each step of the sampler is
+guided.
 
     step     0 ..          8           8 + d              Tp
     old      |  executed   |  executed |  not any more    |
@@ -27,16 +28,16 @@ towards the rest of the old one, less and less. No training is needed: each step
     [3]  W_i = 1 for i < d;  c_i (e^c_i - 1) / (e - 1) for d <= i < end;  0 from there on
          c_i = (end - i) / (end - d + 1)
 
-Y: the old chunk, shifted. [1] is written for a flow. With x_t = alpha x0 + sigma eps and the scale divided out
-(tau = alpha / (alpha + sigma)) it reads, for flow and diffusion alike,
+Y: the old chunk, shifted. [1] is written for a flow. With x_t = alpha x0 + sigma eps and the scale divided
+out (tau = alpha / (alpha + sigma)) it reads, for flow and diffusion alike,
 
     [4]  x0' = x0 + sigma min(beta, sigma / (alpha r^2)) (Y - x0)' diag(W) dx0/dx_t
     [5]  r^2 = s^2 sigma^2 / (s^2 alpha^2 + sigma^2)
 
-r^2 is how uncertain x0 is, given x_t, if actions have the deviation s. Differs from the paper: there s = 1 and
-beta = 5. But given an observation, normalised actions vary far less than over the whole data, and with s = 1 the
-guidance is too weak to keep a chunk from going round an obstacle on the other side. What the paper's numbers give is
-in docs/robots.md.
+r^2 is how uncertain x0 is, given x_t, if actions have the deviation s. Differs from the paper: there s = 1
+and beta = 5. But given an observation, normalised actions vary far less than over the whole data, and with s
+= 1 the guidance is too weak to keep a chunk from going round an obstacle on the other side. What the paper's
+numbers give is in docs/robots.md.
 
 Map: soft_mask, guidance -> strategies -> workers (who computes) -> RealTime (what a robot's program calls).
 A worker in another process or on another machine is in remote.py.
@@ -70,8 +71,9 @@ def guidance(target, weight, places, clip=0.0, beta=BETA, spread=SPREAD):
     """The `guide` that a model's `sample` takes: it draws samples towards `target`.
 
     target (n, Tp, A), normalised; weight (Tp,); places: which numbers of x_t the A numbers are. clip: the
-    sampler's clip_x0, 0 where it does not clip. beta, spread: beta and s of [4] and [5]. The sampler runs without gradients; here they are switched on
-    for the product of a vector with the Jacobian, about two more passes through the network in every step.
+    sampler's clip_x0, 0 where it does not clip. beta, spread: beta and s of [4] and [5]. The sampler runs
+    without gradients; here they are switched on for the product of a vector with the Jacobian, about two more
+    passes through the network in every step.
     """
     places = list(places)
 
@@ -242,10 +244,11 @@ class RealTime:
     """A policy that never keeps the robot waiting. As a Policy it has reset and act.
 
     worker: InThread, Simulated, or Remote of remote.py. strategy: a name in STRATEGIES. hold: function
-    (observation, last action or None) -> the action with which the arm holds still, (A,) or (n, A), raw units.
-    It depends on what actions are: for positions the present pose, for velocities zero. every: steps between
-    the beginnings of two chunks, default the model's n_action_steps. say: who is told that the arm holds still
-    although it should not, and why.
+    (observation, last action or None) -> the action with which the arm holds still, shape (A,) or (n, A), raw
+    units.
+    It depends on what actions are: for positions the present pose, for velocities zeros. every: steps between
+    the beginnings of two chunks, default the model's n_action_steps. say: who is told that the arm holds
+    still although it should not, and why.
 
     delays: of every chunk so far, in steps. changed: whether a chunk arrived in the last step. held: steps in
     which the arm held still.
@@ -266,7 +269,7 @@ class RealTime:
         self.job, self.begun = None, 0
         self.delays, self.changed = [], False
         self.held, self.held_before = 0, 0      # ... when the job was begun
-        self.trouble = ""                       # why there is no chunk, as far as it was said
+        self.trouble = ""                       # "late" or "lost", once it was said
 
     def act(self, observation):
         """The action of this control step, raw units: as Policy.act, but never later than the observation is
@@ -277,18 +280,16 @@ class RealTime:
         self.collect()
         if self.job is None and self.strategy.due(self.step):
             plan = self.strategy.plan(self.step, max(self.delays[-RECENT:], default=0))
-            self.job, self.begun, self.held_before = self.worker.submit(self.observations[:], plan), \
-                self.step, self.held
+            self.job = self.worker.submit(self.observations[:], plan)
+            self.begun, self.held_before = self.step, self.held
             self.collect()                      # a simulated one may be there at once
         action = self.strategy.action(self.step)
         if action is None:
+            if self.delays and self.strategy_class is not Wait and not self.trouble:
+                self.trouble = "late"
+                self.say(f"step {self.step}: the next chunk is late: the arm holds still")
             self.held += 1
-            if self.delays and self.strategy_class is not Wait:
-                self.tell("the next chunk is late")
             action = self.hold(observation, self.last)
-        elif self.trouble:
-            self.say(f"step {self.step}: the arm goes on")
-            self.trouble = ""
         self.last, self.step = action, self.step + 1
         return action
 
@@ -300,18 +301,17 @@ class RealTime:
         try:
             chunk = job.result()
         except OSError as e:                    # the next step begins another one, from what is seen then
-            self.tell(str(e))
+            if self.trouble != "lost":
+                self.trouble = "lost"
+                self.say(f"step {self.step}: {e}: the arm does what is left of its chunk, then holds still")
             return
+        if self.trouble:
+            self.say(f"step {self.step}: a chunk is there, the arm goes on")
+            self.trouble = ""
         # Steps in which the arm held still do not count: the chunk's actions are still to come.
         self.strategy.receive(chunk, self.begun + self.held - self.held_before)
         self.delays.append(self.step - self.begun)
         self.changed = True
-
-    def tell(self, trouble):
-        """Once, however long it lasts."""
-        if trouble != self.trouble and (not self.trouble or self.job is None):
-            self.say(f"step {self.step}: {trouble}; the arm holds still where no action is left")
-            self.trouble = trouble
 
     def close(self):
         self.worker.close()

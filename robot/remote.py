@@ -8,16 +8,17 @@ One connection carries one question at a time and its answer; each is one messag
 
     length of the header (4 bytes, big-endian) | header, JSON in UTF-8 | the arrays, one after the other
 
-The header names the arrays with their types and shapes. All lengths are bounded and all types are known before
-anything is read, and nothing is ever unpickled. This needs the standard library and numpy: a robot's computer
-has them, and there is nothing to install at either end. Every message is checked: whoever connects can ask for
-chunks and nothing else. The connection is neither encrypted nor protected by a password: serve on 127.0.0.1,
-the default, and reach it through an SSH tunnel, or stay in a network of your own.
+The header names the arrays with their types and shapes. All lengths are bounded and all types are known
+before anything is read, and nothing is ever unpickled. This needs the standard library and numpy: a robot's
+computer has them, and there is nothing to install at either end. Every message is checked: whoever connects
+can ask for chunks and nothing else. The connection is neither encrypted nor protected by a password: serve on
+127.0.0.1, the default, and reach it through an SSH tunnel, or stay in a network of your own.
 
 When a connection is lost, or an answer is late, the question is lost with it (OSError): RealTime asks again,
 from what the robot sees then. A late answer is never taken for the answer to a later question, since its
 connection is closed.
 """
+import contextlib
 import json
 import math
 import socket
@@ -39,7 +40,7 @@ TYPES = ("uint8", "int32", "int64", "float32", "float64", "bool")
 
 def send(connection, header, arrays):
     """header: values of JSON; arrays: {name: array}."""
-    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     listed = [[name, x.dtype.name, list(x.shape)] for name, x in arrays.items()]
     for name, kind, _ in listed:
         if kind not in TYPES:
@@ -47,7 +48,8 @@ def send(connection, header, arrays):
     head = json.dumps(header | {"arrays": listed}).encode()
     if len(head) > MOST_HEADER or sum(x.nbytes for x in arrays.values()) > MOST_ARRAYS:
         raise UserError(f"a message of more than {MOST_ARRAYS >> 20} MB: send smaller pictures")
-    connection.sendall(b"".join([struct.pack(">I", len(head)), head, *(x.tobytes() for x in arrays.values())]))
+    length = struct.pack(">I", len(head))
+    connection.sendall(b"".join([length, head, *(x.tobytes() for x in arrays.values())]))
 
 
 def receive(connection):
@@ -57,13 +59,16 @@ def receive(connection):
         raise ConnectionError("the other side does not speak this protocol")
     try:
         header = json.loads(exactly(connection, length))
-        listed = [(str(name), np.dtype(kind), [int(n) for n in shape])
-                  for name, kind, shape in header.pop("arrays") if kind in TYPES and min([0, *shape]) == 0]
+        listed = [(name, np.dtype(TYPES[TYPES.index(kind)]), shape)
+                  for name, kind, shape in header.pop("arrays")]
+        for name, _, shape in listed:
+            if not isinstance(name, str) or any(type(n) is not int or n < 0 for n in shape):
+                raise ValueError(name)
+        sizes = [kind.itemsize * math.prod(shape) for _, kind, shape in listed]
+        if sum(sizes) > MOST_ARRAYS:
+            raise ValueError("too much")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ConnectionError("the other side does not speak this protocol") from None
-    sizes = [kind.itemsize * math.prod(shape) for _, kind, shape in listed]
-    if sum(sizes) > MOST_ARRAYS:
-        raise ConnectionError(f"the other side announces more than {MOST_ARRAYS >> 20} MB")
     return header, {name: np.frombuffer(exactly(connection, size), kind).reshape(shape)
                     for (name, kind, shape), size in zip(listed, sizes)}
 
@@ -99,8 +104,8 @@ def answer(policy, header, arrays):
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """A policy that answers; `serve_forever`, `shutdown` and `server_close` as in the standard library. Several
-    robots may be connected; they are answered one after the other."""
+    """A policy that answers; `serve_forever`, `shutdown` and `server_close` as in the standard library.
+    Several robots may be connected; they are answered one after the other."""
     allow_reuse_address = daemon_threads = True
 
     def __init__(self, policy, host="127.0.0.1", port=0):
@@ -108,14 +113,17 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__((host, port), Conversation)
 
     def server_close(self):
+        """Hang up, too."""
         super().server_close()
         for connection in list(self.connections):
-            connection.close()
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class Conversation(socketserver.BaseRequestHandler):
     def handle(self):
         connection, policy = self.request, self.server.policy
+        self.server.connections.add(connection)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             send(connection, {"protocol": PROTOCOL, "settings": settings_of(policy)}, {})
@@ -131,6 +139,8 @@ class Conversation(socketserver.BaseRequestHandler):
                 send(connection, header, arrays)
         except OSError:         # the robot is gone; it will come back
             pass
+        finally:
+            self.server.connections.discard(connection)
 
 
 def serve(policy, host="127.0.0.1", port=5555):
@@ -138,8 +148,8 @@ def serve(policy, host="127.0.0.1", port=5555):
     try:
         server = Server(policy, host, port)
     except (OSError, OverflowError) as e:
-        raise UserError(f"{host}:{port} cannot be served on: {getattr(e, 'strerror', None) or e}; take another "
-                        f"--port") from None
+        raise UserError(f"{host}:{port} cannot be served on: {getattr(e, 'strerror', None) or e}; take "
+                        f"another --port") from None
     with server:
         server.serve_forever()
 
@@ -147,8 +157,8 @@ def serve(policy, host="127.0.0.1", port=5555):
 # ---------------------------------------------------------------- where the robot is
 
 class Remote:
-    """A worker (realtime.py) whose policy is served at `address`, "HOST:PORT". timeout: seconds after which an
-    answer is given up, and the longest that a connection may take. The first one is made here: OSError if
+    """A worker (realtime.py) whose policy is served at `address`, "HOST:PORT". timeout: seconds after which
+    an answer is given up, and the longest that a connection may take. The first one is made here: OSError if
     nobody answers, UserError if the address is none."""
 
     def __init__(self, address, timeout=2.0):
@@ -192,9 +202,9 @@ class Remote:
             header, arrays = receive(self.connection)
         except OSError as e:
             self.disconnect()
-            trouble = f"no answer in {self.timeout:g} s" if isinstance(e, TimeoutError) else e.strerror or str(e)
+            why = f"no answer in {self.timeout:g} s" if isinstance(e, TimeoutError) else e.strerror or e
             host, port = self.address
-            raise ConnectionError(f"the policy at {host}:{port} is lost ({one_line(trouble)})") from None
+            raise ConnectionError(f"the policy at {host}:{port} is lost ({one_line(why)})") from None
         if "error" in header:
             raise UserError(one_line(header["error"], 300))
         return arrays["chunk"]

@@ -1,12 +1,12 @@
 """What a delay does to a policy: `python -m tools.delays out/dp_cnn out/dit_policy out/pi0 --episodes 100`.
 
 The built-in task at its own pace, with chunks that are there 0 to 6 steps after their observation, and with
-every strategy of robot/realtime.py: success with its Wilson interval, the jerk of the gripper's way, the jump of
-the command where another chunk takes over. The delay is simulated: the figures do not depend on how fast this
-computer is. All episodes of a row run side by side.
+every strategy of robot/realtime.py: success with its Wilson interval, the jerk of the gripper's way, the jump
+of the command where another chunk takes over. The delay is simulated: the figures do not depend on how fast
+this computer is. All episodes of a row run side by side.
 
-Rows are appended to --out as JSON lines. A row that is there already is not computed again, so that the command
-can be killed and called again; at the end the table is printed as markdown.
+Rows are appended to --out as JSON lines. A row that is there already is not computed again, so that the
+command can be killed and called again; at the end two tables are printed as markdown.
 """
 import json
 from pathlib import Path
@@ -24,6 +24,7 @@ from robot.policy import Policy
 from robot.realtime import STRATEGIES, RealTime, Simulated
 from robot.rollout import EVALUATION_SEEDS, wilson
 
+RANGES = {"episodes": (1, 100_000), "seed": SEEDS, "every": (0, 1000), "delays": (0, 1000)}
 KEY = ("run", "step", "strategy", "delay", "every", "episodes", "seed")   # what a row is known by
 
 
@@ -36,10 +37,10 @@ def stand_still(observation, last):
 
 
 def play(policy, strategy, delay, every, episodes, seed):
-    """One row: {"success", "interval", "timeouts", "steps" (mean of the successful), "jerk" (mean length of the
-    gripper's third difference in the steps of an episode, times fps^3: units of the table per s^3), "jump"
-    (mean length of the command's change in x and y where another chunk took over), "change" (elsewhere),
-    "held" (share of steps in which the arm stood still)}"""
+    """One row: {"success", "interval", "timeouts", "steps" (mean of the successful), "jerk" (mean length of
+    the gripper's third difference in the steps of an episode, times fps^3: units of the table per s^3),
+    "jump" (mean length of the command's change in x and y where another chunk took over), "change"
+    (elsewhere), "held" (share of steps in which the arm stood still)}"""
     env = make_episodes("tabletop", episodes, policy.description)
     driver = RealTime(Simulated(policy, delay), strategy, stand_still, every, say=lambda note: None)
     policy.reset()
@@ -61,11 +62,12 @@ def play(policy, strategy, delay, every, episodes, seed):
     third = np.linalg.norm(np.diff(np.stack(way, axis=1), n=3, axis=1), axis=-1)   # (n, T - 2)
     moving = np.arange(third.shape[1]) < steps[:, None] - 2
     mean = lambda parts: round(float(np.concatenate(parts).mean()), 4) if parts else None
-    return {"success": float(won.mean()), "interval": [round(float(x), 4) for x in wilson(won.sum(), episodes)],
+    return {"success": float(won.mean()),
+            "interval": [round(float(x), 4) for x in wilson(won.sum(), episodes)],
             "timeouts": int(np.isin(info["outcome"], ("timeout", "wall")).sum()),
             "steps": round(float(steps[won].mean()), 1) if won.any() else None,
             "jerk": round(float(third[moving].mean()) * policy.description["fps"] ** 3, 2),
-            "jump": mean(jumps), "change": mean(changes), "held": round(driver.held / max(1, len(way) - 1), 3)}
+            "jump": mean(jumps), "change": mean(changes), "held": round(driver.held / (len(way) - 1), 3)}
 
 
 def read_rows(path):
@@ -80,7 +82,8 @@ def read_rows(path):
             assert set(KEY) <= set(rows[-1])
         except (ValueError, AssertionError, TypeError):
             if number < len(lines):
-                raise UserError(f"{path}: line {number} is no row of this command: give another --out") from None
+                raise UserError(f"{path}: line {number} is no row of this command: give another --out"
+                                ) from None
             say(f"{path}: half a line at its end is dropped")
     if len(rows) < len(lines):
         with written_aside(path) as aside:
@@ -88,17 +91,31 @@ def read_rows(path):
     return rows
 
 
-def table(rows):
-    """The rows as markdown: success in % [interval], jerk, jump."""
-    lines = ["| policy | delay | strategy | success | out of time | steps | jerk | jump | elsewhere |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for r in rows:
-        low, high = (f"{100 * x:.1f}" for x in r["interval"])
-        cell = lambda name, form: "" if r[name] is None else format(r[name], form)
-        lines.append(f"| {Path(r['run']).name} | {r['delay']} | {r['strategy']} | {100 * r['success']:.0f} "
-                     f"[{low}, {high}] | {r['timeouts']} | {cell('steps', '.1f')} | {cell('jerk', '.1f')} | "
-                     f"{cell('jump', '.3f')} | {cell('change', '.3f')} |")
-    return "\n".join(lines)
+def success(row):
+    low, high = (100 * x for x in row["interval"])
+    return f"{100 * row['success']:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def smoothness(row):
+    return f"{row['jerk']:.0f} / " + ("" if row["jump"] is None else f"{row['jump']:.2f}")
+
+
+def tables(rows):
+    """Two tables as markdown, a line for every policy and strategy, a column for every delay."""
+    delays = sorted({row["delay"] for row in rows})
+    lines = {}                                  # {(policy, strategy, every): {delay: row}}
+    for row in rows:
+        line = Path(row["run"]).name, row["strategy"], row["every"]
+        lines.setdefault(line, {})[row["delay"]] = row
+    parts = []
+    for title, cell in (("success in % at a delay of", success), ("jerk / jump at a delay of", smoothness)):
+        parts += [f"| policy | strategy | {title} {' | '.join(map(str, delays))} |",
+                  "|---" * (2 + len(delays)) + "|"]
+        for (name, strategy, every), line in lines.items():
+            cells = [name, f"{strategy}, every {every}", *(cell(line[delay]) for delay in delays)]
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
 
 
 def parse(argv):
@@ -107,12 +124,13 @@ def parse(argv):
     add("run", nargs="+", help="folders of training runs, policies all of them")
     add("--delays", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5, 6], help="in steps (default: 0 to 6)")
     add("--strategies", nargs="+", default=list(STRATEGIES), help="default: all of robot/realtime.py")
-    add("--every", type=int, default=0, help="steps between two chunks (default: the model's n_action_steps)")
+    add("--every", type=int, default=0,
+        help="steps between two chunks, for all but wait (default: the model's n_action_steps)")
     add("--episodes", type=int, default=100, help="of every row (default: 100)")
     add("--seed", type=int, default=0, help="of the sampler and of the episodes (default: 0)")
     add("--device", default="auto", help="auto | cpu | cuda | mps (default: auto)")
     add("--out", default="out/delays.jsonl", help="file of the rows (default: out/delays.jsonl)")
-    args = parser.parse(argv, {"episodes": (1, 100_000), "seed": SEEDS, "every": (0, 1000), "delays": (0, 1000)})
+    args = parser.parse(argv, RANGES)
     for strategy in args.strategies:
         if strategy not in STRATEGIES:
             raise UserError(f"--strategies {strategy}: there is no such one{hint(strategy, STRATEGIES)}")
@@ -135,8 +153,10 @@ def main(argv=None):
     rows, wanted = read_rows(args.out), []
     for run in args.run:
         policy, step = open_policy(run, args)
-        every = args.every or policy.model.config.n_action_steps
+        own = policy.model.config.n_action_steps
         for strategy in args.strategies:
+            # Who stands still for every chunk has no reason to look before the actions are used up.
+            every = own if strategy == "wait" else args.every or own
             wanted += [(policy, dict(zip(KEY, (run, step, strategy, delay, every, args.episodes, args.seed))))
                        for delay in args.delays]
     known = {tuple(row[key] for key in KEY): row for row in rows}
@@ -149,7 +169,7 @@ def main(argv=None):
         with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(known[key]) + "\n")
     asked = [known[tuple(row.values())] for _, row in wanted]
-    print(table(sorted(asked, key=lambda row: (args.run.index(row["run"]), row["delay"]))))
+    print(tables(asked))
     return asked
 
 
