@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-if __name__ == "__main__":      # run from a checkout: robot/ and the model files are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# In a checkout robot/ and the model files are one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from robot.cli import SEEDS, Parser
 from robot.errors import UserError, run_command

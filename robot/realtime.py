@@ -88,11 +88,13 @@ def guidance(target, weight, places, clip=0.0, beta=BETA, spread=SPREAD):
                 x = x_t.detach().requires_grad_()
                 out = net(x)
                 x0 = out if scale is None else (x - sigma * out) / scale
+                near = cut(x0.detach())
                 error = torch.zeros_like(x0)
-                error[..., places] = weight[:, None].to(x0) * (target.to(x0) - cut(x0.detach())[..., places])
+                error[..., places] = weight[:, None].to(x0) * (target.to(x0) - near[..., places])
                 pull, = torch.autograd.grad(x0, x, error)
-            x0 = cut(cut(x0.detach()) + strength * pull)                        # [4]
-            return x0 if scale is None else (x_t - scale * x0) / sigma
+            # What the sampler would clip anyway moves nothing; without a pull, `out` is what it was.
+            moved = cut(near + strength * pull) - near                          # [4]
+            return out.detach() + (moved if scale is None else -scale / sigma * moved)
         return guided
     return guide
 

@@ -6,7 +6,7 @@
 
 One connection carries one question at a time and its answer; each is one message:
 
-    length of the header (4 bytes, big-endian) | header, JSON in UTF-8 | the arrays, one after the other
+    length of the header (4 bytes, big-endian) | header, JSON in UTF-8 | the arrays, little-endian
 
 The header names the arrays with their types and shapes. All lengths are bounded and all types are known
 before anything is read, and nothing is ever unpickled. This needs the standard library and numpy: a robot's
@@ -40,16 +40,17 @@ TYPES = ("uint8", "int32", "int64", "float32", "float64", "bool")
 
 def send(connection, header, arrays):
     """header: values of JSON; arrays: {name: array}."""
-    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
+    arrays = {name: np.asarray(x) for name, x in arrays.items()}
     listed = [[name, x.dtype.name, list(x.shape)] for name, x in arrays.items()]
     for name, kind, _ in listed:
         if kind not in TYPES:
             raise UserError(f"{name!r} is {kind}, only {', '.join(TYPES)} can be sent")
+    size = sum(x.nbytes for x in arrays.values())
     head = json.dumps(header | {"arrays": listed}).encode()
-    if len(head) > MOST_HEADER or sum(x.nbytes for x in arrays.values()) > MOST_ARRAYS:
+    if len(head) > MOST_HEADER or size > MOST_ARRAYS:
         raise UserError(f"a message of more than {MOST_ARRAYS >> 20} MB: send smaller pictures")
-    length = struct.pack(">I", len(head))
-    connection.sendall(b"".join([length, head, *(x.tobytes() for x in arrays.values())]))
+    parts = [x.astype(x.dtype.newbyteorder("<"), copy=False).tobytes() for x in arrays.values()]
+    connection.sendall(b"".join([struct.pack(">I", len(head)), head, *parts]))
 
 
 def receive(connection):
@@ -59,7 +60,7 @@ def receive(connection):
         raise ConnectionError("the other side does not speak this protocol")
     try:
         header = json.loads(exactly(connection, length))
-        listed = [(name, np.dtype(TYPES[TYPES.index(kind)]), shape)
+        listed = [(name, np.dtype(TYPES[TYPES.index(kind)]).newbyteorder("<"), shape)
                   for name, kind, shape in header.pop("arrays")]
         for name, _, shape in listed:
             if not isinstance(name, str) or any(type(n) is not int or n < 0 for n in shape):

@@ -112,7 +112,8 @@ def test_a_served_policy_is_killed_and_started_again(run):
 @pytest.mark.parametrize("argv, named", [
     ([], "give either a run, as in out/dp_cnn, or --connect HOST:PORT"),
     (["out/x", "--connect", "a:1"], "give either a run"), (["--serve"], "give either a run"),
-    (["nowhere"], "there is no nowhere; give the --out folder"), (["--connect", "here"], "'here' is no address"),
+    (["nowhere"], "there is no nowhere; give the --out folder"),
+    (["--connect", "here"], "'here' is no address"),
     (["x", "--speed", "0"], "--speed 0.0 must be from 0.01 to 1000"),
     (["x", "--sped", "1"], "did you mean 'speed'"),
 ])

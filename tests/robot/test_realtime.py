@@ -90,16 +90,16 @@ def test_at_the_first_step_of_a_flow_beta_bounds_the_guidance():
 
 
 def test_what_a_sampler_clips_stays_within():
-    """An estimate far outside does not pull as far as it lies outside; eps belongs to the clipped
-    estimate."""
+    """An estimate far outside does not pull as far as it lies outside, nor is it moved further than from one
+    bound to the other; without a weight it stays what the network says."""
     alpha, sigma = 0.6, 0.8
     net = lambda x: -4 + 0.5 * x
-    x_t, target = torch.ones(1, 2, 1), torch.zeros(1, 2, 1)
-    eps = guidance(target, torch.tensor([1.0, 0.0]), [0], clip=1.0)(net, alpha, sigma, "eps")(x_t)
-    x0 = (x_t - sigma * eps) / alpha
-    strength = sigma * min(BETA, (SPREAD ** 2 * alpha ** 2 + sigma ** 2) / (SPREAD ** 2 * alpha * sigma))
-    pulled = 1 + strength * (1 - sigma * 0.5) / alpha * (0 - 1)
-    assert x0[0, :, 0].tolist() == pytest.approx([max(-1, pulled), 1])
+    x_t, target = torch.ones(1, 3, 1), torch.tensor([[[0.5], [-1.0], [0.0]]])
+    before = (1 - sigma * net(x_t)) / alpha     # 6.33, which the sampler clips to 1; its slope is 1
+    for beta, moved in ((0.5, [0.4 * -0.5, 0.4 * -2, 0]), (100.0, [-2, -2, 0])):
+        guide = guidance(target, torch.tensor([1.0, 1.0, 0.0]), [0], clip=1.0, beta=beta)
+        after = (1 - sigma * guide(net, alpha, sigma, "eps")(x_t)) / alpha
+        assert (after - before)[0, :, 0].tolist() == pytest.approx(moved, abs=1e-5), beta
 
 
 def test_only_the_numbers_of_the_action_are_drawn():
@@ -137,7 +137,7 @@ def test_every_model_lets_itself_be_guided(name):
     draw = lambda **more: model.sample(batch, generator=torch.Generator().manual_seed(0), **more)
     assert torch.equal(draw(guide=lambda net, alpha, sigma, kind: net), draw())
     nothing = guidance(wanted.expand_as(chunk), torch.zeros(c.pred_horizon), range(chunk.shape[-1]))
-    assert draw(guide=nothing).numpy() == pytest.approx(draw().numpy(), abs=1e-3)
+    assert torch.equal(draw(guide=nothing), draw())
 
 
 # ---------------------------------------------------------------- a policy with a plan

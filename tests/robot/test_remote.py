@@ -42,7 +42,8 @@ def served():
 def test_a_message_arrives_as_it_was_sent():
     a, b = socket.socketpair()
     arrays = {"grey": np.arange(6, dtype=np.uint8).reshape(2, 3)[:, ::-1], "none": np.zeros((0, 4)),
-              "number": np.float32(2.5), "yes": np.array([True, False])}
+              "number": np.float32(2.5), "yes": np.array([True, False]),
+              "big": np.arange(3, dtype=">f8")}
     send(a, {"text": "gr\u00fcn", "n": [1, None]}, arrays)
     header, got = receive(b)
     assert header == {"text": "gr\u00fcn", "n": [1, None]} and list(got) == list(arrays)
