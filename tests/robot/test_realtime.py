@@ -137,7 +137,7 @@ def test_every_model_lets_itself_be_guided(name):
     draw = lambda **more: model.sample(batch, generator=torch.Generator().manual_seed(0), **more)
     assert torch.equal(draw(guide=lambda net, alpha, sigma, kind: net), draw())
     nothing = guidance(wanted.expand_as(chunk), torch.zeros(c.pred_horizon), range(chunk.shape[-1]))
-    assert torch.equal(draw(guide=nothing), draw())
+    assert draw(guide=nothing).numpy() == pytest.approx(draw().numpy(), abs=1e-4)
 
 
 # ---------------------------------------------------------------- a policy with a plan
