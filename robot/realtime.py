@@ -142,10 +142,10 @@ class RealTimeChunking(Naive):
         shift = step - self.start               # so many steps of the old chunk are past
         if self.chunk is None or shift >= self.chunk.shape[-2] - self.now:
             return None
-        left = self.chunk[..., shift:, :]
-        target = np.zeros_like(self.chunk)
-        target[..., :left.shape[-2], :] = left
-        return target, soft_mask(self.chunk.shape[-2], self.now + delay, left.shape[-2])
+        length = self.chunk.shape[-2]
+        # Behind its end stands the last action again, without weight: zeros might be no rotation.
+        target = self.chunk[..., np.minimum(np.arange(length) + shift, length - 1), :]
+        return target, soft_mask(length, self.now + delay, length - shift)
 
 
 class Ensembling(Naive):

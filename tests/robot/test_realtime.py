@@ -170,6 +170,16 @@ def test_a_plan_is_in_raw_units(exact):
     assert chunk[:3] == pytest.approx(target[0, :3], abs=1e-4) and np.array_equal(chunk[3:], free[3:])
 
 
+def test_a_plan_for_relative_actions_is_relative_to_the_present(exact):
+    """The old chunk is in absolute units; to the network it is relative to the state that is seen now."""
+    description = LOWDIM | {"processing": {"actions": [{"delta": {"to": "b"}}]}}
+    policy = Policy(Obeys(), scaled(), description)
+    target = np.arange(16, dtype=np.float32).reshape(8, 2)
+    chunk = compute(policy, [observed(3)], (target, np.float32([1, 1, 0, 0, 0, 0, 0, 0])))
+    assert chunk[:2] == pytest.approx(target[:2], abs=1e-4)
+    assert chunk[2:, 0].tolist() == [2 * (i - 1) + 30 for i in range(2, 8)]     # b is (30, 0.5)
+
+
 def test_a_plan_of_one_robot_of_several(exact):
     """Its actions stand at their places in the unified vector, normalised there."""
     places = {"actions": [4, 1], "state": [0, 1, 2]}
@@ -249,7 +259,7 @@ def test_a_plan_without_an_old_chunk_or_after_its_end_is_none():
     assert strategy.plan(5, 2) is None
     strategy.receive(np.arange(16.0).reshape(8, 2), start=10)
     target, weight = strategy.plan(15, 1)
-    assert target.tolist() == [[10, 11], [12, 13], [14, 15]] + [[0, 0]] * 5
+    assert target.tolist() == [[10, 11], [12, 13]] + [[14, 15]] * 6
     assert weight == pytest.approx(soft_mask(8, 2, 3))
     assert strategy.plan(16, 1) is not None and strategy.plan(17, 1) is None
 
