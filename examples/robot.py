@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from robot.cli import SEEDS, Parser
-from robot.errors import UserError, run_command
+from robot.errors import UserError, run_command, say
 from robot.policy import Policy
 from robot.realtime import STRATEGIES, InThread, RealTime
 from robot.remote import Remote, serve
@@ -142,6 +142,8 @@ def main(argv=None):
         worker = reach(args.connect, args.timeout)
     else:
         worker = InThread(Policy.load(args.run, args.device))
+    if worker.settings["fps"] not in (None, Robot.hz):
+        say(f"the policy learned from {worker.settings['fps']:g} steps per second, the robot makes {Robot.hz}")
     policy, robot = RealTime(worker, args.strategy, Robot.hold), Robot()
     results = []
     for i in range(args.episodes):

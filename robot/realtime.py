@@ -246,11 +246,10 @@ class RealTime:
     """A policy that never keeps the robot waiting. As a Policy it has reset and act.
 
     worker: InThread, Simulated, or Remote of remote.py. strategy: a name in STRATEGIES. hold: function
-    (observation, last action or None) -> the action with which the arm holds still, shape (A,) or (n, A), raw
-    units.
-    It depends on what actions are: for positions the present pose, for velocities zeros. every: steps between
-    the beginnings of two chunks, default the model's n_action_steps. say: who is told that the arm holds
-    still although it should not, and why.
+    (observation, last action or None) -> the action with which the arm holds still, (A,) or (n, A), in raw
+    units; it depends on what actions are: for positions the present pose, for velocities zeros. every: steps
+    between the beginnings of two chunks, default the model's n_action_steps. say: who is told that the arm
+    holds still although it should not, and why.
 
     delays: of every chunk so far, in steps. changed: whether a chunk arrived in the last step. held: steps in
     which the arm held still.

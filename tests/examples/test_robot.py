@@ -39,6 +39,12 @@ def test_the_policy_in_a_thread(run, capsys):
                      r"held still in \d+ steps; act took [\d.]+ ms at most; \d+ steps began late", said), said
 
 
+def test_a_robot_of_another_pace_is_told(run, monkeypatch, capsys):
+    monkeypatch.setattr(example.Robot, "hz", 50)
+    example.main([str(run), "--episodes", "1", "--speed", "10", "--device", "cpu", "--strategy", "wait"])
+    assert "the policy learned from 10 steps per second, the robot makes 50" in capsys.readouterr().err
+
+
 def test_a_loop_that_was_late_does_not_hurry(monkeypatch):
     now, slept = [0.0], []
     monkeypatch.setattr(example.time, "monotonic", lambda: now[0])
