@@ -143,7 +143,8 @@ def main(argv=None):
     else:
         worker = InThread(Policy.load(args.run, args.device))
     if worker.settings["fps"] not in (None, Robot.hz):
-        say(f"the policy learned from {worker.settings['fps']:g} steps per second, the robot makes {Robot.hz}")
+        say(f"the policy learned from {worker.settings['fps']:g} steps per second, the robot makes "
+            f"{Robot.hz}")
     policy, robot = RealTime(worker, args.strategy, Robot.hold), Robot()
     results = []
     for i in range(args.episodes):
