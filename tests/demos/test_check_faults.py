@@ -258,6 +258,11 @@ def test_velocities_go_with_the_change_of_a_state():
     assert (pair.state, pair.kind, pair.lag) == (0, "velocity", 1) and pair.r > 0.99
 
 
+def test_what_has_no_state_or_hardly_a_step_goes_with_nothing():
+    assert pairs_of(np.random.default_rng(0).normal(size=(40, 2)), np.zeros((40, 0)), np.array([40]), 10) == []
+    assert pairs_of(np.ones((4, 2)), np.ones((4, 2)), np.array([2, 2]), 10) == []
+
+
 def test_no_correlation_crosses_from_one_episode_to_the_next():
     """The state of every episode is the action of the one before, at the same step."""
     rng = np.random.default_rng(0)
