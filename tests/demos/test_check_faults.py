@@ -248,6 +248,7 @@ def test_a_few_held_out_actions_beyond_the_others_are_chance(tmp_path):
     report = check.examine(path)
     assert report.findings == [] and 0.1 < report.facts["clipped"] < 0.3
     assert at_least(1, 4, 2 / 21) == pytest.approx(1 - (19 / 21)**4)
+    assert at_least(1, 1, 1.0) == 1 and at_least(500, 5000, 0.01) < 1e-100 < at_least(50, 5000, 0.01)
 
 
 def test_velocities_go_with_the_change_of_a_state():
