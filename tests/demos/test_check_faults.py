@@ -260,7 +260,8 @@ def test_velocities_go_with_the_change_of_a_state():
 
 
 def test_what_has_no_state_or_hardly_a_step_goes_with_nothing():
-    assert pairs_of(np.random.default_rng(0).normal(size=(40, 2)), np.zeros((40, 0)), np.array([40]), 10) == []
+    actions = np.random.default_rng(0).normal(size=(40, 2))
+    assert pairs_of(actions, np.zeros((40, 0)), np.array([40]), 10) == []
     assert pairs_of(np.ones((4, 2)), np.ones((4, 2)), np.array([2, 2]), 10) == []
 
 
