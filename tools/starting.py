@@ -63,8 +63,9 @@ def with_release(options, explicit):
     found = {"model": release.model, "set": said | options.set} | release.recipe
     if release.description.get("processing"):
         found["processing"] = release.description["processing"]
-    fit = (options.processing or found.get("processing") or {}).get("images", {}).get("fit")
-    if release.description.get("image_size") and fit != "model":    # which takes pictures of any size
+    images = (options.processing or found.get("processing") or {}).get("images")
+    by_model = isinstance(images, dict) and images.get("fit") == "model"    # then pictures keep their size
+    if release.description.get("image_size") and not by_model:
         found["image_size"] = tuple(release.description["image_size"])
     found = {name: value for name, value in found.items() if name in vars(options) and (
         name not in explicit or name == "set")}
