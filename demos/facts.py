@@ -16,7 +16,7 @@ def facts_of(demos, module, options):
              "n_cameras": len(demos.processing.places)}
     if demos.image_size:
         facts["image_size"] = tuple(demos.image_size)
-    if "wrist_cameras" not in options.set:      # by their names, as openpi has it; robosuite's hands are eyes
+    if "wrist_cameras" in fields and "wrist_cameras" not in options.set:    # by their names, as in openpi
         facts["wrist_cameras"] = tuple(v for v, (place, _) in enumerate(demos.processing.places)
                                        if "wrist" in place or "eye_in_hand" in place)
     if not demos.camera_keys and fields.get("obs") == "image" and "obs" not in given:

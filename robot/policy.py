@@ -18,6 +18,7 @@ from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
 from .processing import Processing
+from .realtime import guidance
 from .released import build_model
 from .text import prompts
 from .transforms import same_shape
@@ -245,10 +246,11 @@ class Policy:
         has[:, self.places["actions" if kind == "action" else "state"]] = True
         return has
 
-    def sample_chunk(self, copies=1, trace=None):
+    def sample_chunk(self, copies=1, trace=None, plan=None):
         """From the observations so far, `copies` chunks for each episode: (n copies, Tp, A), raw units.
-        trace: receives the chunks at every state of the sampler, normalised."""
-        return self.to_robot(self.sample(copies, trace)).numpy()
+        trace: receives the chunks at every state of the sampler, normalised. plan: (target (n, Tp, A raw),
+        weight (Tp,)), what the chunks have to agree with, see realtime.py."""
+        return self.to_robot(self.sample(copies, trace, plan)).numpy()
 
     def to_robot(self, chunk):
         """Actions in the network's form (n copies, Tp, A), not normalised -> the robot's, (n copies, Tp,
@@ -262,7 +264,7 @@ class Policy:
         chunks = self.normalizer.unnormalize("actions", trace.float().cpu())
         return torch.stack([self.to_robot(x) for x in chunks]).numpy()
 
-    def sample(self, copies=1, trace=None):
+    def sample(self, copies=1, trace=None, plan=None):
         """The chunk as the network gives it, not normalised: (n copies, Tp, A)."""
         missing = self.model.config.n_obs_steps - len(self.history)
         history = self.history[:1] * missing + self.history  # the first one stands for the time before it
@@ -279,5 +281,24 @@ class Policy:
             batch |= {f"{kind}_valid": self.valid(kind, len(state)) for kind in ("action", "state")}
         batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}
         more = {} if trace is None else {"trace": trace}
+        if plan is not None:
+            more["guide"] = self.guide(*plan)
         chunk = self.model.sample(batch, steps=self.steps, generator=self.generator, **more)
         return self.normalizer.unnormalize("actions", chunk.float().cpu())
+
+    def guide(self, target, weight):
+        """What draws a sampler towards `target` (n, Tp, A raw); weight (Tp,)."""
+        target, weight = torch.as_tensor(target), torch.as_tensor(weight)
+        if self.places:
+            packed = target.new_zeros(*target.shape[:-1], self.description["action_dim"])
+            packed[..., self.places["actions"]] = target
+            target = packed
+        target = self.processing.actions(target, self.history[-1]["now"])
+        target = self.normalizer.normalize("actions", target)
+        if self.places:
+            places = self.places["actions"]
+            target = target[..., places]
+        else:  # a model with one robot in its unified vector knows the places itself
+            places = getattr(self.model, "places", {}).get("action") or range(target.shape[-1])
+        return guidance(target.to(self.device), weight.to(self.device), places,
+                        getattr(self.model.config, "clip_x0", 0.0))

@@ -70,7 +70,7 @@ class Processing:
         where = "processing: actions: delta"
         fields(spec, where, ("to",), ("except",))
         keys = spec["to"] if isinstance(spec["to"], list) else [spec["to"]]
-        for key in keys:
+        for key in keys or [""]:
             self.known(key, f"{where}: to: {one_line(key, 40)}")
         none = spec.get("except") in (None, [])
         return keys, [] if none else places(spec["except"], f"{where}: except")
@@ -123,8 +123,9 @@ class Processing:
             has = sum(self.state_dims[key] for key in self.delta_to)
             for d in self.moving(dim):
                 if d >= has:
-                    raise UserError(f"processing: actions: delta: {few(self.delta_to)}: {has} numbers, none "
-                                    f"for number {d} of the actions: if that is absolute, name it in except")
+                    keys = " and ".join(map(repr, self.delta_to))
+                    raise UserError(f"processing: actions: delta: {keys} has {has} numbers, none for number "
+                                    f"{d} of the actions: if that is absolute, name it in except")
         if isinstance(self.normalize.get("actions"), dict):
             within(list(self.normalize["actions"]), dim, "processing: normalize: actions")
         return dim

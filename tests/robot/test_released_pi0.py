@@ -98,6 +98,17 @@ def test_the_only_robot_with_statistics_is_taken_and_else_one_is_asked_for(tmp_p
     torch.testing.assert_close(named.normalizer.normalize("state", state), (state - mean) / (std + 1e-6))
 
 
+def test_a_robot_without_instruction_and_wrists_has_its_default_and_hidden_places(tmp_path):
+    folder = openpi(tmp_path / "folder", weights=weights_of(vocab_size=257))
+    policy = Policy.from_release(open_release(folder, robot="pi0_aloha_towel"))
+    look = {"qpos": np.full(14, 0.5), "cam_high": np.full((48, 64, 3), 9, np.uint8)}
+    step, _ = policy.prepare(look)
+    assert policy.model.config.decode_text(step["text"][0]) == "fold the towel"
+    assert step["image_mask"].tolist() == [[True, False, False]] and not step["images"][:, 1:].any()
+    told, _ = policy.prepare(look | {"instruction": "wave"})
+    assert policy.model.config.decode_text(told["text"][0]) == "wave"
+
+
 def test_every_robots_description_is_sound_and_exact_there_and_back():
     """What a command becomes on its way to the network is undone, also where it is relative."""
     generator = torch.Generator().manual_seed(0)
@@ -290,6 +301,7 @@ def test_a_lerobot_folder_is_trained_further_with_its_own_statistics(tmp_path):
                 "--device", "cpu", "--log_every", "1", "--set", "augment=true"])
     model, checkpoint = load_model(out)
     assert checkpoint["model"] == "pi0" and model.config.text_as_is
+    assert checkpoint["data"]["image_size"] == [48, 64]     # as they are: the network fits them
     assert model.config.wrist_cameras == (1,) and model.config.augment and not model.config.antialias
     losses = [row["loss"] for row in read_rows(out) if "lr" in row]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -331,5 +343,5 @@ def test_a_model_without_a_mask_refuses_such_episodes(tmp_path, capsys):
     path = demos(tmp_path / "a.hdf5", lacking={(1, "observation.images.wrist")})
     config = tmp_path / "c.yaml"
     config.write_text("processing: {cameras: {a: observation.images.top, b: observation.images.wrist}}\n")
-    run = ["--model", "dit_policy", "--data", str(path), "--config", str(config), "--out", str(tmp_path / "out")]
+    run = ["--model", "dit_policy", "--data", str(path), "--config", str(config), "--out", str(tmp_path)]
     refused(capsys, lambda: train.main(run), "dit_policy has no image_mask")
