@@ -18,18 +18,18 @@ chunk holds them. The new chunk is sampled under the condition that it begins wi
 drawn towards the rest of the old one, less and less. No training is needed: each step of the sampler is
 guided.
 
-    step     0 ..          8           8 + d              Tp
-    old      |  executed   |  executed |  not any more    |
-    new                    |  frozen   |  guided          |  free       |
-    weight W                  1           decays to 0        0
+    step        0              s               s + d               Tp              s + Tp
+    old chunk   |   executed   |   executed    |    not needed     |
+    new chunk                  | frozen, W = 1 | guided, W decays  | free, W = 0   |
+                               ^ observed       ^ there: the arm changes over
 
     [1]  v' = v + min(beta, (1 - tau) / (tau r^2)) (Y - A_hat)' diag(W) dA_hat/dA     tau = 1 is data
     [2]  A_hat = A + (1 - tau) v,   r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2)
     [3]  W_i = 1 for i < d;  c_i (e^c_i - 1) / (e - 1) for d <= i < end;  0 from there on
-         c_i = (end - i) / (end - d + 1)
+         c_i = (end - i) / (end - d + 1),   end = Tp - s
 
-Y: the old chunk, shifted. [1] is written for a flow. With x_t = alpha x0 + sigma eps and the scale divided
-out (tau = alpha / (alpha + sigma)) it reads, for flow and diffusion alike,
+Y: the old chunk, shifted by s. [1] is written for a flow. With x_t = alpha x0 + sigma eps and the scale
+divided out (tau = alpha / (alpha + sigma)) it reads, for flow and diffusion alike,
 
     [4]  x0' = x0 + sigma min(beta, sigma / (alpha r^2)) (Y - x0)' diag(W) dx0/dx_t
     [5]  r^2 = s^2 sigma^2 / (s^2 alpha^2 + sigma^2)
