@@ -131,8 +131,9 @@ def test_every_model_lets_itself_be_guided(name):
     assert not chunk.requires_grad
     alpha, sigma = (np.array([step[i] for step in seen]) for i in (0, 1))
     assert len(seen) == c.sampler_steps and (np.diff(alpha) > 0).all() and (np.diff(sigma) < 0).all()
-    assert (alpha + sigma if name == "pi0" else alpha ** 2 + sigma ** 2) == pytest.approx(1)
-    assert {step[2] for step in seen} == {{"pi0": "v", "rdt": "x0"}.get(name) or c.prediction_type}
+    assert (alpha + sigma if name.startswith("pi0") else alpha ** 2 + sigma ** 2) == pytest.approx(1)
+    kind = {"pi0": "v", "pi05": "v", "rdt": "x0"}.get(name) or c.prediction_type
+    assert {step[2] for step in seen} == {kind}
     assert all(0 < step[3] < math.inf for step in seen)
     draw = lambda **more: model.sample(batch, generator=torch.Generator().manual_seed(0), **more)
     assert torch.equal(draw(guide=lambda net, alpha, sigma, kind: net), draw())
