@@ -57,6 +57,16 @@ class Normalizer:
             self.near_constant[key] = np.flatnonzero(flat).tolist()
         return self
 
+    @classmethod
+    def from_stats(cls, modes, stats, eps=0.0, floor=1e-8):
+        """A normaliser from the statistics of a release instead of data.
+
+        modes {key: mode, or a list of the modes of its numbers}, stats {key: {"mean", "std", "min", "max",
+        "q01", "q99": (D,)}} (those that the mode needs), keys "actions" and "state". eps is added to every
+        deviation and range (a number, or {key: number}); what is 0 even then becomes `floor`.
+        """
+        raise NotImplementedError
+
     def normalize(self, key, x):
         """x (..., D), a tensor on any device"""
         y = (x.cpu().double() - self.centre[key]) * self.scale[key]     # not every device has float64

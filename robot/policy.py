@@ -33,7 +33,7 @@ class Policy:
     """
 
     def __init__(self, model, normalizer, description, device="cpu", dtype=None, steps=None, seed=0,
-                 robot=None, without=(), swap=()):
+                 robot=None, without=(), swap=(), relative_to="chunk"):
         self.model = model.to(dtype) if dtype else model
         robots = description.get("robots", {})
         if (robot or robots) and robot not in robots:
@@ -60,6 +60,13 @@ class Policy:
             raise UserError(f"{path}: {checkpoint['model']} generates samples, it is no policy")
         normalizer = Normalizer.from_state(checkpoint["normalizer"])
         return cls(model, normalizer, checkpoint["data"], device, dtype, steps, seed, robot)
+
+    @classmethod
+    def from_release(cls, release, device="cpu", dtype=None, steps=None, seed=0, relative_to="chunk"):
+        """A policy of released.open_release, without training. relative_to: whether delta actions are added
+        to the state at which the chunk was sampled ("chunk") or to the latest one ("latest", what LeRobot's
+        select_action does). Raises UserError."""
+        raise NotImplementedError
 
     def reset(self):
         """Forget the past: call it at the start of every episode."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 ONCE = 2**26                    # bytes of float32 in work at a time
 
 
-def resize(frames, size):
+def resize(frames, size, fit="stretch", filter="bilinear", fill=0):
     """Pictures (N, H, W, 3) uint8 -> (N, *size, 3) uint8, size = (height, width).
 
     Bilinear and antialiased: where a picture shrinks, every new pixel is a mean over the old ones around it,
