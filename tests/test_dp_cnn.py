@@ -53,12 +53,12 @@ def test_golden_unet(case):
     assert torch.allclose(one, pred[:1], atol=2e-5 * pred.abs().max().item())
 
 
-def check_gradients(case, module, config, prefix="", state_dim=None):
+def check_gradients(case, module, config, prefix="", order=None):
     """Every stored official gradient, renamed and permuted as the weights are, equals ours."""
     ours = {prefix + k: p.grad for k, p in module.named_parameters()}
     for key in case.grad:
         official = f"unet.{key}" if prefix else key
-        (name, want), = convert_official({official: case.grad[key]}, config, state_dim).items()
+        (name, want), = convert_official({official: case.grad[key]}, config, order).items()
         error = (ours[name] - want).abs().max().item()
         assert error <= case.tolerance(f"grad/{key}"), f"{case.name} {key}: {error:.2e}"
 
@@ -138,8 +138,8 @@ def lerobot_config(case):
 @golden("dp_cnn.LeRobotDiffusionPolicy")
 def test_golden_lerobot(case):
     config = lerobot_config(case)
-    state_dim = case.config["state_dim"]
-    model = DiffusionPolicyCNN.from_official(case.sd, config, state_dim=state_dim).eval()
+    order = [case.config["state_dim"], *"c" * config.n_cameras, case.config.get("env_dim", 0)]
+    model = DiffusionPolicyCNN.from_official(case.sd, config, order).eval()
     parts = [case.inp[k].clone().requires_grad_() for k in ("state", "env_state") if k in case.inp]
     images = [case.inp[f"image_{v}"].clone().requires_grad_() for v in range(config.n_cameras)]
     mask_padding = case.config["lerobot"].get("do_mask_loss_for_padding", False)
@@ -158,13 +158,13 @@ def test_golden_lerobot(case):
     emb = config.step_embed_dim
     columns = slice(None)
     if config.n_cameras:
-        columns = [c - emb for c in dp_cnn.lerobot_columns(config, state_dim)[emb:]]
+        columns = [c - emb for c in dp_cnn.official_columns(config, order)[emb:]]
     assert (cond - case.out["global_cond"][:, columns]).abs().max() <= case.tolerance("out/global_cond")
 
     result = model.loss(batch, noise=case.inp["noise"], t=case.inp["timesteps"])
     case.check("out/loss", result["loss"])
     result["loss"].backward()
-    check_gradients(case, model, config, state_dim=state_dim)
+    check_gradients(case, model, config, order=order)
     for name, tensor in {"state": parts[0], "env_state": parts[-1],
                          **{f"image_{v}": x for v, x in enumerate(images)}}.items():
         if name in case.grad_in:
