@@ -846,8 +846,10 @@ class RDT(nn.Module):
     def from_official(cls, state_dict, config):
         """A policy with released weights: the diffusion transformer and its adaptors (RDTRunner), and, unless
         encoders is "none", SigLIP's and T5's in the same state_dict, under the names of transformers. config
-        must describe it (PRESETS["1B"]). The tensors become the parameters as they are, nothing is copied."""
-        weights = convert_official(state_dict)
+        must describe it (PRESETS["1B"]); encoders that it does without are not taken. The tensors become the
+        parameters as they are, nothing is copied."""
+        unused = {"none": ("vision.", "t5."), "images": ("t5.",)}.get(config.encoders, ())
+        weights = {k: x for k, x in convert_official(state_dict).items() if not k.startswith(unused)}
         with torch.device("meta"):
             model = cls(config)
         load_strictly(model, weights)

@@ -10,6 +10,7 @@ import torch
 from .downloads import Release, open_download
 from .errors import UserError, few, one_line
 from .models import load_module, model_config
+from .released_rdt import read_rdt
 from .weight_files import refuse_not_finite
 
 # One line of the names of each model's official weights, by which a bare file is known.
@@ -30,7 +31,7 @@ def bare(download, model, hints):
 
 
 # Tried in this order: function(download, model or None, hints) -> Release or None.
-READERS = [bare]
+READERS = [read_rdt, bare]
 
 
 def open_release(path, model=None, **hints):
