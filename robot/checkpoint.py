@@ -7,6 +7,7 @@ import torch
 from .errors import UserError, input_file, one_line, user_path, written_aside
 from .models import load_module, model_config
 from .normalizer import Normalizer
+from .processing import Processing
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
 
@@ -66,7 +67,11 @@ def faults(content):
 
 
 def check_normalizer(normalizer, data):
-    for key, dim in (("actions", data["action_dim"]), ("state", data["state_dim"])):
+    dims = {"actions": data["action_dim"], "state": data["state_dim"]}
+    if data.get("processing"):
+        steps = Processing(data["processing"], data["state_keys"], data["camera_keys"])
+        dims = {"actions": steps.action_dim(data["action_dim"]), "state": steps.state_dim}
+    for key, dim in dims.items():
         there_and_back = normalizer.unnormalize(key, normalizer.normalize(key, torch.zeros(1, dim)))
         stats = [normalizer.stats[key][name] for name in ("min", "max", "mean", "std")]
         numbers = torch.stack([there_and_back[0], *stats])

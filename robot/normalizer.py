@@ -80,15 +80,14 @@ class Normalizer:
     @classmethod
     def of_units(cls, dims):
         """One that does nothing, where there are no statistics. dims: {key: numbers}"""
-        ones = {key: torch.ones(dim) for key, dim in dims.items()}
-        stats = {key: {name: 0 * x for name in ("min", "max", "mean", "std")} for key, x in ones.items()}
-        centre = {key: 0 * x.double() for key, x in ones.items()}
-        return cls("none", ones, centre, stats, {key: [] for key in dims})
+        scale = {key: torch.ones(dim) for key, dim in dims.items()}
+        centre = {key: torch.zeros(dim, dtype=torch.float64) for key, dim in dims.items()}
+        return cls("none", scale, centre, {}, {key: [] for key in dims})
 
-    def normalize(self, key, x):
+    def normalize(self, key, x, dtype=torch.float32):
         """x (..., D), a tensor on any device"""
         y = (x.cpu().double() - self.centre[key]) * self.scale[key]     # not every device has float64
-        return y.float().to(x.device)
+        return y.to(dtype).to(x.device)
 
     def unnormalize(self, key, x):
         """The inverse of `normalize`."""

@@ -25,7 +25,7 @@ ORDERS = ["".join(axes) for axes in itertools.product("xyz", repeat=3)
 FORMS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "axis_angle": 3, "matrix": 9, "rotation_6d": 6,
          "rotation_6d_columns": 6} | {
     f"euler_{order}_{kind}": 3 for order in ORDERS for kind in ("intrinsic", "extrinsic")}
-TOLERANCE = 0.01                # of what is still a rotation: lengths, right angles, full turns
+TOLERANCE = 0.01                # of what is still a rotation: lengths and right angles
 
 
 def convert(x, source, target):
@@ -140,9 +140,9 @@ def no_rotation(x, form):
     if form.startswith("quaternion"):
         return (x.norm(dim=-1) - 1).abs() > TOLERANCE
     if form.startswith("euler"):
-        return x.abs().amax(-1) > 2 * torch.pi + TOLERANCE
+        return x.abs().amax(-1) > 4 * torch.pi
     if form == "axis_angle":
-        return x.norm(dim=-1) > 2 * torch.pi + TOLERANCE
+        return x.norm(dim=-1) > 4 * torch.pi
     rows = x.unflatten(-1, (-1, 3))
     squares = rows @ rows.mT - torch.eye(rows.shape[-2], dtype=x.dtype)
     wrong = squares.abs().flatten(-2).amax(-1) > TOLERANCE

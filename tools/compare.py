@@ -133,7 +133,7 @@ def compare_policies(members, where, args):
         trace = []
         policy.generator = torch.Generator().manual_seed(args.seed)
         policy.sample_chunk(copies=32, trace=trace)
-        states = policy.normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()
+        states = policy.raw(torch.stack(trace))
         axes = frame_of_chunks(model.config, policy.description, checkpoint["environment"])
         # Where actions are places in the picture, it lies below them; elsewhere it stands beside, once.
         chunks.append(axes | {"name": name, "group": where, "trace": states, "labels": step_labels(states),
@@ -179,8 +179,7 @@ def shared_moment(policies, environments, args, n=8, looks=6):
 
 def spread_of(policy, copies=4):
     """How far chunks for the same observation lie apart, in each episode, in units of the actions' range."""
-    chunks = torch.from_numpy(policy.sample_chunk(copies))
-    chunks = policy.normalizer.normalize("actions", chunks).unflatten(0, (-1, copies))
+    chunks = policy.normalizer.normalize("actions", policy.sample(copies)).unflatten(0, (-1, copies))
     return chunks.std(1).flatten(1).mean(1).numpy()
 
 

@@ -387,7 +387,7 @@ def batch_table(batch, description, normalizer, config):
         if normalizer and key in normalizer.stats:
             stats = normalizer.stats[key]
             if len(stats["min"]):
-                out.append(" " * 13 + f"normalised ({normalizer.mode}); in the data's units "
+                out.append(" " * 13 + f"normalised ({normalizer.mode_of(key)}); in the data's units "
                            f"{stats['min'].min():.3g} .. {stats['max'].max():.3g}")
     return out
 

@@ -61,7 +61,7 @@ class Options:
     max_train_episodes: int = 0
     # share of the episodes held out for validation, where the file does not say itself; 0 = as the file says
     val_ratio: float = 0.0
-    # minmax | meanstd | quantile | maxabs
+    # minmax | meanstd | quantile | maxabs | none
     normalizer: str = "minmax"
     # gigabytes of memory for images; what takes more stays in the files
     memory_gb: float = 4.0
@@ -109,6 +109,8 @@ class Options:
     extra: dict = field(default_factory=dict)
     # several robots in one run: {name: {data, action_names, state_names}}, for rdt (YAML only)
     robots: dict = field(default_factory=dict)
+    # steps between the robot's numbers and pictures and the network's, see docs/data.md (YAML only)
+    processing: dict = field(default_factory=dict)
     # environment of the closed loop: {id, kwargs, obs, ...}, see robot/environments.py (YAML only)
     env: dict = field(default_factory=dict)
 

@@ -140,7 +140,7 @@ def same_data(was, now, out):
     """Refuse to go on with other data: weights in other units, held-out episodes that are trained on."""
     for key, what in (("state_keys", "observations"), ("camera_keys", "cameras"), ("lengths", "episodes"),
                       ("items", "items"), ("fingerprint", "numbers"), ("train_episodes", "split"),
-                      ("valid_episodes", "split")):
+                      ("valid_episodes", "split"), ("processing", "processing:")):
         if key in was and was[key] != now.get(key):
             what += f" ({len(was[key])} then, {len(now[key])} now)" if isinstance(was[key], list) else ""
             raise UserError(f"--resume: the data have changed since the run began, other {what}: use the same"

@@ -178,7 +178,7 @@ def point():
 class Pusher:
     """A stand-in for Policy that keeps what it is shown and commands 5 in every dimension."""
     normalizer = types.SimpleNamespace(stats={"actions": {"mean": torch.full((2,), 5.0)}})
-    places = None
+    to_robot = staticmethod(lambda chunk: chunk)
 
     def __init__(self, state_keys, camera_keys=(), action_dim=2):
         self.description = {"state_keys": state_keys, "camera_keys": list(camera_keys),
