@@ -126,8 +126,9 @@ class Config:
                 len(self.image_mean) not in (0, 3, 3 * self.n_cameras):
             raise ValueError(f"image_mean {self.image_mean}, image_std {self.image_std}: give three numbers "
                              f"of each, or three for every camera; deviations are above 0")
-        if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
+        if not self.resnet_widths or any(w < 16 or w % (w // 16) for w in self.resnet_widths):
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be at least 16 and fall into groups "
+                             f"of that size or more: take multiples of 16")
         if len(self.beta_ends) != 2 or not 0 < self.beta_ends[0] <= self.beta_ends[1] < 1:
             raise ValueError(f"beta_ends {self.beta_ends} must rise, both above 0 and below 1")
         if self.n_obs_steps + self.n_action_steps > self.horizon + 1:  # the present counts twice
@@ -363,7 +364,8 @@ class SpatialSoftmax(nn.Module):
 
 class ImageEncoder(nn.Module):
     """One camera: resize, crop, ResNet, spatial softmax, linear, ReLU. (N, 3, H, W) -> (N, image_dim). Bytes
-    are scaled by the mean and deviation of the pixels; float images must be scaled already."""
+    are scaled by the mean and deviation of the pixels; float images must be scaled already. It differs from
+    dp_transformer's by this scale, and by the resizing."""
 
     def __init__(self, config):
         super().__init__()
@@ -421,7 +423,7 @@ def cosine_alpha_bar(K, device):
 
 @functools.lru_cache
 @torch.compiler.assume_constant_result
-def linear_alpha_bar(K, device, ends, power):
+def linear_schedule(K, device, ends, power):
     """alpha_bar_t of betas whose power-th root rises linearly: 1 is Ho et al.'s, 2 is "scaled_linear"."""
     first, last = (end ** (1 / power) for end in ends)
     return torch.cumprod(1 - torch.linspace(first, last, K) ** power, dim=0).to(device)
@@ -490,7 +492,7 @@ class DiffusionPolicyCNN(nn.Module):
         config, K = self.config, self.config.n_diffusion_steps
         if config.schedule == "cosine":
             return cosine_alpha_bar(K, device)
-        return linear_alpha_bar(K, device, config.beta_ends, 1 if config.schedule == "linear" else 2)
+        return linear_schedule(K, device, config.beta_ends, 1 if config.schedule == "linear" else 2)
 
     def condition(self, batch):
         """-> cond (B, G) for FiLM, given (B, Tp, D) or None, known (Tp, D). When inpainting [9], `given` is a

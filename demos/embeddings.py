@@ -22,6 +22,22 @@ MOST_OPEN = 64                  # files at a time, as in demos/dataset.py
 HOW = "python -m tools.embed DATA --t5 FOLDER --siglip FOLDER --out FOLDER"
 
 
+def embed(demos, module, given, options):
+    """Let a set give tokens instead of pictures and texts. given: {field: value} of preset and --set. ->
+    {field of Config: value}. Raises UserError."""
+    if not options.embeddings:
+        if given.get("encoders") in ("none", "images"):
+            raise UserError(f"{options.model} {options.preset} takes pictures and instructions as tokens: {HOW}, "
+                            f"then --embeddings with that folder")
+        return {}
+    if not hasattr(module.Config, "encoders"):
+        raise UserError(f"--embeddings: {options.model} does not read SigLIP's and T5's tokens, rdt does")
+    if options.robots:
+        raise UserError("--embeddings are of one robot, not of robots: in YAML")
+    demos.embeddings = Embeddings(options.embeddings, demos, [key for _, key in demos.processing.places])
+    return demos.embeddings.facts(given, options.preset)
+
+
 def open_part(path):
     """One of the files, for reading. Raises UserError."""
     try:
@@ -36,8 +52,7 @@ def open_part(path):
 
 def identity(demos, e):
     """By which an episode is known again: its name, and its actions as the file has them."""
-    episode = demos.episodes[e]
-    return episode.name, fingerprint(np.asarray(demos.read(episode, episode.actions), np.float32))
+    return demos.episode_names[e], fingerprint(demos.raw_actions(e))
 
 
 def read_language(folder):
@@ -84,7 +99,7 @@ class Embeddings:
         return found
 
     def check(self, path, shapes, demos, e):
-        steps = demos.episodes[e].begin + int(demos.lengths[e])
+        steps = demos.episodes[e].steps
         for key in filter(None, self.places):
             if key not in shapes:
                 raise UserError(f"{path} has no camera {key!r}{hint(key, shapes)}")

@@ -1,6 +1,8 @@
 """What a set of demonstrations says about a policy's Config, so that a file in a known form needs no flag."""
 from robot import tabletop
-from robot.errors import few, one_line, say
+from robot.errors import UserError, few, one_line, say
+from robot.processing import Processing
+from robot.released_rdt import camera_places
 
 LONGEST_TEXT = 1024             # bytes; text_len does not follow an instruction beyond that
 
@@ -22,6 +24,28 @@ def facts_of(demos, module, options):
     elif hasattr(module, "UNIFIED"):
         facts |= place_names(demos, module, given)
     return facts
+
+
+def place_cameras(demos, module, given):
+    """Released weights of rdt know their cameras by places. They are named in processing: cameras; where they
+    are not, names that leave no doubt do."""
+    if not hasattr(module, "CAMERA_PLACES") or not given.get("max_cameras") or not demos.camera_keys:
+        return
+    cameras = demos.processing.spec.get("cameras") or {}
+    if not cameras:
+        for key in demos.camera_keys:
+            words = key.lower()
+            wrist = any(word in words for word in ("wrist", "hand", "gripper", "left", "right"))
+            place = "left_wrist" if "left" in words else "right_wrist" if wrist else "external"
+            if place in cameras:
+                raise UserError(f"cameras {cameras[place]!r} and {key!r} would both be {place}: name each, "
+                                f"processing: cameras: {{external: KEY, right_wrist: KEY, left_wrist: KEY}} in "
+                                f"YAML")
+            cameras[place] = key
+        say(f"cameras are taken for {', '.join(f'{place}: {key}' for place, key in cameras.items())}; to say it "
+            f"yourself: processing: cameras: in YAML")
+    spec = demos.processing.spec | {"cameras": camera_places(cameras, module)}
+    demos.processing = Processing(spec, demos.state_keys, demos.camera_keys)
 
 
 def text_facts(demos, module, given, blind, chosen):

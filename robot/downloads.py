@@ -57,6 +57,7 @@ class Release:
     description: dict         # as a checkpoint's "data": state_keys, camera_keys, image_size, ..., processing
     notes: list               # what was not used, for the user
     loading: dict = field(default_factory=dict)  # more arguments of the model's from_official
+    recipe: dict = field(default_factory=dict)   # options of train.py that its authors trained it with
 
 
 def open_download(path):

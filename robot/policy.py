@@ -15,11 +15,12 @@ import torch
 
 from .checkpoint import load_model
 from .errors import UserError, hint, say_once
-from .models import load_module, model_config, pick_device
+from .models import pick_device
 from .normalizer import Normalizer
 from .processing import Processing
+from .released import build_model
 from .text import codes
-from .transforms import same_shape
+from .transforms import same_shape, through_jpeg
 
 BACKGROUND = 127          # grey level, 0..255, of a camera that is covered or that a robot does not have
 
@@ -72,15 +73,13 @@ class Policy:
     @classmethod
     def from_release(cls, release, device="cpu", dtype=None, steps=None, seed=0, relative_to="chunk"):
         """A policy of released.open_release, as it was downloaded, without training. Raises UserError."""
-        module = load_module(release.model)
         device, _ = pick_device(str(device), "float32")
-        config = model_config(module, release.config, f"{release.model}'s folder")
-        try:
-            model = module.Model.from_official(release.weights, config)
-        except ValueError as e:
-            raise UserError(f"{release.model}: {e}") from None
-        return cls(model.to(device).eval().requires_grad_(False), release.normalizer, release.description,
-                   device, dtype, steps, seed, relative_to=relative_to)
+        if release.normalizer is None or not release.description:
+            raise UserError("--init: these weights come without the statistics and the observations that "
+                            "a policy needs to act: train.py --init gives it those of a data set")
+        model = build_model(release, dtype=dtype or torch.float32).to(device).eval().requires_grad_(False)
+        return cls(model, release.normalizer, release.description, device, dtype, steps, seed,
+                   relative_to=relative_to)
 
     def reset(self):
         """Forget the past: call it at the start of every episode."""
@@ -136,7 +135,9 @@ class Policy:
             shown = torch.tensor([key in values for _, key in self.processing.places])
             if not shown.all():
                 step["image_mask"] = shown.expand(n, -1)
-        if getattr(self.model.config, "text_len", 0):
+        if getattr(self.model.config, "encoders", "") in ("images", "none"):
+            step["lang_embeds"] = self.prepare_embeds(observation.get("lang_embeds"), n)
+        elif getattr(self.model.config, "text_len", 0):
             step["text"] = self.prepare_text(observation.get("instruction"), n, step["state"])
         return step, single
 
@@ -215,9 +216,29 @@ class Policy:
             if has not in (size, seen):
                 say_once(f"observation {key!r} is {has[0]} x {has[1]} and is resized to {size[0]} x "
                          f"{size[1]}")
+            image = through_jpeg(image) if self.processing.jpeg else image
             image = self.processing.image(image, size)
             images.append(np.full_like(image, BACKGROUND) if key in self.without else image)
         return torch.from_numpy(np.stack(images, axis=1))                       # (n, V, H, W, 3)
+
+    def prepare_embeds(self, tokens, n):
+        """An instruction that arrives as T5's tokens, (L, D) or (n, L, D)."""
+        if self.model.config.encoders == "none":
+            raise UserError("the policy reads pictures as tokens of SigLIP, which it lacks: give its folder, "
+                            "open_release(FOLDER, siglip=FOLDER)")
+        if tokens is None:
+            raise UserError("the policy reads T5's tokens: add 'lang_embeds' (L, D) to the observation, from "
+                            "python -m tools.embed --text")
+        try:
+            tokens = torch.as_tensor(np.asarray(tokens, np.float32))
+        except (TypeError, ValueError):
+            raise UserError("observation 'lang_embeds' is no array of numbers") from None
+        wanted = self.model.config.t5_width
+        tokens = tokens.expand(n, -1, -1) if tokens.ndim == 2 else tokens
+        if tokens.ndim != 3 or len(tokens) != n or tokens.shape[2] != wanted or not tokens.isfinite().all():
+            raise UserError(f"observation 'lang_embeds' has shape {tuple(tokens.shape)}, finite (tokens, {wanted}) "
+                            f"are expected")
+        return tokens
 
     def prepare_text(self, told, n, state):
         known = self.description.get("instructions")
@@ -272,8 +293,12 @@ class Policy:
         if any("image_mask" in h for h in history):
             shown = torch.ones(len(state), len(self.processing.places), dtype=torch.bool)
             batch["image_mask"] = torch.stack([h.get("image_mask", shown) for h in history], dim=1)
-        if "text" in history[0]:
-            batch["text"] = history[-1]["text"]
+        if missing and "images" in batch and getattr(self.model.config, "hide_before_start", False):
+            shown = batch.setdefault("image_mask", torch.ones(batch["images"].shape[:3], dtype=torch.bool))
+            batch["image_mask"] = shown & (torch.arange(shown.shape[1]) >= missing)[:, None]
+        for key in ("text", "lang_embeds"):
+            if key in history[0]:
+                batch[key] = history[-1][key]
         if self.places:
             batch |= {f"{kind}_valid": self.valid(kind, len(state)) for kind in ("action", "state")}
         batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}

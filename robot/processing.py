@@ -53,9 +53,10 @@ class Processing:
         self.relative = isinstance(last, dict) and list(last) == ["delta"]
         self.steps = parse_steps(steps[:-1] if self.relative else steps, "processing: actions")
         self.delta_to, self.absolute = self.parse_delta(last["delta"]) if self.relative else (None, [])
-        self.rule = part(spec, "images")
-        fields(self.rule, "processing: images", (), ("fit", "filter", "fill"))
+        self.rule = dict(part(spec, "images"))
+        fields(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
         transforms.check_rule(self.rule, "processing: images")
+        self.jpeg = self.rule.pop("jpeg", False)        # of the robot's pictures; those of the data are as stored
         self.places = self.parse_cameras(list(camera_keys))
         self.normalize = part(spec, "normalize")
         for key, mode in self.normalize.items():

@@ -112,7 +112,7 @@ def read_torch(path):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format before torch 1.6 cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch has a dozen types of error for files that are cut short, foreign or pickles
+    except Exception as e:  # torch has a dozen types of error for files cut short, foreign or pickles
         raise UserError(f"{path} cannot be read ({one_line(e, 110)}); it must be a .safetensors file or a "
                         f"torch file that holds tensors only: others are programs, and none is unpickled"
                         ) from None
@@ -130,10 +130,11 @@ def unwrap(content, path):
                             f"checkpoint_....pt")
         odd = next((key for key in content if not isinstance(key, str)), None)
         if odd is not None:
-            raise UserError(f"{path}{''.join(where)}: the key {one_line(repr(odd), 40)} is no name of a weight")
+            raise UserError(f"{path}{''.join(where)}: the key {one_line(repr(odd), 40)} is no name of a "
+                            f"weight")
         weights = {key: x for key, x in content.items() if torch.is_tensor(x)}
         inner = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
-        if weights and not inner or not inner and not content:
+        if weights and not inner:
             rest = [key for key in content if key not in weights]
             return weights, notes + ([f"of {path} these are no tensors: {few(rest)}"] if rest else [])
         if not inner:

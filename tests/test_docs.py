@@ -163,6 +163,8 @@ def test_a_command_is_understood(page, argv, monkeypatch):
         return
     if first == "train.py":
         chosen, _ = parse_options(rest)
+        if chosen.init and not chosen.model:                # its config.json says it
+            return
         module = load_module(chosen.model)
         assert chosen.preset in module.PRESETS
         assert not set(chosen.set) - {field.name for field in dataclasses.fields(module.Config)}

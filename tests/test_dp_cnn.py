@@ -777,7 +777,7 @@ def test_every_parameter_is_decayed_alike():
     ({"image_size": (9,)}, "height"),
     ({"down_dims": (12, 20)}, "groups"), ({"down_dims": (4, 8), "n_groups": 4}, "first also of 8"),
     ({"down_dims": ()}, "down_dims"), ({"n_groups": 0}, "n_groups 0"), ({"resnet_widths": (8,)}, "of 16"),
-    ({"resnet_widths": (24,)}, "of 16"), ({"resnet_widths": ()}, "of 16"),
+    ({"resnet_widths": (56,)}, "of 16"), ({"resnet_widths": ()}, "of 16"),
     ({"n_keypoints": 0}, "n_keypoints"),
     ({"step_embed_dim": 2}, "step_embed_dim 2"), ({"step_embed_dim": 33}, "step_embed_dim 33"),
     ({"conditioning": "film"}, "conditioning 'film'"), ({"sampler_steps": 0}, "sampler steps 0"),

@@ -61,7 +61,7 @@ class Options:
     max_train_episodes: int = 0
     # share of the episodes held out for validation, where the file does not say itself; 0 = as the file says
     val_ratio: float = 0.0
-    # minmax | meanstd | quantile | maxabs | none
+    # minmax | meanstd | quantile | maxabs | none | checkpoint (the statistics that came with --init)
     normalizer: str = "minmax"
     # gigabytes of memory for images; what takes more stays in the files
     memory_gb: float = 4.0
@@ -69,6 +69,12 @@ class Options:
     image_size: tuple = (0, 0)
     # order of the colours in JPEG frames: bgr (ALOHA's and RDT's recorders) | rgb, see demos/jpeg.py
     colour: str = "bgr"
+    # folder that python -m tools.embed wrote: pictures and instructions as tokens, for rdt
+    embeddings: str = ""
+    # leave out the steps before a number of the state has moved so far (RDT: 0.01); 0 = keep all
+    still: float = 0.0
+    # leave out episodes of less steps (RDT: 128)
+    shortest: int = 0
     # worker processes that read files (sets that fit into memory need none)
     workers: int = 0
     # a logged line every N steps
@@ -97,7 +103,7 @@ class Options:
     keep_every: int = 0
     # keep the checkpoint with the lowest held-out loss as checkpoint_best.pt
     keep_best: bool = False
-    # weights to start from: a run of one's own (its folder), or .safetensors or state_dict of a release
+    # weights to start from: a run of one's own, or a folder or file that was downloaded (docs/weights.md)
     init: str = ""
     # with --init: weights whose names begin so start fresh, for example a new head; several with commas
     fresh: str = ""
@@ -201,7 +207,7 @@ RANGES = {"seed": SEEDS, "ema_max": (0, 1), "workers": (0, 1000), "episodes": (0
     name: (1, math.inf) for name in ("batch_size", "grad_accum", "log_every", "checkpoint_every")} | {
     name: (0, math.inf) for name in ("steps", "warmup", "eval_every", "rollout_every", "clip", "lr",
                                      "weight_decay", "demos", "keep_every", "ema_power", "memory_gb",
-                                     "max_train_episodes", "val_ratio")}
+                                     "max_train_episodes", "val_ratio", "still", "shortest")}
 
 
 def check_options(options):
