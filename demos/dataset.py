@@ -144,7 +144,7 @@ class Demos:
         for v, key in [(v, key) for v, (_, key) in enumerate(places) if key]:
             for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
                 begin = self.episodes[e].begin
-                frames = self._frames(self.episodes[e], key, begin + at, begin + min(at + 16, hi))  # (T, H, W, 3)
+                frames = self._frames(self.episodes[e], key, begin + at, begin + min(at + 16, hi))
                 if frames.shape[1:3] != self.image_size and not self.resizing:
                     raise UserError(f"{self.episode_names[e]}: '{key}' is {frames.shape[1:3]}, others are "
                                     f"{self.image_size}: --image_size H W brings pictures to one size")

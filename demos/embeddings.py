@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import torch
 
-from robot.errors import UserError, few, fingerprint, hint, input_file, one_line, user_path
+from robot.errors import UserError, fingerprint, hint, input_file, one_line, user_path
 
 FORMAT = 1
 MOST_OPEN = 64                  # files at a time, as in demos/dataset.py
@@ -27,8 +27,8 @@ def embed(demos, module, given, options):
     {field of Config: value}. Raises UserError."""
     if not options.embeddings:
         if given.get("encoders") in ("none", "images"):
-            raise UserError(f"{options.model} {options.preset} takes pictures and instructions as tokens: {HOW}, "
-                            f"then --embeddings with that folder")
+            raise UserError(f"{options.model} {options.preset} takes pictures and instructions as tokens: "
+                            f"{HOW}, then --embeddings with that folder")
         return {}
     if not hasattr(module.Config, "encoders"):
         raise UserError(f"--embeddings: {options.model} does not read SigLIP's and T5's tokens, rdt does")
@@ -111,8 +111,8 @@ class Embeddings:
         """{field of rdt's Config: value}. given: {field: value} of preset and --set, with which they must
         agree."""
         longest = max(len(self.language[text]) for text in self.texts)
-        facts = {"encoders": "none", "vit_width": self.background.shape[1],
-                 "image_tokens": self.background.shape[0], "t5_width": self.empty.shape[1]}
+        facts = {"vit_width": self.background.shape[1], "image_tokens": self.background.shape[0],
+                 "t5_width": self.empty.shape[1]}
         patches = (given["vit_size"] // given["patch_size"]) ** 2 if "vit_size" in given else None
         wanted = given | ({"image_tokens": patches} if patches and not given.get("image_tokens") else {})
         for field in ("vit_width", "image_tokens", "t5_width"):
@@ -120,9 +120,11 @@ class Embeddings:
                 raise UserError(f"--embeddings {self.folder} have {field} {facts[field]}, the model {preset} "
                                 f"{wanted[field]}: they were made by encoders of another size")
         if longest > given.get("text_len", longest):
-            raise UserError(f"--embeddings {self.folder}: the longest instruction has {longest} tokens, text_len "
-                            f"is {given['text_len']}")
-        return facts | ({} if "text_len" in given else {"text_len": longest})
+            raise UserError(f"--embeddings {self.folder}: the longest instruction has {longest} tokens, "
+                            f"text_len is {given['text_len']}")
+        facts |= {} if "text_len" in given else {"text_len": longest}
+        # A release that brings its encoders keeps them, to act with them.
+        return facts | ({} if given.get("encoders") in ("images", "frozen") else {"encoders": "none"})
 
     def batch(self, episodes, steps):
         """Episodes (B,) and their steps (B, To), numbers -> image_embeds (B, To places N, D_vit), lang_embeds
@@ -154,9 +156,3 @@ class Embeddings:
 
     def __getstate__(self):
         return self.__dict__ | {"files": {}}
-
-
-def describe(folder):
-    """What the folder holds, in a line."""
-    language = read_language(folder)
-    return f"{len(language)} instructions: {few(text for text in language if text)}"

@@ -38,12 +38,11 @@ def place_cameras(demos, module, given):
             wrist = any(word in words for word in ("wrist", "hand", "gripper", "left", "right"))
             place = "left_wrist" if "left" in words else "right_wrist" if wrist else "external"
             if place in cameras:
-                raise UserError(f"cameras {cameras[place]!r} and {key!r} would both be {place}: name each, "
-                                f"processing: cameras: {{external: KEY, right_wrist: KEY, left_wrist: KEY}} in "
-                                f"YAML")
+                raise UserError(f"cameras {cameras[place]!r} and {key!r} would both be {place}: name them in "
+                                f"YAML, processing: cameras: {{external: KEY, right_wrist: KEY, ..}}")
             cameras[place] = key
-        say(f"cameras are taken for {', '.join(f'{place}: {key}' for place, key in cameras.items())}; to say it "
-            f"yourself: processing: cameras: in YAML")
+        taken = ", ".join(f"{place}: {key}" for place, key in cameras.items())
+        say(f"cameras are taken for {taken}; to say it yourself: processing: cameras: in YAML")
     spec = demos.processing.spec | {"cameras": camera_places(cameras, module)}
     demos.processing = Processing(spec, demos.state_keys, demos.camera_keys)
 

@@ -41,8 +41,8 @@ def fit_normalizer(demos, mode="minmax", steps=None):
 
 
 def state_spread(demos, normalizer):
-    """{"state_mean", "state_std"}: of the training states, in the network's units. Rounded: these are facts of a
-    Config."""
+    """{"state_mean", "state_std"}: of the training states, in the network's units. Facts of rdt's Config:
+    rounded, so that they read well."""
     of = [(x.mean(), x.std()) if len(x) else (0.0, 0.0) for x in columns(demos, "state")]
     mean, std = torch.tensor(of, dtype=torch.float64).reshape(-1, 2).unbind(1)
     mean, std = normalizer.normalize("state", mean), std * normalizer.scale["state"]

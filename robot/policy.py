@@ -236,8 +236,8 @@ class Policy:
         wanted = self.model.config.t5_width
         tokens = tokens.expand(n, -1, -1) if tokens.ndim == 2 else tokens
         if tokens.ndim != 3 or len(tokens) != n or tokens.shape[2] != wanted or not tokens.isfinite().all():
-            raise UserError(f"observation 'lang_embeds' has shape {tuple(tokens.shape)}, finite (tokens, {wanted}) "
-                            f"are expected")
+            raise UserError(f"observation 'lang_embeds' has shape {tuple(tokens.shape)}, finite (tokens, "
+                            f"{wanted}) are expected")
         return tokens
 
     def prepare_text(self, told, n, state):

@@ -56,7 +56,7 @@ class Processing:
         self.rule = dict(part(spec, "images"))
         fields(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
         transforms.check_rule(self.rule, "processing: images")
-        self.jpeg = self.rule.pop("jpeg", False)        # of the robot's pictures; those of the data are as stored
+        self.jpeg = self.rule.pop("jpeg", False)    # on the robot; the pictures of a data set stay as they are
         self.places = self.parse_cameras(list(camera_keys))
         self.normalize = part(spec, "normalize")
         for key, mode in self.normalize.items():

@@ -3,9 +3,9 @@
     --init rdt-1b                                      with siglip/ and t5/ in it, or without
     --init rdt-1b,siglip-so400m-patch14-384            ... or named beside it
 
-github.com/thu-ml/RoboticsDiffusionTransformer: configs/base.yaml, models/rdt_runner.py, scripts/agilex_model.py,
-scripts/agilex_inference.py. Sizes are those of the tensors; config.json tells what these do not say. Without
-SigLIP a policy takes pictures as embeddings, without T5 instructions (`python -m tools.embed`).
+github.com/thu-ml/RoboticsDiffusionTransformer: configs/base.yaml, models/rdt_runner.py, scripts/agilex_model.py
+and agilex_inference.py. Sizes are those of the tensors; config.json tells what these do not say. Without SigLIP
+the model takes pictures as tokens, without T5 instructions (`python -m tools.embed`).
 """
 import math
 import re
@@ -18,8 +18,8 @@ from .models import load_module
 from .normalizer import Normalizer
 from .weight_files import read_json, read_weights
 
-# The robot of the released fine-tuning code: both arms of ALOHA. Angles stay in rad; grippers become 0 .. 1, by
-# other factors in the state than in an action (scripts/agilex_model.py, data/hdf5_vla_dataset.py).
+# The robot of the released fine-tuning code: both arms of ALOHA. Angles stay in rad; grippers become 0 .. 1,
+# by other factors in the state than in an action (scripts/agilex_model.py, data/hdf5_vla_dataset.py).
 GRIPPERS, STATE_GRIPPERS, ACTION_GRIPPERS = [6, 13], (4.7908, 4.7888), (11.8997, 13.9231)
 ALOHA = {
     "obs": {"qpos": [{"linear": {"at": GRIPPERS, "factor": [1 / x for x in STATE_GRIPPERS]}}]},
@@ -27,6 +27,8 @@ ALOHA = {
     "images": {"fit": "square", "filter": "bicubic", "fill": 127, "jpeg": True},
     "cameras": {"external": "cam_high", "right_wrist": "cam_right_wrist", "left_wrist": "cam_left_wrist"},
 }
+# Fields of the Config that follow from the robot, not from the weights.
+ROBOT = ("action_names", "state_names", "action_dim", "state_dim", "n_cameras", "image_size")
 ALOHA_HZ = 25.0                 # configs/dataset_control_freq.json, scripts/agilex_inference.py
 
 
@@ -45,7 +47,8 @@ def read_rdt(download, model, hints):
         if part := encoders[kind]:
             found, width = sizes(part), {"siglip": "vit_width", "t5": "t5_width"}[kind]
             if found[width] != config[width]:
-                raise UserError(f"{part.path} makes tokens {found[width]} wide, {own.path} takes {config[width]}")
+                raise UserError(f"{part.path} makes tokens {found[width]} wide, {own.path} takes "
+                                f"{config[width]}")
             config |= found
             weights |= part.weights
     config["encoders"] = "frozen" if all(encoders.values()) else "images" if encoders["siglip"] else "none"
@@ -57,7 +60,8 @@ def read_rdt(download, model, hints):
         "action_dim": 14, "state_dim": 14, "action_names": list(rdt.ALOHA), "instructions": [],
         "processing": ALOHA | {"cameras": camera_places(hints.get("cameras") or ALOHA["cameras"], rdt)}}
     description["camera_keys"] = [key for key in description["processing"]["cameras"].values() if key]
-    return Release("rdt", config, weights, Normalizer.of_units({"actions": 14, "state": 14}), description, notes)
+    units = Normalizer.of_units({"actions": 14, "state": 14})
+    return Release("rdt", config, weights, units, description, notes, recipe=dict(rdt.FINE_TUNING), free=ROBOT)
 
 
 def camera_places(cameras, rdt):
@@ -92,12 +96,12 @@ def own_config(part):
                         ) from None
     steps, cameras = told["grid"]
     if tokens % (steps * cameras):
-        raise UserError(f"{part.path} has {tokens} image tokens, which {steps} steps of {cameras} cameras do not "
-                        f"share evenly")
+        raise UserError(f"{part.path} has {tokens} image tokens, which {steps} steps of {cameras} cameras do "
+                        f"not share evenly")
     return load_module("rdt").RELEASED | config | {
-        "n_action_steps": config["horizon"], "n_obs_steps": steps, "n_cameras": cameras, "max_cameras": cameras,
-        "image_tokens": tokens // (steps * cameras), "n_diffusion_steps": told["n_diffusion_steps"],
-        "sampler_steps": told["sampler_steps"]}
+        "n_action_steps": config["horizon"], "n_obs_steps": steps, "n_cameras": cameras,
+        "max_cameras": cameras, "image_tokens": tokens // (steps * cameras),
+        "n_diffusion_steps": told["n_diffusion_steps"], "sampler_steps": told["sampler_steps"]}
 
 
 def settings(part):
@@ -123,18 +127,19 @@ def settings(part):
     embed = find("img_pos_embed_config", None)
     try:
         grid = tuple(embed[0][1][:2]) if embed else grid
-        numbers = [*grid, scheduler.get("num_train_timesteps", 1000), scheduler.get("num_inference_timesteps", 5)]
+        numbers = [*grid, scheduler.get("num_train_timesteps", 1000),
+                   scheduler.get("num_inference_timesteps", 5)]
         if len(grid) != 2 or not all(type(n) is int and n > 0 for n in numbers):
             raise TypeError
     except (TypeError, IndexError, KeyError):
-        raise UserError(f"{part.folder}/config.json: img_pos_embed_config, img_history_size, num_cameras or the "
-                        f"scheduler's steps are no counts") from None
+        raise UserError(f"{part.folder}/config.json: img_pos_embed_config, img_history_size, num_cameras or "
+                        f"the scheduler's steps are no counts") from None
     return {"grid": grid, "n_diffusion_steps": numbers[2], "sampler_steps": numbers[3]}
 
 
 def encoder_part(kind, download, own, hints):
-    """SigLIP or T5 among the parts, in a folder that a hint names, or in one within the release. None if there
-    is none."""
+    """SigLIP or T5 among the parts, in a folder that a hint names, or in one within the release. None if
+    there is none."""
     mark = MARKS[kind]
     for part in download.parts:
         if part is not own and mark in part.weights:
@@ -148,8 +153,8 @@ def open_encoder(kind, folder):
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder with {kind}'s config.json and weights")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json, which says what {kind}'s weights are: download the whole "
-                        f"folder")
+        raise UserError(f"{folder} has no config.json, which says what {kind}'s weights are: download the "
+                        f"whole folder")
     weights, _ = read_weights(folder)
     if MARKS[kind] not in weights:
         raise UserError(f"{folder} holds no weights of {NAMES[kind]}")
@@ -170,8 +175,8 @@ def whole(part, config, key, default=None):
 
 def demand(part, config, key, want, usual):
     if config.get(key, usual) != want:
-        raise UserError(f"{part.folder}/config.json: {key} {one_line(repr(config.get(key, usual)), 40)} is not "
-                        f"{want!r}, the only one that rdt.py has")
+        raise UserError(f"{part.folder}/config.json: {key} {one_line(repr(config.get(key, usual)), 40)} is "
+                        f"not {want!r}, the only one that rdt.py has")
 
 
 def siglip_sizes(part):
@@ -186,8 +191,8 @@ def siglip_sizes(part):
                     if (m := re.match(r"vision_model\.encoder\.layers\.(\d+)\.", key)))
     size = whole(part, config, "image_size", 224)
     if (size // patch) ** 2 != patches:
-        raise UserError(f"{part.folder}: config.json says pictures of {size} in patches of {patch}, the weights "
-                        f"have {patches} patches")
+        raise UserError(f"{part.folder}: config.json says pictures of {size} in patches of {patch}, the "
+                        f"weights have {patches} patches")
     return {"vit_size": size, "patch_size": patch, "vit_width": width, "vit_depth": depth,
             "vit_mlp": has("encoder.layers.0.mlp.fc1.weight")[0], "image_tokens": patches,
             "vit_heads": whole(part, config, "num_attention_heads", 12)}

@@ -100,13 +100,13 @@ def pad(frames, size, fill):
 
 
 def through_jpeg(frames):
-    """Pictures (N, H, W, 3) uint8 as OpenCV's JPEG codec leaves them, at its usual quality of 95: RDT's program
-    on the robot sends its pictures through it, as its training data had been. Without OpenCV they stay as they
-    are, which is said once."""
+    """Pictures (N, H, W, 3) uint8 as OpenCV's JPEG codec leaves them, at its usual quality of 95: RDT's
+    program on the robot sends its pictures through it, as its training data had been. Without OpenCV they
+    stay as they are, which is said once."""
     try:
         import cv2
     except ImportError:
-        say_once("jpeg: pictures stay as they are, since OpenCV is missing: pip install opencv-python-headless")
+        say_once("jpeg: pictures do not go through it, OpenCV is missing: pip install opencv-python-headless")
         return frames
     return np.stack([cv2.imdecode(cv2.imencode(".jpg", frame)[1], cv2.IMREAD_COLOR) for frame in frames])
 

@@ -3,9 +3,9 @@
     python -m tools.embed DATA --t5 t5-v1_1-xxl --siglip siglip-so400m-patch14-384 --out DATA_embeddings
     python train.py --model rdt --preset 170M --data DATA --embeddings DATA_embeddings
 
-The two folders are as transformers writes them: config.json, weights (one file, or shards with their index.json)
-and, of T5, spiece.model. Stopped at any time, the same command goes on with the first episode that is not there
-yet. Of T5 one layer at a time is in memory. What is written: demos/embeddings.py.
+The two folders are as transformers writes them: config.json, weights (one file, or shards with their
+index.json) and, of T5, spiece.model. Stopped at any time, the same command goes on with the first episode that
+is not there yet. Of T5 one layer at a time is in memory. What is written: demos/embeddings.py.
 """
 import shutil
 
@@ -107,7 +107,7 @@ def picture_tokens(vision, pictures):
     x = rdt.fit_square(pictures.to(weight.device).float(), vision.size).to(weight.dtype)
     tokens = vision(x).half().cpu()
     if not tokens.isfinite().all():
-        raise UserError("SigLIP gives tokens beyond 65504, the largest number of float16: are these its weights?")
+        raise UserError("SigLIP gives tokens beyond 65504, the largest float16: are these its weights?")
     return tokens.numpy()
 
 
@@ -159,8 +159,8 @@ def check_room(demos, shape, out, todo):
     need = 2 * int(np.prod(shape)) * len(demos.camera_keys) * int(demos.lengths[todo].sum())
     free = shutil.disk_usage(out).free
     if need > free:
-        raise UserError(f"--out {out}: {need / 1e9:.1f} GB of tokens are to be written, {free / 1e9:.1f} GB are "
-                        f"free: choose another folder")
+        raise UserError(f"--out {out}: {need / 1e9:.1f} GB of tokens are to be written, {free / 1e9:.1f} GB "
+                        f"are free: choose another folder")
     return need
 
 
@@ -184,7 +184,7 @@ def main(argv=None):
     source = user_path(args.data)
     out = user_path(args.out) if args.out else source.with_name(f"{source.stem}_embeddings")
     if source.is_dir() and source.resolve() in [out.resolve(), *out.resolve().parents]:
-        raise UserError(f"--out {out} lies among the demonstrations and would be taken for some: choose another")
+        raise UserError(f"--out {out} lies among the demonstrations, and would be read as some: choose another")
     demos = open_demos(args.data, obs="image", text=True, colour=args.colour, image_size=(size, size),
                        processing={"images": {k: ALOHA["images"][k] for k in ("fit", "filter", "fill")}})
     out.mkdir(parents=True, exist_ok=True)
@@ -192,9 +192,9 @@ def main(argv=None):
              "t5": mark_of(t5, "encoder.final_layer_norm.weight")}
     if (out / "language.hdf5").exists():
         check_marks(out / "language.hdf5", marks)
-    attributes = [dict(zip(("name", "actions"), identity(demos, e))) | marks for e in range(len(demos.lengths))]
-    todo = [e for e in range(len(demos.lengths))
-            if not done(episode_file(out, e), attributes[e], demos.camera_keys)]
+    episodes = range(len(demos.lengths))
+    attributes = [dict(zip(("name", "actions"), identity(demos, e))) | marks for e in episodes]
+    todo = [e for e in episodes if not done(episode_file(out, e), attributes[e], demos.camera_keys)]
     vision = open_vision(siglip, device, dtype)
     written = check_room(demos, vision.position.shape, out, todo)
     grey = torch.full((1, 3, size, size), rdt.BACKGROUND, dtype=torch.uint8)

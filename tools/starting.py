@@ -54,10 +54,12 @@ def with_release(options, explicit):
     for where, given in (("--set", options.set), (f"--preset {options.preset}", preset)):
         for key, value in given.items():
             its = release.config.get(key, value)
-            if key not in FREE and tuple_of(value) != tuple_of(its):
+            if key not in (*FREE, *release.free) and tuple_of(value) != tuple_of(its):
                 raise UserError(f"{where}: {key} = {one_line(value, 60)}, the weights of --init were made "
                                 f"with {one_line(its, 60)}: leave it out")
-    found = {"model": release.model, "set": release.config | options.set} | release.recipe
+    facts = ("action_dim", "state_dim", "n_cameras", "image_size")      # of the data, where they may differ
+    its = {key: x for key, x in release.config.items() if key not in facts or key not in release.free}
+    found = {"model": release.model, "set": its | options.set} | release.recipe
     if release.description.get("image_size"):
         found["image_size"] = tuple(release.description["image_size"])
     if release.description.get("processing"):
@@ -97,7 +99,7 @@ def units(options, earlier, release):
     if earlier:
         return Normalizer.from_state(earlier["normalizer"]) if earlier["normalizer"] else None
     if options.normalizer != "checkpoint":
-        if release and release.normalizer:
+        if release and release.normalizer and release.normalizer.mode != options.normalizer:
             say("the statistics that came with the weights of --init are not used, those of the data are: "
                 "--normalizer checkpoint takes them")
         return None
@@ -112,12 +114,13 @@ def fits(release, facts, description):
         return
     for key, fact in facts.items():
         its = release.config.get(key, fact)
-        if key in ("action_dim", "state_dim", "n_cameras", "image_size") and tuple_of(its) != tuple_of(fact):
+        if key in ("action_dim", "state_dim", "n_cameras", "image_size") and key not in release.free and \
+                tuple_of(its) != tuple_of(fact):
             keys = few(f"{name} {dim}" for name, dim in description["state_keys"].items())
             raise UserError(f"the weights of --init have {key} {its}, the data {fact} (state: {keys}; "
                             f"cameras: {few(description['camera_keys'])}): choose among them with shape_meta")
-    wanted = release.description.get("camera_keys", [])
-    has = list((description.get("processing") or {}).get("cameras") or description["camera_keys"])
+    places = lambda said: list((said.get("processing") or {}).get("cameras") or said.get("camera_keys", []))
+    wanted, has = places(release.description), places(description)
     short = lambda names: [name.rpartition(".")[2] for name in names]
     if len(wanted) > 1 and len(wanted) == len(has) and short(has) != short(wanted):
         raise UserError(f"the weights of --init look at the cameras {few(wanted)} in this order, the data "
