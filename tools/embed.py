@@ -35,8 +35,11 @@ def instruction_tokens(texts, part, device, dtype):
     """[(L, D_t5) float32 tensor of each text]: T5's encoder over all texts, layer by layer, so that only one
     layer's weights are in memory. part: robot.released_rdt.open_encoder("t5", ...)"""
     sizes = t5_sizes(part)
-    config = rdt.Config(text_len=rdt.PRESETS["1B"]["text_len"], encoders="frozen", **sizes)
-    codes = [x[x > 0] for x in map(config.encode_text, texts)]
+    try:
+        config = rdt.Config(text_len=rdt.PRESETS["1B"]["text_len"], encoders="frozen", **sizes)
+        codes = [x[x > 0] for x in map(config.encode_text, texts)]
+    except ValueError as error:
+        raise UserError(f"{part.folder}: {error}") from None
     weights = rdt.convert_official({key: x for key, x in part.weights.items()
                                     if key.startswith(("shared.", "encoder."))})
     of = lambda prefix: {key[len(prefix):]: x.to(device, dtype) for key, x in weights.items()
