@@ -45,10 +45,9 @@ Differs from the original:
  2. `masked` (tiny): places that a robot lacks are 0 in the network's input and left out of the loss. The
     original feeds noise to all 128 and trains all 128. A sample has only the robot's own in both.
  3. Steps past an episode's end are left out of the loss. The original trains on them (`train_on_padding`).
- 4. Keys and values of language and pictures are computed once per chunk, and once for n draws of noise.
- 5. Noise on the state is a share of the deviation over all episodes, not over the one at hand.
- 6. Colour jitter, image corruption and the exchange of instructions for paraphrases are left out.
- 7. "tiny" has other sizes, bytes for text, initial weights that let attention choose and content outweigh
+ 4. Noise on the state is a share of the deviation over all episodes, not over the one at hand.
+ 5. Colour jitter, image corruption and the exchange of instructions for paraphrases are left out.
+ 6. "tiny" has other sizes, bytes for text, initial weights that let attention choose and content outweigh
     position, times nearer to noise [3], and encoders that learn with the rest, as they are not pretrained.
 
 Run alone: `python rdt.py` trains two robots on one set of weights, in a quarter of a minute on two CPU cores.
@@ -93,8 +92,7 @@ class Config:
     text_len: int = 24          # L, longest instruction in codes; what is longer is cut
     vocab_size: int = 257       # number of codes; 257 = bytes + 1, 0 is padding
     tokenizer_path: str = ""    # SentencePiece model file of T5; "" = bytes
-    # "train": both learn with the rest; "frozen": both as given; "images": SigLIP as given, batches bring
-    # embedded instructions; "none": batches bring embeddings of pictures too
+    # "train": with the rest; "frozen": as given; "images": SigLIP alone; "none": batches bring all tokens
     encoders: str = "train"
     vit_size: int = 48          # SigLIP: side of the square that images are fitted into, pixels
     patch_size: int = 12        # side of a patch, pixels; released (14 in 384): a rim stays unread
@@ -672,18 +670,18 @@ class RDT(nn.Module):
         if not c.mask_prob:
             return batch | {"state": state + noise}
         hidden = batch | {"state": torch.where(shown(1, 1), state + noise, mean), "masks_shown": shown(1, 1)}
-        if "control_hz" in batch:
-            hidden["control_hz"] = batch["control_hz"] * shown()                # [12]
+        hidden["control_hz"] = batch.get("control_hz", 0.0) * shown()           # [12]
         if V := c.cameras if "image_embeds" in batch else c.n_cameras:
             hidden["image_mask"] = shown(c.n_obs_steps, V) & (batch.get("image_mask", 1) > 0)
         told = shown(1)
         if "lang_embeds" in batch:
             if "empty_embeds" not in batch:
                 raise ValueError("hidden instructions (mask_prob) take empty_embeds (B, n, D_t5)")
-            mask, n = self.lang_mask(batch), batch["empty_embeds"].shape[1]
-            empty = F.pad(batch["empty_embeds"], (0, 0, 0, mask.shape[1] - n))
-            hidden["lang_embeds"] = torch.where(told[..., None], batch["lang_embeds"], empty)
-            hidden["lang_mask"] = torch.where(told, mask, torch.arange(mask.shape[1], device=device) < n)
+            lang, empty = batch["lang_embeds"], batch["empty_embeds"]
+            L, n = lang.shape[1], empty.shape[1]
+            hidden["lang_embeds"] = torch.where(told[..., None], lang, F.pad(empty, (0, 0, 0, L - n)))
+            mask = batch.get("lang_mask", torch.ones_like(lang[..., 0])) > 0
+            hidden["lang_mask"] = torch.where(told, mask, torch.arange(L, device=device) < n)
         elif "text" in batch:
             hidden["text"] = batch["text"] * told
             hidden["text"][:, :1] += ~told * (END if c.tokenizer_path else 0)
@@ -709,6 +707,8 @@ class RDT(nn.Module):
         if x is not None:
             check_shape("image_embeds", x, (len(x), self.img_pos.shape[1], c.vit_width), "(B, M, vit_width)")
             x = x.unflatten(1, (*grid[1:], -1))                                 # (B, To, V, N, D_vit)
+        elif c.encoders == "none":
+            raise ValueError("encoders='none' takes image_embeds, 'images' and 'frozen' pictures")
         elif c.n_cameras:
             check_shape("images", batch["images"], grid, "(B, n_obs_steps, n_cameras)")
             images = batch["images"].flatten(0, 2)                              # (B To V, 3, H, W)
@@ -723,48 +723,36 @@ class RDT(nn.Module):
             x = missing if x is None else torch.cat([x, missing], dim=2)
         return x.flatten(1, 3)
 
-    def encode_text(self, text, mask):
-        """T5's tokens (B, L, D_t5) of codes (B, L), and which are real (B, L). If T5 does not learn, it reads
-        each instruction once and unpadded; L is then that of the longest, and the host waits for codes."""
-        if self.config.encoders == "train":
-            return self.t5(text, mask), mask
-        texts = [tuple(codes[:n]) for codes, n in zip(text.tolist(), mask.sum(1).tolist())]
-        for codes in {*texts} - {*self.kept}:
-            real = torch.tensor([codes], device=text.device)
-            self.kept[codes] = self.t5(real, real >= 0)[0]
-        lang = nn.utils.rnn.pad_sequence([self.kept[codes] for codes in texts], batch_first=True)
-        return lang, mask[:, :lang.shape[1]]
-
-    def lang_mask(self, batch):
-        """Which tokens of the instruction are read, (B, L): real ones, and the first, all that "" has."""
-        if "lang_embeds" in batch:
-            mask = batch.get("lang_mask", torch.ones_like(batch["lang_embeds"][..., 0])).bool()
-        else:
-            mask = batch["text"] > 0
-        return mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
-
-    def read(self, batch):
-        """What the blocks read, brought by the batch or made by the encoders: tokens of the
-        instruction (B, L, D_t5), which of them are real (B, L), tokens of the pictures (B, M, D_vit)."""
-        c = self.config
-        for kind, without in (("lang", ("none", "images")), ("image", ("none",))):
-            if c.encoders in without and f"{kind}_embeds" not in batch:
-                raise ValueError(f"encoders={c.encoders!r} takes {kind}_embeds, 'frozen' pictures and text")
-        lang, mask = batch.get("lang_embeds"), self.lang_mask(batch)
+    def encode_text(self, batch):
+        """Tokens of the instruction (B, L, D_t5), given or T5's, and which of them are read (B, L): the real
+        ones and the first, all that "" has. If T5 does not learn, it reads each instruction once and unpadded;
+        L is then that of the longest, and the host waits for the codes."""
+        c, lang, text = self.config, batch.get("lang_embeds"), batch.get("text")
+        if lang is None and c.encoders in ("none", "images"):
+            raise ValueError(f"encoders={c.encoders!r} takes lang_embeds, 'frozen' text")
+        mask = text > 0 if lang is None else batch.get("lang_mask", torch.ones_like(lang[..., 0])) > 0
+        mask = mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
         if mask.shape[1] > c.text_len:
             raise ValueError(f"text of {mask.shape[1]} codes given, at most text_len = {c.text_len} expected")
-        if lang is None:
-            lang, mask = self.encode_text(batch["text"], mask)
+        if lang is None and c.encoders == "train":
+            lang = self.t5(text, mask)
+        elif lang is None:
+            texts = [tuple(codes[:n]) for codes, n in zip(text.tolist(), mask.sum(1).tolist())]
+            for codes in {*texts} - {*self.kept}:
+                real = torch.tensor([codes], device=text.device)
+                self.kept[codes] = self.t5(real, real >= 0)[0]
+            lang = nn.utils.rnn.pad_sequence([self.kept[codes] for codes in texts], batch_first=True)
+            mask = mask[:, :lang.shape[1]]
         check_shape("lang_embeds", lang, (*mask.shape, c.t5_width), "(B, L, t5_width)")
-        return lang, mask, self.encode_images(batch)
+        return lang, mask
 
     def encode(self, batch):
         """Everything that does not change from one diffusion step to the next, once per observation: keys and
         values of each block's condition, the state's numbers, the masks, the control frequency."""
         c, dtype = self.config, self.x_pos.dtype
-        lang, mask, images = self.read(batch)
+        lang, mask = self.encode_text(batch)
         lang = self.lang_adaptor(lang.to(dtype)) + self.lang_pos[:, :lang.shape[1]]  # (B, L, D)
-        images = self.img_adaptor(images.to(dtype)) + self.img_pos              # (B, M, D)
+        images = self.img_adaptor(self.encode_images(batch).to(dtype)) + self.img_pos  # (B, M, D)
         bias = torch.where(mask, 0.0, MASKED)[:, None, None].to(dtype)          # (B, 1, 1, L)
         conditions = []
         for i, block in enumerate(self.blocks):
@@ -799,10 +787,11 @@ class RDT(nn.Module):
 
         batch: actions (B, Tp, A); action_mask (B, Tp), False past an episode's end, where the data repeat the
         last action; state (B, To, S); control_hz (B,), 0 or left out: not known; images (B, To, V, 3, H, W),
-        uint8, or floats already fitted to vit_size and scaled to [-1, 1], with image_mask (B, To, V) if some
-        are missing, or image_embeds (B, M, D_vit); text (B, L), or lang_embeds (B, L, D_t5) and lang_mask
-        (B, L); packed: action_valid, state_valid (B, U). Masks are bool or 0 and 1. noise (n B, Tp, U), t
-        (n B,), all items once, then again: drawn when not given. Time: t = 0 is almost data, t = K - 1 noise.
+        uint8, or floats already fitted to vit_size and scaled to [-1, 1], or image_embeds (B, M, D_vit), with
+        image_mask (B, To, cameras) if some are missing; text (B, L), or lang_embeds (B, L, D_t5) and
+        lang_mask (B, L); beside embeddings what hidden ones show, background_embeds (B, N, D_vit) and
+        empty_embeds (B, n, D_t5); packed: action_valid, state_valid (B, U). Masks are bool or 0 and 1. noise
+        (n B, Tp, U), t (n B,), all items once, then again: drawn when not given.
         -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}"""
         c, x0, mask = self.config, self.unify("action", batch["actions"]), batch["action_mask"]
         mask = torch.ones_like(mask) if c.train_on_padding else mask            # (B, Tp); x0 (B, Tp, U)
@@ -846,10 +835,8 @@ class RDT(nn.Module):
     def from_official(cls, state_dict, config):
         """A policy with released weights: the diffusion transformer and its adaptors (RDTRunner), and, unless
         encoders is "none", SigLIP's and T5's in the same state_dict, under the names of transformers. config
-        must describe it (PRESETS["1B"]); encoders that it does without are not taken. The tensors become the
-        parameters as they are, nothing is copied."""
-        unused = {"none": ("vision.", "t5."), "images": ("t5.",)}.get(config.encoders, ())
-        weights = {k: x for k, x in convert_official(state_dict).items() if not k.startswith(unused)}
+        must describe it (PRESETS["1B"]). The tensors become the parameters as they are, nothing is copied."""
+        weights = convert_official(state_dict)
         with torch.device("meta"):
             model = cls(config)
         load_strictly(model, weights)

@@ -49,11 +49,11 @@ def read_rdt(download, model, hints):
             if found[width] != config[width]:
                 raise UserError(f"{part.path} makes tokens {found[width]} wide, {own.path} takes "
                                 f"{config[width]}")
-            config |= found
-            weights |= part.weights
+            if encoders["siglip"]:
+                config, weights = config | found, weights | part.weights
+            else:
+                notes.append(f"{part.path} is not used without SigLIP")
     config["encoders"] = "frozen" if all(encoders.values()) else "images" if encoders["siglip"] else "none"
-    if encoders["t5"] and not encoders["siglip"]:
-        notes.append(f"{encoders['t5'].path} is not used without SigLIP")
     size = config.get("vit_size", 384)
     description = {
         "source": download.name, "fps": ALOHA_HZ, "state_keys": {"qpos": 14}, "image_size": [size, size],

@@ -36,7 +36,7 @@ def opened(case, jpeg):
 
 
 def act(case, policy, frames):
-    """A new chunk at every step. -> [(batch, chunk)] that the model was given and gave, commands (T, Tp, A)"""
+    """A new chunk at every step. -> [(batch, chunk)] that the model got and gave, commands (T, Tp, A)"""
     calls, chunks = replayed(policy.model, torch.from_numpy(case.inp["noise"])), []
     for t, qpos in enumerate(case.inp["qpos"]):
         policy.queue = []
