@@ -71,7 +71,8 @@ def open_data(options, module, cache=None, normalizer=None):
         demos = mix_robots(options.robots, module, opened)
     else:
         demos = opened(options.data or "tabletop")
-    place_cameras(demos, module, given)
+    if not options.robots:
+        place_cameras(demos, module, given)
     facts, steps = facts_of(demos, module, options) | embed(demos, module, given, options), None
     if demos.processing.relative:               # statistics of all windows, whose length the Config knows
         config = model_config(module, module.PRESETS.get(options.preset, {}) | facts | options.set, "--set")
@@ -224,10 +225,9 @@ class Windows:
             batch |= self.demos.embeddings.batch(self.episodes[episode.numpy()], seen - first)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
-        has = [key is not None for _, key in self.demos.processing.places]
-        if has and (self.hide_before_start or not all(has)):
-            hidden = before[..., None] & self.hide_before_start
-            batch["image_mask"] = torch.tensor(has, device=hidden.device) & ~hidden
+        if len(self.demos.processing.places) and (self.hide_before_start or not self.demos.shown.all()):
+            has = torch.from_numpy(self.demos.shown[self.episodes[episode.cpu().numpy()]])      # (B, V)
+            batch["image_mask"] = has[:, None] & ~(before.cpu() & self.hide_before_start)[..., None]
         if self.text is not None:
             batch["text"] = self.text[episode]
         elif self.text_of_state:

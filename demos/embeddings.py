@@ -86,7 +86,7 @@ class Embeddings:
             self.check(*found, demos, e)
             self.of_episode.append(found[0])
             self.begins.append(demos.episodes[e].begin)
-        self.texts = demos.instructions
+        self.texts, self.shown = demos.instructions, demos.shown
         self.empty = self.language[""]
 
     def known(self):
@@ -100,7 +100,7 @@ class Embeddings:
 
     def check(self, path, shapes, demos, e):
         steps = demos.episodes[e].steps
-        for key in filter(None, self.places):
+        for key in [self.places[v] for v in np.flatnonzero(demos.shown[e])]:
             if key not in shapes:
                 raise UserError(f"{path} has no camera {key!r}{hint(key, shapes)}")
             if shapes[key] != (steps, *self.background.shape):
@@ -135,9 +135,8 @@ class Embeddings:
         for b, e in enumerate(episodes):
             file = self.open(self.of_episode[e])
             for k, step in enumerate(steps[b].tolist()):
-                for v, key in enumerate(self.places):
-                    if key is not None:
-                        file[key].read_direct(images[b, k, v].numpy(), np.s_[self.begins[e] + step])
+                for v in np.flatnonzero(self.shown[e]):
+                    file[self.places[v]].read_direct(images[b, k, v].numpy(), np.s_[self.begins[e] + step])
         told = [self.language[self.texts[e]] for e in episodes]
         lengths = torch.tensor([len(x) for x in told])
         lang = torch.nn.utils.rnn.pad_sequence(told, batch_first=True)

@@ -44,7 +44,7 @@ def place_cameras(demos, module, given):
         taken = ", ".join(f"{place}: {key}" for place, key in cameras.items())
         say(f"cameras are taken for {taken}; to say it yourself: processing: cameras: in YAML")
     spec = demos.processing.spec | {"cameras": camera_places(cameras, module)}
-    demos.processing = Processing(spec, demos.state_keys, demos.camera_keys)
+    demos.process(Processing(spec, demos.state_keys, demos.camera_keys))
 
 
 def text_facts(demos, module, given, blind, chosen):

@@ -53,7 +53,6 @@ def state_spread(demos, normalizer):
 def largest(demos, normalizer, steps=None):
     """The largest absolute value of the normalised actions that are trained on: what a sampler may cut x0 to.
     Exactly 1 where the normaliser brought them to [-1, 1]."""
-    ends = torch.tensor([[x.min(initial=0), x.max(initial=0)] if not len(x) else [x.min(), x.max()]
-                         for x in columns(demos, "actions", steps)])
-    found = normalizer.normalize("actions", ends.T).abs().max().item()
+    ends = [[x.min(), x.max()] if len(x) else [0, 0] for x in columns(demos, "actions", steps)]
+    found = normalizer.normalize("actions", torch.tensor(ends).T).abs().max().item()
     return found if found > 1 + 1e-4 else 1.0

@@ -1,4 +1,6 @@
 """The scale between a robot's units and the numbers of a network. It travels inside the checkpoint."""
+import itertools
+
 import numpy as np
 import torch
 
@@ -38,9 +40,8 @@ class Normalizer:
         nothing is known, an empty column, stays as it is. Raises UserError for an unknown mode."""
         self = cls(mode, {}, {}, {}, {})
         for key, columns in data.items():
-            columns = columns.T if hasattr(columns, "T") else list(columns)
-            of_each = modes_of(mode, key, len(columns))
-            fitted = [fit_column(np.asarray(x, np.float64), m, cls.EPS) for x, m in zip(columns, of_each)]
+            of_each, columns = modes_of(mode, key), columns.T if hasattr(columns, "T") else columns
+            fitted = [fit_column(np.asarray(x, np.float64), one, cls.EPS) for x, one in zip(columns, of_each)]
             scale, centre, flat, *stats = zip(*fitted) if fitted else [()] * 7
             float32 = lambda a: torch.tensor(a, dtype=torch.float32)
             self.stats[key] = dict(zip(("min", "max", "mean", "std"), map(float32, stats)))
@@ -65,7 +66,7 @@ class Normalizer:
                 raise UserError(f"statistics of {key!r}: they need one length, there are {lengths or 'none'}")
             dim, margin = min(lengths.values()), eps.get(key, 0) if isinstance(eps, dict) else eps
             pairs = []
-            for d, one in enumerate(modes_of(mode, key, dim)):
+            for d, one in zip(range(dim), modes_of(mode, key, dim)):
                 for name in NEEDED[one]:
                     if name not in given:
                         raise UserError(f"statistics of {key!r}: mode {one} needs {name!r}, there are "
@@ -134,16 +135,17 @@ NEEDED = {"minmax": ("min", "max"), "meanstd": ("mean", "std"), "maxabs": ("min"
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
 
 
-def modes_of(mode, key, dim):
-    """The mode of each of `dim` numbers."""
+def modes_of(mode, key, dim=None):
+    """The mode of each number of a key. Raises UserError for an unknown one, or if they are not `dim`."""
     found = mode[key] if isinstance(mode, dict) else mode
-    found = [found] * dim if isinstance(found, str) else list(found)
-    for name in found:
+    for name in [found] if isinstance(found, str) else found:
         if name not in Normalizer.MODES:
             known = nearest(name, Normalizer.MODES) or f": it is one of {', '.join(Normalizer.MODES)}"
             raise UserError(f"there is no normaliser {name!r}{known}")
-    if len(found) != dim:
-        raise UserError(f"normaliser of {key!r}: {dim} numbers of statistics for {len(found)} numbers")
+    if isinstance(found, str):
+        return itertools.repeat(found)
+    if dim not in (None, len(found)):
+        raise UserError(f"statistics of {key!r} are for {dim} numbers, there are {len(found)}")
     return found
 
 

@@ -200,7 +200,7 @@ class Policy:
     def prepare_images(self, values, n):
         """Pictures of another size are resized as those of the data set were; of another shape, refused."""
         images, size = [], tuple(self.description["image_size"])
-        keeps = self.processing.rule.get("fit", "stretch") == "stretch"    # else pictures of any proportions
+        stretched = self.processing.rule.get("fit", "stretch") == "stretch"     # else any proportions will do
         for place, key in self.processing.places:
             if key not in values:                               # hidden: a place without a camera is black
                 images.append(np.zeros((n, *size, 3), np.uint8))
@@ -209,7 +209,7 @@ class Policy:
             seen = tuple(self.description.get("camera_sizes", {}).get(key, size))   # by the data set's camera
             fits = image.dtype == np.uint8 and image.ndim == 4 and (len(image), image.shape[3]) == (n, 3)
             has = image.shape[1:3]
-            if not fits or has != size and not (all(has) and (same_shape(has, seen) or not keeps)):
+            if not fits or has != size and not (all(has) and (same_shape(has, seen) or not stretched)):
                 raise UserError(f"observation {key!r} is {image.dtype} {image.shape[1:]}, a picture must be "
                                 f"uint8 {(*size, 3)}, 0..255, RGB, or larger or smaller in the ratio of "
                                 f"{seen[0]} to {seen[1]}")

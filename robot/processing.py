@@ -33,7 +33,8 @@ class Processing:
     state_keys   {key: numbers in the robot's form}; camera_keys: cameras of the data or of the robot
 
     state_dims: {key: numbers in the network's form}, state_dim their sum. places: [(place of the network,
-    camera key or None)]. relative: whether the actions end with a delta.
+    camera key or None)]. relative: whether the actions end with a delta. Raises UserError for what does not
+    fit; whether the steps fit the actions is for action_dim to say.
     """
     KEYS = ("obs", "actions", "normalize", "images", "cameras")
 
@@ -48,7 +49,7 @@ class Processing:
             for step, where in self.obs[key]:
                 self.state_dims[key] = step.width(self.state_dims[key], where)
         self.state_dim = sum(self.state_dims.values())
-        steps = spec.get("actions", [])
+        steps = spec.get("actions") or []
         last = steps[-1] if isinstance(steps, list) and steps else None
         self.relative = isinstance(last, dict) and list(last) == ["delta"]
         self.steps = parse_steps(steps[:-1] if self.relative else steps, "processing: actions")
@@ -58,10 +59,7 @@ class Processing:
         transforms.check_rule(self.rule, "processing: images")
         self.jpeg = self.rule.pop("jpeg", False)    # on the robot; the pictures of a data set stay as they are
         self.places = self.parse_cameras(list(camera_keys))
-        self.normalize = part(spec, "normalize")
-        for key, mode in self.normalize.items():
-            self.known(key, f"processing: normalize: {one_line(key, 40)}", ("actions",))
-            self.check_modes(key, mode)
+        self.normalize = {key: self.parse_modes(key, mode) for key, mode in part(spec, "normalize").items()}
 
     def known(self, key, where, more=()):
         if key not in (*self.state_keys, *more):
@@ -71,7 +69,8 @@ class Processing:
         where = "processing: actions: delta"
         fields(spec, where, ("to",), ("except",))
         self.known(spec["to"], f"{where}: to: {one_line(spec['to'], 40)}")
-        return spec["to"], places(spec["except"], f"{where}: except") if spec.get("except") else []
+        none = spec.get("except") in (None, [])
+        return spec["to"], [] if none else places(spec["except"], f"{where}: except")
 
     def parse_cameras(self, camera_keys):
         where, cameras = "processing: cameras", part(self.spec, "cameras")
@@ -90,17 +89,24 @@ class Processing:
                                 f"leave it out with shape_meta")
         return list(cameras.items())
 
-    def check_modes(self, key, mode):
-        where = f"processing: normalize: {key}"
-        if not isinstance(mode, (str, dict)):
-            raise UserError(f"{where}: {one_line(repr(mode), 60)} should be a mode, or {{MODE: [numbers]}}")
-        for name, at in mode.items() if isinstance(mode, dict) else [(mode, 0)]:
+    def parse_modes(self, key, given):
+        """A mode, or {MODE: [numbers]} -> a mode, or {number: mode}"""
+        where = f"processing: normalize: {one_line(key, 40)}"
+        self.known(key, where, ("actions",))
+        if not isinstance(given, (str, dict)):
+            raise UserError(f"{where}: {one_line(repr(given), 60)} should be a mode, or {{MODE: [numbers]}}")
+        for name in given if isinstance(given, dict) else [given]:
             if name not in Normalizer.MODES:
                 raise UserError(f"{where}: there is no normaliser {one_line(repr(name), 60)}"
                                 f"{hint(name, Normalizer.MODES)}")
-            at = places(at, f"{where}: {name}")
-            if key != "actions":
-                within(at, self.state_dims[key], where)
+        if isinstance(given, str):
+            return given
+        pairs = [(d, name) for name, at in given.items() for d in places(at, f"{where}: {name}")]
+        if len(dict(pairs)) < len(pairs):
+            raise UserError(f"{where}: a number has two modes: {one_line(given, 100)}")
+        if key != "actions":
+            within([d for d, _ in pairs], self.state_dims[key], where)
+        return dict(pairs)
 
     # What the network sees
 
@@ -116,23 +122,20 @@ class Processing:
                 if d >= has:
                     raise UserError(f"processing: actions: delta: {self.delta_to!r} has {has} numbers, none "
                                     f"for number {d} of the actions: if that is absolute, name it in except")
-        mode = self.normalize.get("actions", {})
-        for at in mode.values() if isinstance(mode, dict) else ():
-            within(places(at, ""), dim, "processing: normalize: actions")
+        if isinstance(self.normalize.get("actions"), dict):
+            within(list(self.normalize["actions"]), dim, "processing: normalize: actions")
         return dim
 
     def modes(self, default, raw_action_dim):
-        """{"actions": mode, "state": mode} for Normalizer: a list with that of each number where the
-        description names some."""
+        """The mode for Normalizer: `default`, or, where the description names any, {"actions": the mode of
+        each number, "state": ...}."""
         if not self.normalize:
             return default
         dims = self.state_dims | {"actions": self.action_dim(raw_action_dim)}
 
         def each(key):
             mode = self.normalize.get(key, default)
-            if isinstance(mode, str):
-                return [mode] * dims[key]
-            named = {d: name for name, at in mode.items() for d in places(at, "")}
+            named = mode if isinstance(mode, dict) else dict.fromkeys(range(dims[key]), mode)
             return [named.get(d, "none") for d in range(dims[key])]
         return {"actions": each("actions"), "state": [mode for key in self.state_dims for mode in each(key)]}
 

@@ -11,9 +11,10 @@
                               the turns before have left it: Rx(a) Ry(b) Rz(c). All twelve orders
     euler_xyz_extrinsic       ... each about the axes that stand still: Rz(c) Ry(b) Rx(a)
 
-Matrices turn column vectors. One rotation can have two quaternions, angles or vectors (q and -q, a full turn
-apart): what is converted there and back is the same rotation, not always the same numbers. The choices are
-those of pytorch3d (transforms/rotation_conversions.py), which Diffusion Policy uses.
+All are right-handed: a positive angle about z takes x to y. Matrices turn column vectors. One rotation can
+have two quaternions, angles or vectors (q and -q, a full turn apart): what is converted there and back is the
+same rotation, not always the same numbers. The choices are those of pytorch3d
+(transforms/rotation_conversions.py), which Diffusion Policy uses.
 """
 import itertools
 

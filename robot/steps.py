@@ -1,7 +1,7 @@
 """Steps between a robot's numbers and a network's; processing.py puts them together.
 
-Each changes the last axis of a float64 tensor, and knows its inverse.
-A step has parse(spec, where), width(dim, where) -> numbers after it, do(x) and undo(x). A new one is such a
+Each changes the last axis of a float64 tensor, and knows its inverse. A step has parse(spec, where),
+width(dim, where) -> numbers after it, do(x), which may raise UserError, and undo(x). A new one is such a
 class and a line in STEPS.
 """
 from dataclasses import dataclass
@@ -45,9 +45,9 @@ class Linear:
 
 @dataclass
 class AlohaGripper:
-    """ALOHA's gripper, from the position that its driver reports (0 closed, 1 open) to the angle of the motor
-    as pi0 was trained on it, 0 to 1 of its range. The fingers are moved by a horn and an arm, so that the
-    way from one to the other is a triangle. openpi's `aloha_policy.py`, which clips the sine as well."""
+    """ALOHA's gripper, from what its driver reports (0 closed, 1 open: metres, scaled) to the angle of its
+    motor, 0 to 1 of the range that pi0 was trained on. A horn on the motor moves the fingers by an arm: gap,
+    horn and arm are a triangle. openpi's aloha_policy.py (src/openpi/policies), which clips the sine too."""
     at: list
     HORN, ARM = 0.022, 0.036                    # m
     OPEN, CLOSED = 0.058, 0.01844               # m, what the driver calls 1 and 0
@@ -88,30 +88,29 @@ class Rotation:
     def parse(cls, spec, where):
         fields(spec, where, ("at", "from", "to"))
         for key in ("from", "to"):
-            if spec[key] not in FORMS:
+            if spec[key] not in list(FORMS):            # a list: what stands there may be no text
                 raise UserError(f"{where}: {key}: {one_line(repr(spec[key]), 60)} is no form of a rotation"
                                 f"{hint(spec[key], FORMS)}")
-        return cls(places(spec["at"], f"{where}: at")[0], spec["from"], spec["to"])
+        if type(spec["at"]) is not int:
+            raise UserError(f"{where}: at: {one_line(repr(spec['at']), 60)} should be its first number")
+        return cls(*places(spec["at"], f"{where}: at"), spec["from"], spec["to"])
 
     def width(self, dim, where):
         within([self.at + FORMS[self.source] - 1], dim, f"{where}: {self.source} from {self.at} on")
         return dim + FORMS[self.target] - FORMS[self.source]
-
-    def check(self, x, where):
-        """UserError for what is no rotation."""
-        part = x[..., self.at:self.at + FORMS[self.source]]
-        wrong = no_rotation(part, self.source).flatten()
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            shown = ", ".join(f"{v:.3g}" for v in part.flatten(0, -2)[row].tolist())
-            raise UserError(f"{where}: [{shown}] (row {row}) is no rotation, {self.source}: correct the "
-                            f"data, or the form and place that processing: names")
 
     def replace(self, x, source, target):
         before, part, after = x.split([self.at, FORMS[source], x.shape[-1] - self.at - FORMS[source]], -1)
         return torch.cat([before, convert(part, source, target), after], -1)
 
     def do(self, x):
+        part = x[..., self.at:self.at + FORMS[self.source]]
+        wrong = no_rotation(part, self.source).flatten()
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            shown = ", ".join(f"{v:.3g}" for v in part.reshape(len(wrong), -1)[row].tolist())
+            raise UserError(f"[{shown}] (row {row}) is no rotation, {self.source}: correct the data, or the "
+                            f"form and place that processing: names")
         return self.replace(x, self.source, self.target)
 
     def undo(self, x):
@@ -162,7 +161,7 @@ def numbers(value, n, where):
 
 
 def within(at, dim, where):
-    if max(at) >= dim:
+    if max(at, default=-1) >= dim:
         raise UserError(f"{where}: number {max(at)} does not exist, there are {dim}, counted from 0")
 
 
@@ -191,11 +190,13 @@ def part(spec, key):
 
 
 def do(steps, x, name):
+    """x after all steps, float32; `name` says in an error what it is."""
     x = x.double()
-    for step, _ in steps:
-        if isinstance(step, Rotation):
-            step.check(x, name)
-        x = step.do(x)
+    try:
+        for step, _ in steps:
+            x = step.do(x)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     return x.float()
 
 

@@ -22,8 +22,8 @@ def decode_text(codes):
 
 
 def codes(text, state, encode, length):
-    """Codes of an instruction, int64 (L,). encode: a Config's encode_text(text), or encode_text(text, state=..)
-    where the text says what the state is (normalised, (S,)); None: bytes."""
+    """Codes of an instruction, int64 (L,). encode: a Config's encode_text(text), or its encode_text(text,
+    state=...) where the text says what the state is (normalised, (S,)); None: bytes."""
     if encode is None:
         return encode_text(text, length)
     return encode(text, state=state) if reads_state(encode) else encode(text)

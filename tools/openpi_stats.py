@@ -1,8 +1,8 @@
 """openpi's norm_stats.json: statistics as its scripts/compute_norm_stats.py makes them.
 
-A policy that openpi trained on a data set has seen the numbers that these statistics make of it. Its quantiles
-come from a histogram, so that they are those of the data to within a bin or so; robot/normalizer.py takes them
-from the data themselves.
+A policy that openpi trained on a data set has seen the numbers that these statistics make of it. Its
+quantiles come from a histogram, so that they are those of the data to within a bin or so;
+robot/normalizer.py takes them from the data themselves.
 """
 import numpy as np
 

@@ -83,7 +83,7 @@ def places_of(body, kind):
 def frame_of_chunks(config, body, environment):
     """How chunks of this robot are drawn: on which axes, in which units, which steps are executed."""
     now, names = -config.first_action, list(body.get("action_names") or ())
-    dims = len(body["places"]["actions"]) if "places" in body else config.action_dim
+    dims = len(body["places"]["actions"]) if "places" in body else body.get("action_dim", config.action_dim)
     own = list(getattr(config, "action_names", ()))
     if not names and len(own) == dims:  # the file does not say, but the Config of rdt does
         names = own

@@ -177,6 +177,10 @@ def start_from(model, checkpoint, options):
     Raises UserError for what does not fit."""
     if checkpoint["model"] != options.model:
         raise UserError(f"--init {options.init} is a run of {checkpoint['model']}, not of {options.model}")
+    relative = [is_relative(spec) for spec in (checkpoint["data"].get("processing"), options.processing)]
+    if relative[0] != relative[1]:
+        raise UserError(f"--init {options.init}: its actions are {'' if relative[0] else 'not '}relative to "
+                        f"the state, here it is the other way round: write processing: actions: as there")
     fresh = tuple(prefix for prefix in options.fresh.split(",") if prefix)
     want, weights = model.state_dict(), checkpoint["ema"]
     for prefix in fresh:
@@ -198,6 +202,10 @@ def start_from(model, checkpoint, options):
     model.load_state_dict({key: want[key] if key in anew else weights[key] for key in want})
     if anew:
         print(f"note: {len(anew)} weights start fresh: {', '.join(anew[:6])}{' ...' * (len(anew) > 6)}")
+
+
+def is_relative(processing):
+    return any("delta" in step for step in (processing or {}).get("actions", []))
 
 
 # What the result depends on: a change is named, since it makes another run of it.
@@ -251,6 +259,7 @@ def take_up(run, checkpoint):
 
 def same_data(was, now, out):
     """Refuse to go on with other data: weights in other units, held-out episodes that are trained on."""
+    was, now = ({"processing": {}} | description for description in (was, now))    # older runs have none
     for key, what in (("state_keys", "observations"), ("camera_keys", "cameras"), ("lengths", "episodes"),
                       ("items", "items"), ("fingerprint", "numbers"), ("train_episodes", "split"),
                       ("valid_episodes", "split"), ("processing", "processing:")):

@@ -63,8 +63,10 @@ def test_other_files_look_at_their_states(tmp_path):
 
 
 def named(*cameras, processing=None):
-    return types.SimpleNamespace(camera_keys=list(cameras), state_keys={},
-                                 processing=Processing(processing or {}, {}, cameras))
+    demos = types.SimpleNamespace(camera_keys=list(cameras), state_keys={},
+                                  processing=Processing(processing or {}, {}, cameras))
+    demos.process = lambda processing: setattr(demos, "processing", processing)
+    return demos
 
 
 @pytest.mark.parametrize("cameras, want", [

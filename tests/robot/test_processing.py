@@ -72,6 +72,8 @@ def test_delta_by_hand():
     assert got.tolist() == [[[-1, 2, 0.75], [-2, 0, 0.25]]]
     assert processing.undo_actions(got, now).tolist() == x.tolist()
     assert processing.relative and processing.moving(3) == [0, 1]
+    first = Processing({"actions": [{"delta": {"to": "qpos", "except": 0}}]}, {"qpos": 3})
+    assert first.moving(3) == [1, 2]                    # 0 is a number of an action, not nothing
     # Another state than that of the chunk: the way is kept, the place is not.
     assert processing.undo_actions(got, now + torch.tensor([0, 0, 5.0, 5.0])).tolist()[0][0] == [11, 27, 0.75]
 
@@ -171,6 +173,11 @@ LINEAR = {"at": [0], "factor": 1}
     ({"actions": [{"linear": LINEAR | {"at": 7}}]}, "actions: step 1 .linear.: number 7 does not exist"),
     ({"normalize": {"qpos": "minmx"}}, "normalize: qpos: there is no normaliser 'minmx', did you"),
     ({"normalize": {"state": "none"}}, "normalize: state is no state of the robot"),
+    ({"obs": {"eef_quat": [{"rotation": {"at": 0, "from": ["matrix"], "to": "matrix"}}]}}, "is no form of a"),
+    ({"obs": {"eef_quat": [{"rotation": {"at": [0, 1], "from": "quaternion_xyzw", "to": "matrix"}}]}},
+     r"at: \[0, 1\] should be its first number"),
+    ({"actions": [{"delta": {"to": "qpos", "except": "0"}}]}, "delta: except: '0' should say which numbers"),
+    ({"normalize": {"qpos": {"minmax": [1, 2], "none": [2]}}}, "normalize: qpos: a number has two modes"),
     ({"normalize": {"qpos": 3}}, "normalize: qpos: 3 should be a mode"),
     ({"normalize": {"actions": {"minmax": [7]}}}, "normalize: actions: number 7 does not exist, there are 7"),
     ({"normalize": {"qpos": {"none": [14]}}}, "normalize: qpos: number 14 does not exist"),
@@ -201,3 +208,41 @@ def test_what_is_no_rotation_is_named(numbers):
     actions = [{"rotation": {"at": 0, "from": "rotation_6d", "to": "axis_angle"}}]
     with pytest.raises(UserError, match=r"actions: \[1, 0, 0, 1, 0, 0\] \(row 1\) is no rotation, rotation"):
         Processing({"actions": actions}, KEYS).absolute_actions([[1.0, 0, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0]])
+
+
+ODD = (None, True, -1, 0, 2**70, 1.5, math.inf, "", "x" * 500, "qpos", "none", [], [[]], [None], [0, 0], {},
+       {"at": {}}, {"minmax": [99]}, ["linear"], [{"delta": None}], {"qpos": {"qpos": {}}})
+
+
+def nodes(value, path=()):
+    yield path
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from nodes(part, (*path, key))
+
+
+def with_node(value, path, new):
+    """A copy of nested dicts and lists in which one part is another."""
+    if not path:
+        return new
+    copied = value.copy()
+    copied[path[0]] = with_node(value[path[0]], path[1:], new)
+    return copied
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_stands_there_is_taken_or_refused_in_one_line(seed):
+    """Each part of a description in turn is replaced by each odd value."""
+    cameras = {"cameras": {"a": "high", "b": None, "c": "wrist"}, "images": {"fit": "pad", "fill": 3}}
+    spec = random_spec(np.random.default_rng(seed)) | cameras
+    refused = taken = 0
+    for path in list(nodes(spec)):
+        for odd in ODD:
+            try:
+                found = Processing(with_node(spec, path, odd), KEYS, ["high", "wrist"])
+                found.action_dim(7), found.modes("minmax", 7)
+                taken += 1
+            except UserError as error:
+                refused += 1
+                assert len(str(error)) <= 380 and "\n" not in str(error)
+    assert refused > 500 and taken > 50

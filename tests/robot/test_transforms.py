@@ -66,8 +66,8 @@ def test_every_pixel_is_that_of_pillow(old, new, filter):
 
 
 def test_weights_by_hand():
-    """Four pixels to two, bilinear: centres at 1 and 3, weights 1 - |x - centre| / 2 of the pixels at 0.5, 1.5
-    and 2.5: 0.75, 0.75, 0.25, together 1.75."""
+    """Four pixels to two, bilinear: centres at 1 and 3, weights 1 - |x - centre| / 2 of the pixels at 0.5,
+    1.5 and 2.5: 0.75, 0.75, 0.25, together 1.75."""
     row = np.array([10, 20, 60, 200], np.uint8)
     small = resize(np.broadcast_to(row[None, None, :, None], (1, 2, 4, 3)).copy(), (2, 2))[0, 0, :, 0]
     want = [(0.75 * 10 + 0.75 * 20 + 0.25 * 60) / 1.75, (0.25 * 20 + 0.75 * 60 + 0.75 * 200) / 1.75]
@@ -80,7 +80,7 @@ def test_pad_keeps_proportions_and_square_pads_first():
     frame = np.full((1, 48, 64, 3), 200, np.uint8)
     padded = resize(frame, (21, 21), fit="pad", fill=7)[0]
     assert (padded[3:18] == 200).all() and (padded[:3] == 7).all() and (padded[18:] == 7).all()
-    tall = resize(frame.transpose(0, 2, 1, 3), (20, 30), fit="pad")[0]      # 64 x 48 -> 20 x 15: 7 left, 8 right
+    tall = resize(frame.transpose(0, 2, 1, 3), (20, 30), fit="pad")[0]  # 64 x 48 -> 20 x 15: 7 left, 8 right
     assert (tall[:, 7:22] == 200).all() and (tall[:, :7] == 0).all() and (tall[:, 22:] == 0).all()
     square = resize(frame[:, :47], (32, 32), fit="square", fill=127)[0]     # 8 rows above, 9 below, then half
     assert (square[:3] == 127).all() and (square[6:26] == 200).all() and (square[29:] == 127).all()
