@@ -45,8 +45,8 @@ Differs from the original:
  3. FiLM's linear layer over [step, observation] is computed as a sum of two shares. The numbers are the same,
     and a sampler reads this layer's weights once per chunk instead of once per step.
  4. On a CPU some convolutions are computed as matrix products (Conv1d below).
- 5. With images the features are ordered [cameras, state] for every data set; LeRobot's [state, cameras,
-    environment state] is permuted while loading.
+ 5. With images the features are ordered [cameras, state] for every data set; another order, as LeRobot's
+    [state, cameras, environment state], is permuted while loading.
  6. Local conditioning (on every step of the chunk by itself) is left out: no released model uses it.
 
 Run alone: `python dp_cnn.py` learns paths around an obstacle in under a minute on two CPU cores.
@@ -483,7 +483,7 @@ class DiffusionPolicyCNN(nn.Module):
         return torch.cat(features + [state], dim=-1)
 
     def pixels(self, camera, device):
-        """Mean and deviation of a camera's pixels, 2 x (3, 1, 1); nothing: as the encoder has them."""
+        """Mean and deviation of a camera's pixels, 2 x (3, 1, 1), or none for the default of the encoder."""
         both, at = (self.config.image_mean, self.config.image_std), slice(3 * camera, 3 * camera + 3)
         return [per_channel(x[at] or x, device) for x in both if x]
 

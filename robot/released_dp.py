@@ -30,6 +30,11 @@ READ = {*FIELDS, "input_features", "output_features", "input_shapes", "output_sh
 SCHEDULES = {"squaredcos_cap_v2": "cosine", "linear": "linear", "scaled_linear": "scaled_linear"}
 TARGETS = {"epsilon": "eps", "sample": "x0"}
 SAMPLERS = {"DDPM": "ddpm", "DDIM": "ddim", "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+# Fields of the original's YAML that are read, or say nothing about what is computed.
+ORIGINAL = {"shape_meta", "horizon", "n_obs_steps", "n_action_steps", "num_inference_steps", "down_dims",
+            "obs_as_global_cond", "diffusion_step_embed_dim", "kernel_size", "n_groups", "cond_predict_scale",
+            "crop_shape", "resnet_widths", "noise_scheduler", "scheduler", "num_keypoints", "_target_",
+            "feature_dimension", "obs_encoder_group_norm", "eval_fixed_crop"}
 # Fields of diffusers' schedulers that this code has with one value only.
 FIXED = {"trained_betas": None, "variance_type": "fixed_small", "thresholding": False, "steps_offset": 0,
          "rescale_betas_zero_snr": False, "set_alpha_to_one": True}
@@ -115,11 +120,10 @@ def need(config, names):
 def lerobot_fields(config, notes):
     """Timeline, U-Net and sampler."""
     need(config, [*FIELDS, "noise_scheduler_type", "prediction_type"])
-    unread = [name for name in config if name not in READ | UNUSED and not name.startswith(("optimizer_",
-                                                                                            "scheduler_"))]
+    unread = [name for name in config if name not in READ | UNUSED
+              and not name.startswith(("optimizer_", "scheduler_"))]
     notes += [f"config.json: {few(unread)} is not known here, and not used"] if unread else []
-    backbone = config.get("vision_backbone", "resnet18")
-    known("vision_backbone", backbone, ("resnet18",))
+    known("vision_backbone", config.get("vision_backbone", "resnet18"), ("resnet18",))
     steps = config.get("num_inference_steps")
     return {ours: config[name] for name, ours in FIELDS.items()} | {
         "sampler": known("noise_scheduler_type", config["noise_scheduler_type"], SAMPLERS),
@@ -172,6 +176,8 @@ def original(download, model, hints):
         return None
     need(config, ("horizon", "n_obs_steps", "n_action_steps", "down_dims", "noise_scheduler"))
     weights, notes = download.weights, list(download.notes)
+    unread = [name for name in config if name not in ORIGINAL]
+    notes += [f"config.json: {few(unread)} is not known here, and not used"] if unread else []
     try:
         obs = {key: (one.get("type", "low_dim"), one["shape"])
                for key, one in config["shape_meta"]["obs"].items()}

@@ -28,6 +28,8 @@ NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 WRAPPERS = ("state_dicts", "ema_model", "ema", "module", "state_dict", "model_state_dict", "model", "params")
 # DDP, torch.compile (anywhere in a name), Diffusion Policy's and ema_pytorch's averages.
 PREFIXES = ("module.", "ema_model.")
+# "model." belongs to the names of some releases; before one of these it is a program's that held the policy.
+HELD = re.compile(r"model\.(model|diffusion|obs_encoder|normalizer|normalize_inputs|noise_net|x_embedder)\.")
 
 
 def read_weights(path):
@@ -170,6 +172,8 @@ def strip_prefixes(weights, notes):
     weights = {key.replace("_orig_mod.", ""): x for key, x in weights.items()}
     while True:
         prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in weights)), None)
+        if any(map(HELD.match, weights)) and all(key.startswith("model.") for key in weights):
+            prefix = prefix or "model."
         if prefix is None:
             return weights
         left = [key for key in weights if not key.startswith(prefix)]

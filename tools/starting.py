@@ -13,7 +13,7 @@ from robot.policy import Policy
 from robot.released import build_model, open_release
 from tools import distributed
 from tools.options import check_options, parse_set
-from tools.runs import n_parameters, read_rows
+from tools.runs import frozen_names, n_parameters, read_rows
 
 
 @contextlib.contextmanager
@@ -152,7 +152,9 @@ def build(options, module, config, example, device, earlier, release=None):
 
 def check_size(model, device):
     """Refuse weights that cannot fit beside their average, before they are allocated."""
-    need, has = 8 * n_parameters(model), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    frozen = frozen_names(model)    # of these there is one copy
+    need = sum(p.numel() * (4 if name in frozen else 8) for name, p in model.named_parameters())
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
     if need > has:

@@ -117,7 +117,7 @@ def test_a_robots_own_names_by_the_rename_map(tmp_path):
     ({"prediction_type": "v_prediction"}, "prediction_type"), ({"beta_schedule": "sigmoid"}, "beta_schedule"),
     ({"noise_scheduler_type": "PNDM"}, "noise_scheduler_type"), ({"horizon": "16"}, "horizon"),
     ({"normalization_mapping": {"ACTION": "MAGIC"}}, "MAGIC"),
-    ({"num_inference_steps": 1000}, "sampler steps"), ({"resize_shape": 7}, "not as its program writes them"),
+    ({"num_inference_steps": 1000}, "sampler steps"), ({"resize_shape": 7}, "resize = 7"),
     ({"normalization_mapping": 3}, "not as its program writes them"), ({"crop_shape": "x"}, "crop_size"),
     ({"input_features": {"observation.state": {"type": "STATE", "shape": [3]}}}, "statistics of obs")])
 def test_what_a_config_says_and_this_code_does_not_do_is_one_line(change, named, tmp_path):

@@ -72,6 +72,14 @@ def test_prefixes_of_other_programs_are_stripped(name, tmp_path):
     assert same(read_weights(tmp_path / "weights.pt")[0])
 
 
+def test_a_programs_model_is_no_part_of_the_policys_names(tmp_path):
+    policy = {"model.final_conv.weight": torch.zeros(1), "obs_encoder.x": torch.ones(1)}
+    for names, want in (({f"model.{key}": x for key, x in policy.items()}, policy), (policy, policy),
+                        ({"model.down.x": torch.ones(1)}, {"model.down.x": torch.ones(1)})):
+        torch.save({"state_dict": names}, tmp_path / "weights.pt")
+        assert same(read_weights(tmp_path / "weights.pt")[0], want)
+
+
 def test_an_average_beside_the_weights_is_preferred_and_said(tmp_path):
     both = {f"online_model.{key}": 0 * x for key, x in WEIGHTS.items()} | {
         f"ema_model.{key}": x for key, x in WEIGHTS.items()}
