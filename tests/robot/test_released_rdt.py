@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import refused
+from helpers import refused, write_rdt
 
 import rdt
 from robot.normalizer import Normalizer
@@ -14,29 +14,11 @@ from robot.released_rdt import ALOHA, camera_places, interpolate
 
 SIZES = {"unified_dim": 128, "horizon": 6, "n_action_steps": 6, "text_len": 9, "t5_width": 8, "vit_width": 12,
          "width": 24, "depth": 2, "n_heads": 2, "image_tokens": 4}
-BACK = [("t_embed.", "model.t_embedder.mlp."), ("freq_embed.", "model.freq_embedder.mlp."),
-        ("x_pos", "model.x_pos_embed"), ("lang_pos", "model.lang_cond_pos_embed"),
-        ("img_pos", "model.img_cond_pos_embed"), ("final_norm.", "model.final_layer.norm_final."),
-        ("decoder.", "model.final_layer.ffn_final."), ("blocks.", "model.blocks.")]
 
 
 @pytest.fixture
 def release(tmp_path):
-    """A folder as the hub has it, with random weights."""
-    torch.manual_seed(0)
-    model = rdt.RDT(rdt.Config(**rdt.RELEASED | SIZES))
-    torch.nn.init.normal_(model.decoder.fc2.weight)
-    weights = {}
-    for key, x in model.state_dict().items():
-        ours, theirs = next((pair for pair in BACK if key.startswith(pair[0])), ("", ""))
-        weights[theirs + key[len(ours):]] = x
-    torch.save(weights, tmp_path / "pytorch_model.bin")
-    config = {"rdt": {"hidden_size": 24, "depth": 2, "num_heads": 2}, "pred_horizon": 6,
-              "img_pos_embed_config": [["image", [2, 3, -4]]], "img_adaptor": "mlp2x_gelu",
-              "noise_scheduler": {"num_train_timesteps": 500, "num_inference_timesteps": 4,
-                                  "beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path
+    return write_rdt(tmp_path, **SIZES)
 
 
 def edit(folder, **changes):

@@ -8,12 +8,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import refused, replace, write
+from helpers import refused, replace, write, write_rdt
 
 import data
 import rdt
 import train
 from demos.embeddings import read_language
+from robot.policy import Policy
 from tools import embed, options
 
 SIGLIP = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -165,9 +166,11 @@ def windows(source, out, **changes):
     return items(config, "cpu"), config
 
 
-def test_a_batch_holds_the_tokens_of_its_steps(embedded):
+@pytest.mark.parametrize("still", [0.0, 2.5])
+def test_a_batch_holds_the_tokens_of_its_steps(embedded, still):
+    """Also where steps before the first move are left out."""
     source, out = embedded
-    (items, held_out), config = windows(source, out)
+    (items, held_out), config = windows(source, out, still=still)
     assert (config.encoders, config.vit_width, config.t5_width, config.image_tokens) == ("none", 12, 10, 4)
     batch = items.batch(torch.arange(len(items)))
     assert "images" not in batch and "text" not in batch
@@ -176,7 +179,8 @@ def test_a_batch_holds_the_tokens_of_its_steps(embedded):
         e = int(name[-1])
         t = int(batch["state"][i, -1, 0]) - 100 * e
         with h5py.File(out / f"episode_{e:05d}.hdf5") as file:
-            want = np.stack([file[camera][s] for s in (max(t - 1, 0), t) for camera in ("left", "right")])
+            begin = 2 if still else 0
+            want = np.stack([file[camera][s] for s in (max(t - 1, begin), t) for camera in ("left", "right")])
         assert (batch["image_embeds"][i].numpy() == want.reshape(-1, 12)).all()
         tokens = language[f"task {e}"]
         assert (batch["lang_embeds"][i][batch["lang_mask"][i]].numpy() == tokens).all()
@@ -214,6 +218,29 @@ def test_training_on_tokens(embedded, tmp_path, capsys):
                + [word for name, value in small.items() for word in ("--set", f"{name}={json.dumps(value)}")])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "lr" in row] == [3] and np.isfinite(rows[-1]["val_loss"])
+
+
+def test_training_goes_on_from_a_release(embedded, encoders, tmp_path):
+    """Of another robot than the release's; SigLIP stays with the policy, which then looks at pictures."""
+    source, out = embedded
+    release = write_rdt(tmp_path / "rdt", horizon=4, n_action_steps=4, text_len=16, t5_width=10, vit_width=12,
+                        width=24, depth=2, n_heads=2, image_tokens=4)
+    (tmp_path / "robot.yaml").write_text(json.dumps({
+        "set": {key: CHOSEN[key] for key in ("action_names", "state_names")},
+        "processing": {"cameras": {"external": "left", "left_wrist": "right"}}}))
+    flags = {"config": tmp_path / "robot.yaml", "data": source, "embeddings": out, "out": tmp_path / "run",
+             "init": f"{release},{encoders[0] / 'siglip'}", "steps": 2, "batch_size": 4, "device": "cpu",
+             "episodes": 0}
+    train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    policy = Policy.load(tmp_path / "run")
+    c = policy.model.config
+    assert (c.encoders, c.horizon, c.n_cameras, c.action_dim) == ("images", 4, 3, 2)
+    assert policy.processing.places == [("external", "left"), ("right_wrist", None), ("left_wrist", "right")]
+    stats = policy.normalizer.stats["state"]
+    assert policy.normalizer.mode == "none" and c.state_mean[0] == pytest.approx(stats["mean"][0].item(), 1e-4)
+    seen = {"angle": np.zeros(1), "pos": np.zeros(3), "lang_embeds": read_language(out)["go home"]}
+    pictures = {key: np.full((4, 6, 3), 99, np.uint8) for key in ("left", "right")}
+    assert np.isfinite(policy.act(seen | pictures)).all()
 
 
 # -- bad input
