@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from robot.cli import SEEDS, Parser, check_ranges
-from robot.environments import GymEpisodes
+from robot.environments import fields_of
 from robot.errors import UserError, hint, input_text, one_line
 from robot.models import MODELS, model_config, typed
 
@@ -223,7 +223,8 @@ def check_options(options):
     if options.lr_schedule not in schedules:
         raise UserError(f"--lr_schedule {options.lr_schedule!r} is unknown"
                         f"{hint(options.lr_schedule, schedules)}")
-    check_keys("env", options.env, GymEpisodes.FIELDS)
+    name = options.env.get("id") if isinstance(options.env, dict) else None
+    check_keys("env", options.env, fields_of(name if isinstance(name, str) else ""))
     for name, spec in options.robots.items():
         check_keys(f"robots: {name}", spec, ("data", "action_names", "state_names"))
     if options.shape_meta:

@@ -8,8 +8,9 @@ import torch
 import yaml
 from helpers import LOWDIM, ROOT, Recorder, scaled
 
-from robot.environments import GymEpisodes, TabletopEpisodes, pick
+from robot.environments import GymEpisodes, TabletopEpisodes
 from robot.errors import UserError, say_once
+from robot.gym_episodes import pick
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
 
