@@ -61,7 +61,8 @@ def read_rdt(download, model, hints):
         "processing": ALOHA | {"cameras": camera_places(hints.get("cameras") or ALOHA["cameras"], rdt)}}
     description["camera_keys"] = [key for key in description["processing"]["cameras"].values() if key]
     units = Normalizer.of_units({"actions": 14, "state": 14})
-    return Release("rdt", config, weights, units, description, notes, recipe=dict(rdt.FINE_TUNING), free=ROBOT)
+    recipe = {"ema_max": 0.9999, "dtype": "auto"} | rdt.FINE_TUNING     # nothing of the recipe of "tiny"
+    return Release("rdt", config, weights, units, description, notes, recipe=recipe, free=ROBOT)
 
 
 def camera_places(cameras, rdt):

@@ -34,6 +34,7 @@ def test_sizes_are_those_of_the_weights_and_of_config_json(release):
     assert (config.n_obs_steps, config.n_cameras, config.encoders) == (2, 3, "none")
     assert (config.n_diffusion_steps, config.sampler_steps) == (500, 4)
     assert found.model == "rdt" and found.recipe["normalizer"] == "none"
+    assert set(found.recipe) >= set(rdt.RECIPES["tiny"])     # or that would be taken
     model = build_model(found)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
