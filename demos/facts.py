@@ -34,9 +34,10 @@ def place_cameras(demos, module, given):
     cameras = demos.processing.spec.get("cameras") or {}
     if not cameras:
         for key in demos.camera_keys:
-            words = key.lower()
-            wrist = any(word in words for word in ("wrist", "hand", "gripper", "left", "right"))
-            place = "left_wrist" if "left" in words else "right_wrist" if wrist else "external"
+            has = lambda *words: any(word in key.lower() for word in words)
+            outside = has("front", "high", "top", "head", "side", "ext", "base", "agentview")
+            on_arm = has("wrist", "hand", "gripper", "left", "right") and not outside
+            place = "external" if not on_arm else "left_wrist" if has("left") else "right_wrist"
             if place in cameras:
                 raise UserError(f"cameras {cameras[place]!r} and {key!r} would both be {place}: name them in "
                                 f"YAML, processing: cameras: {{external: KEY, right_wrist: KEY, ..}}")

@@ -73,6 +73,7 @@ def named(*cameras, processing=None):
     (("cam_high", "cam_left_wrist", "cam_right_wrist"), ["cam_high", "cam_right_wrist", "cam_left_wrist"]),
     (("front", "left", "right"), ["front", "right", "left"]),
     (("agentview_image", "robot0_eye_in_hand_image"), ["agentview_image", "robot0_eye_in_hand_image", None]),
+    (("robot0_agentview_left_image",), ["robot0_agentview_left_image", None, None]),
     (("wrist",), [None, "wrist", None])])
 def test_cameras_are_put_into_the_places_of_the_release(cameras, want, capsys):
     """Not in the order of the alphabet, which exchanges the wrists."""
