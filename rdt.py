@@ -694,10 +694,12 @@ class RDT(nn.Module):
             return batch["background_embeds"][:, None, None]
         if self.config.encoders == "none":
             raise ValueError("hidden pictures (mask_prob, image_mask) take background_embeds (B, N, D_vit)")
-        size, weight = self.vision.size, self.vision.position
-        if weight.requires_grad or "background" not in self.kept:
-            self.kept["background"] = self.vision(weight.new_full((1, 3, size, size), BACKGROUND / 127.5 - 1))
-        return self.kept["background"][:, None, None]
+        tokens, size = self.kept.get("background"), self.vision.size
+        if tokens is None:
+            tokens = self.vision(self.img_pos.new_full((1, 3, size, size), BACKGROUND / 127.5 - 1))
+        if self.config.encoders != "train":
+            self.kept["background"] = tokens
+        return tokens[:, None, None]
 
     def encode_images(self, batch):
         """Tokens of all pictures, the older step first, then place by place (B, To cameras N, D_vit): given,

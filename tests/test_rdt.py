@@ -1368,6 +1368,20 @@ def test_frozen_siglip_looks_at_the_background_once():
     assert sorted(seen) == [1, 12, 12, 12]
 
 
+def test_what_learning_encoders_made_is_not_kept():
+    """Neither by the model nor by its average, whose weights change although they ask for no gradient."""
+    model = small(max_cameras=3).requires_grad_(False)
+    batch = small_batch(model.config)
+    before = predict(model, batch)
+    with torch.no_grad():
+        model.vision.norm.bias += 1.0
+        model.t5.norm.weight *= 2.0
+    fresh = small(max_cameras=3)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(predict(model, batch), predict(fresh, batch)) and not model.kept
+    assert not torch.equal(predict(model, batch), before)
+
+
 def test_siglip_alone_beside_embedded_instructions():
     model, whole = small(encoders="images"), small()
     assert not hasattr(model, "t5") and not any(p.requires_grad for p in model.vision.parameters())
