@@ -727,7 +727,7 @@ class RDT(nn.Module):
 
     def encode_text(self, batch):
         """Tokens of the instruction (B, L, D_t5), given or T5's, and which of them are read (B, L): the real
-        ones and the first, all that "" has. If T5 does not learn, it reads each instruction once and unpadded;
+        ones and the first, all that "" has. A T5 that does not learn reads each instruction once, unpadded;
         L is then that of the longest, and the host waits for the codes."""
         c, lang, text = self.config, batch.get("lang_embeds"), batch.get("text")
         if lang is None and c.encoders in ("none", "images"):
