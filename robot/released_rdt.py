@@ -233,7 +233,7 @@ def interpolate(previous, current, longest):
     """
     previous, current = (np.asarray(x, np.float64) for x in (previous, current))
     longest = np.asarray(longest, np.float64)
-    longest = np.concatenate([longest, longest]) if 2 * longest.size == current.size else longest
+    longest = np.tile(longest, 2) if longest.ndim and 2 * longest.size == current.size else longest
     if previous.shape != current.shape or current.ndim != 1 or longest.size not in (1, current.size) or \
             not (longest > 0).all():
         raise UserError(f"interpolate: commands {previous.shape} and {current.shape} with steps of "

@@ -79,7 +79,7 @@ def test_cameras_have_places_by_name(capsys):
     assert camera_places({"left_wrist": "l", "external": "e"}, rdt) == {
         "external": "e", "right_wrist": None, "left_wrist": "l"}
     assert list(camera_places({"left_wrist": "l", "external": "e"}, rdt)) == list(rdt.CAMERA_PLACES)
-    refused(capsys, lambda: camera_places({"wrist_right": "r"}, rdt), "no place 'wrist_right'",
+    refused(capsys, lambda: camera_places({"right_wirst": "r"}, rdt), "no place 'right_wirst'",
             "did you mean 'right_wrist'")
 
 
@@ -136,7 +136,7 @@ def test_the_instruction_as_tokens_matters_and_is_checked(capsys):
 
 def test_a_policy_without_eyes_says_what_it_lacks(release, capsys):
     policy = Policy.from_release(open_release(release))
-    refused(capsys, lambda: policy.act(seen(lang_embeds=np.ones((4, 8)))), "which it lacks", "siglip")
+    refused(capsys, lambda: policy.act(seen(lang_embeds=np.ones((4, 8)))), "which its weights lack", "RDT,SIGLIP")
 
 
 def test_commands_between_commands():
