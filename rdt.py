@@ -223,7 +223,7 @@ def check_at_least(config, least, *fields):
             raise ValueError(f"{field} {value} must be at least {least}")
 
 
-def check_shape(name, x, want, axes):
+def check_axes(name, x, want, axes):
     """The first axes of x are as long as `want` says."""
     if x.shape[:len(want)] != want:
         raise ValueError(f"{name} {tuple(x.shape)} given, {want} = {axes} expected")
@@ -707,18 +707,18 @@ class RDT(nn.Module):
         c, x, mask = self.config, batch.get("image_embeds"), batch.get("image_mask")
         grid = len(batch["state"]), c.n_obs_steps, c.n_cameras if x is None else c.cameras  # (B, To, V)
         if x is not None:
-            check_shape("image_embeds", x, (len(x), self.img_pos.shape[1], c.vit_width), "(B, M, vit_width)")
+            check_axes("image_embeds", x, (len(x), self.img_pos.shape[1], c.vit_width), "(B, M, vit_width)")
             x = x.unflatten(1, (*grid[1:], -1))                                 # (B, To, V, N, D_vit)
         elif c.encoders == "none":
             raise ValueError("encoders='none' takes image_embeds, 'images' and 'frozen' pictures")
         elif c.n_cameras:
-            check_shape("images", batch["images"], grid, "(B, n_obs_steps, n_cameras)")
+            check_axes("images", batch["images"], grid, "(B, n_obs_steps, n_cameras)")
             images = batch["images"].flatten(0, 2)                              # (B To V, 3, H, W)
             if not images.is_floating_point():
                 images = fit_square(images.float(), c.vit_size)                 # (B To V, 3, size, size)
             x = self.vision(images.to(self.vision.position.dtype)).unflatten(0, grid)
         if mask is not None and x is not None:
-            check_shape("image_mask", mask, grid, "(B, n_obs_steps, cameras)")
+            check_axes("image_mask", mask, grid, "(B, n_obs_steps, cameras)")
             x = torch.where(mask[..., None, None] > 0, x, self.background(batch).to(x.dtype))
         if grid[2] < c.cameras:
             missing = self.background(batch).expand(*grid[:2], c.cameras - grid[2], -1, -1)
@@ -745,7 +745,7 @@ class RDT(nn.Module):
                 self.kept[codes] = self.t5(real, real >= 0)[0]
             lang = nn.utils.rnn.pad_sequence([self.kept[codes] for codes in texts], batch_first=True)
             mask = mask[:, :lang.shape[1]]
-        check_shape("lang_embeds", lang, (*mask.shape, c.t5_width), "(B, L, t5_width)")
+        check_axes("lang_embeds", lang, (*mask.shape, c.t5_width), "(B, L, t5_width)")
         return lang, mask
 
     def encode(self, batch):

@@ -232,8 +232,8 @@ class Policy:
     def prepare_embeds(self, tokens, n):
         """An instruction that arrives as T5's tokens, (L, D) or (n, L, D)."""
         if self.model.config.encoders == "none":
-            raise UserError("the policy takes pictures as tokens of SigLIP, which its weights lack: name both "
-                            "folders, --init RDT,SIGLIP")
+            raise UserError("the policy takes pictures as tokens of SigLIP, which its weights lack: name "
+                            "both folders, --init RDT,SIGLIP")
         if tokens is None:
             raise UserError("the policy reads T5's tokens: add 'lang_embeds' (L, D) to the observation, from "
                             "python -m tools.embed --text")

@@ -58,7 +58,7 @@ class Processing:
         self.rule = dict(part(spec, "images"))
         fields(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
         transforms.check_rule(self.rule, "processing: images")
-        self.jpeg = self.rule.pop("jpeg", False)    # on the robot; the pictures of a data set stay as they are
+        self.jpeg = self.rule.pop("jpeg", False)    # on the robot; pictures of a data set stay as they are
         self.by_model = self.rule.get("fit") == "model"
         self.places = self.parse_cameras(list(camera_keys))
         self.normalize = {key: self.parse_modes(key, mode) for key, mode in part(spec, "normalize").items()}

@@ -3,9 +3,9 @@
     --init rdt-1b                                      with siglip/ and t5/ in it, or without
     --init rdt-1b,siglip-so400m-patch14-384            ... or named beside it
 
-github.com/thu-ml/RoboticsDiffusionTransformer: configs/base.yaml, models/rdt_runner.py, scripts/agilex_model.py
-and agilex_inference.py. Sizes are those of the tensors; config.json tells what these do not say. Without SigLIP
-the model takes pictures as tokens, without T5 instructions (`python -m tools.embed`).
+github.com/thu-ml/RoboticsDiffusionTransformer: configs/base.yaml, models/rdt_runner.py and, in scripts/,
+agilex_model.py and agilex_inference.py. Sizes are those of the tensors; config.json tells what these do not
+say. Without SigLIP the model takes pictures as tokens, without T5 instructions (`python -m tools.embed`).
 """
 import math
 import re

@@ -4,8 +4,8 @@
     python train.py --model rdt --preset 170M --data DATA --embeddings DATA_embeddings
 
 The two folders are as transformers writes them: config.json, weights (one file, or shards with their
-index.json) and, of T5, spiece.model. Stopped at any time, the same command goes on with the first episode that
-is not there yet. Of T5 one layer at a time is in memory. What is written: demos/embeddings.py.
+index.json) and, of T5, spiece.model. Stopped at any time, the same command goes on with the first episode
+that is not there yet. Of T5 one layer at a time is in memory. What is written: demos/embeddings.py.
 """
 import shutil
 
@@ -187,7 +187,7 @@ def main(argv=None):
     source = user_path(args.data)
     out = user_path(args.out) if args.out else source.with_name(f"{source.stem}_embeddings")
     if source.is_dir() and source.resolve() in [out.resolve(), *out.resolve().parents]:
-        raise UserError(f"--out {out} lies among the demonstrations, and would be read as some: choose another")
+        raise UserError(f"--out {out} lies among the demonstrations and would be read as some: choose another")
     demos = open_demos(args.data, obs="image", text=True, colour=args.colour, image_size=(size, size),
                        processing={"images": {k: ALOHA["images"][k] for k in ("fit", "filter", "fill")}})
     out.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,8 @@ COMPARED = ("actions", "state", "action_mask", "action_valid")      # what actio
 @torch.no_grad()
 def validate(model, items, normalizer, seed, n=256):
     """Loss, loss per tenth of t, and mean absolute error of sampled actions over the executed steps, in
-    data units; on held-out episodes, always the same items, noise and t. Pictures come 32 at a time, tokens of
-    pictures, of which the largest models take thousands, 8: 256 at once would take 241 GiB in rdt's 1B."""
+    data units; on held-out episodes, always the same items, noise and t. Pictures come 32 at a time, tokens
+    of pictures, of which the largest models take thousands, 8: 256 at once take 241 GiB in rdt's 1B."""
     if not len(items):
         return {}
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:n]

@@ -136,7 +136,7 @@ def test_the_instruction_as_tokens_matters_and_is_checked(capsys):
 
 def test_a_policy_without_eyes_says_what_it_lacks(release, capsys):
     policy = Policy.from_release(open_release(release))
-    refused(capsys, lambda: policy.act(seen(lang_embeds=np.ones((4, 8)))), "which its weights lack", "RDT,SIGLIP")
+    refused(capsys, lambda: policy.act(seen()), "which its weights lack", "RDT,SIGLIP")
 
 
 def test_commands_between_commands():
