@@ -187,7 +187,7 @@ def main(argv=None):
     source = user_path(args.data)
     out = user_path(args.out) if args.out else source.with_name(f"{source.stem}_embeddings")
     if source.is_dir() and source.resolve() in [out.resolve(), *out.resolve().parents]:
-        raise UserError(f"--out {out} lies among the demonstrations and would be read as some: choose another")
+        raise UserError(f"--out {out} lies among the demonstrations and would be read as one: choose another")
     demos = open_demos(args.data, obs="image", text=True, colour=args.colour, image_size=(size, size),
                        processing={"images": {k: ALOHA["images"][k] for k in ("fit", "filter", "fill")}})
     out.mkdir(parents=True, exist_ok=True)
