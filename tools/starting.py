@@ -104,7 +104,7 @@ def units(options, earlier, release):
     if earlier:
         return Normalizer.from_state(earlier["normalizer"]) if earlier["normalizer"] else None
     if options.normalizer != "checkpoint":
-        if release and release.normalizer:
+        if release and release.normalizer and release.normalizer.mode != options.normalizer:
             say("the statistics that came with the weights of --init are not used, those of the data are: "
                 "--normalizer checkpoint takes them")
         return None
@@ -123,8 +123,8 @@ def fits(release, facts, description):
             keys = few(f"{name} {dim}" for name, dim in description["state_keys"].items())
             raise UserError(f"the weights of --init have {key} {its}, the data {fact} (state: {keys}; "
                             f"cameras: {few(description['camera_keys'])}): choose among them with shape_meta")
-    wanted = release.description.get("camera_keys", [])
-    has = list((description.get("processing") or {}).get("cameras") or description["camera_keys"])
+    places = lambda said: list((said.get("processing") or {}).get("cameras") or said.get("camera_keys", []))
+    wanted, has = places(release.description), places(description)
     short = lambda names: [name.rpartition(".")[2] for name in names]
     if len(wanted) > 1 and len(wanted) == len(has) and short(has) != short(wanted):
         raise UserError(f"the weights of --init look at the cameras {few(wanted)} in this order, the data "
