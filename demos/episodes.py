@@ -16,6 +16,20 @@ class Array:
     dtype: np.dtype
     kind: str = "state"         # or "camera", "jpeg" (a compressed camera), "other" (used if asked for)
     why: str = ""               # it is neither a state nor a camera
+    names: list = field(default_factory=list)       # of its numbers, where the file says them
+
+
+class Rows:
+    """The rows of an array that is put together as it is read, by [i] or [lo:hi]; read(lo, hi) -> array."""
+
+    def __init__(self, length, read):
+        self.length, self.read = length, read
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            lo, hi, _ = at.indices(self.length)
+            return self.read(lo, hi)
+        return self.read(at, at + 1)[0]
 
 
 @dataclass
