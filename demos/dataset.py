@@ -7,16 +7,16 @@ Numbers (actions, state) are read once and stay in memory: five million steps of
 Images stay in the files until they are asked for.
 """
 import collections
-import os
 
 import numpy as np
 
 from demos.episodes import coarse, faults, label_of, nonfinite
-from demos.files import find_files, open_file, read_episodes, unreadable
+from demos.files import find_files, read_episodes
 from demos.generated import tabletop_file
-from demos.jpeg import check_colour, decode_jpeg
+from demos.jpeg import check_colour
 from demos.keys import check_extra, choose_keys, width
 from demos.limits import refuse_beyond_memory
+from demos.reading import Reader
 from demos.split import split_episodes
 from robot import tabletop
 from robot.errors import UserError, fingerprint, say
@@ -26,8 +26,8 @@ class Demos:
     """A checked set of demonstrations, see open_demos.
 
     Of the set: state_keys {key: dim}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
-    action_names, image_size (H, W) or None, camera_sizes {key: (H, W)} before resizing, fps (of the first
-    episode), notes (what a user should know).
+    action_names, state_names ([] where the file has none), image_size (H, W) or None, camera_sizes {key:
+    (H, W)} before resizing, fps (of the first episode), notes (what a user should know).
     Of each episode: lengths, instructions, episode_names, episode_fps. train_episodes, valid_episodes:
     numbers. Of each step: actions (N, action_dim), state (N, state_dim): float32, in the units of the file,
     all episodes in a row; episode e begins at starts[e]. The state keys stand side by side in their order. So
@@ -37,7 +37,7 @@ class Demos:
     def __init__(self, source, episodes, keys, label_keys, split, memory_gb, image_size=None, colour="bgr"):
         first = episodes[0]
         self.source, self.episodes, self.memory_gb = str(source), episodes, memory_gb
-        self.colour, self.notes, self.files = colour, keys.lines(label_keys), {}
+        self.reader, self.notes = Reader(colour), keys.lines(label_keys)
         self.train_episodes, self.valid_episodes = split
         for episode in episodes:
             for fault in faults(episode, first, keys.state, keys.cameras, resized=bool(image_size)):
@@ -51,6 +51,8 @@ class Demos:
         self.state_keys = {key: width(first.obs[key]) for key in keys.state}
         self.camera_keys, self.action_names = list(keys.cameras), first.action_names
         self.state_dim, self.action_dim = sum(self.state_keys.values()), first.actions.shape[1]
+        names = [name for key in keys.state for name in first.obs[key].names]
+        self.state_names = names if len(names) == self.state_dim else []
         self.label_keys = label_keys
         check_numbers(source, episodes, self.action_dim + self.state_dim + sum(label_keys.values()))
 
@@ -76,43 +78,21 @@ class Demos:
         array = episode.obs[key]
         if array.kind == "camera":
             return array.shape[1:3]
-        return self._frames(episode, key, 0, 1).shape[1:3]
-
-    def _read(self, episode, array, lo=None, hi=None):
-        # Handles belong to the process that opened them: after a fork, HDF5 would share the file position.
-        # Few are kept, because a folder can hold more episode files than a process may open.
-        key = (os.getpid(), episode.file)
-        if key not in self.files:
-            if len(self.files) >= 64:
-                self.files.pop(next(iter(self.files))).close()
-            self.files[key] = open_file(episode.file)
-        try:
-            return self.files[key][array.path][lo:hi]
-        except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(f"{episode.name}: {array.path} {unreadable(error)}") from None
+        return self.reader.frames(episode, key, 0, 1).shape[1:3]
 
     def _numbers(self, episode, key, array):
         with np.errstate(over="ignore"):                # what float32 cannot hold becomes infinite, see below
-            x = self._read(episode, array).reshape(episode.length, -1).astype(np.float32)
+            x = self.reader.read(episode, array).reshape(episode.length, -1).astype(np.float32)
         for fault in nonfinite(episode.name, key, x):
             raise UserError(fault)
         return x
-
-    def _frames(self, episode, key, lo, hi):
-        frames = self._read(episode, episode.obs[key], lo, hi)
-        if episode.obs[key].kind == "camera":
-            return frames
-        try:
-            return np.stack([decode_jpeg(frame, self.colour) for frame in frames])
-        except (UserError, ValueError) as error:        # ValueError: frames of different size
-            raise UserError(f"{episode.name}: '{key}', steps {lo} to {hi - 1}: {error}") from None
 
     def images(self, e, lo, hi):
         """Steps lo .. hi-1 of episode e from all cameras: (hi - lo, V, 3, H, W) uint8, RGB."""
         out = np.empty((hi - lo, len(self.camera_keys), 3, *self.image_size), np.uint8)
         for v, key in enumerate(self.camera_keys):
             for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
-                frames = self._frames(self.episodes[e], key, at, min(at + 16, hi))      # (T, H, W, 3)
+                frames = self.reader.frames(self.episodes[e], key, at, min(at + 16, hi))    # (T, H, W, 3)
                 if frames.shape[1:3] != self.image_size and not self.resizing:
                     raise UserError(f"{self.episode_names[e]}: '{key}' is {frames.shape[1:3]}, others are "
                                     f"{self.image_size}: --image_size H W brings pictures to one size")
@@ -126,12 +106,7 @@ class Demos:
 
     def close(self):
         """Close the files, so that others can write them; what is read next opens them again."""
-        for file in self.files.values():
-            file.close()
-        self.files = {}
-
-    def __getstate__(self):                             # a process that is spawned opens files of its own
-        return self.__dict__ | {"files": {}}
+        self.reader.close()
 
     def description(self):
         """What a checkpoint keeps of the data: plain values only."""
@@ -188,7 +163,8 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
                max_train_episodes=None, seed=0, cache=None, memory_gb=4.0, image_size=None, colour="bgr"):
     """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
 
-    source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of HDF5
+    source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of files in a
+                 layout that demos/files.py knows
     obs          "lowdim": all float observations, no cameras. "image": cameras, and all float observations
                  but `object` (with text=True also without `goal`). "auto": as "image" where there are
                  cameras, else as "lowdim". Not looked at if shape_meta is given

@@ -5,8 +5,8 @@ A layout is a module with two functions, and one entry in LAYOUTS:
     matches(file)          whether an open file has this layout
     episodes(path, file)   its episodes, a list of demos.episodes.Episode, from shapes and attributes alone
 
-`file` is what OPENERS makes of a path by its suffix, or SETS of a folder that is one set: a mapping from names
-to arrays that can be sliced, with close(). docs/extending.md adds a layout in ten lines.
+`file` is what OPENERS makes of a path by its suffix, or SETS of a folder that is one set: a mapping from
+names to arrays that can be sliced, with close(). docs/extending.md adds a layout in ten lines.
 """
 import contextlib
 import glob
@@ -20,8 +20,8 @@ from robot.errors import UserError, few, input_file, nearest, one_line, user_pat
 
 
 def find_files(source):
-    """Files of a path, a folder (searched to the bottom) or a glob; episode_10 comes after episode_9. A folder
-    that is one set counts as a file."""
+    """Files of a path, a folder (searched to the bottom) or a glob; episode_10 comes after episode_9. A
+    folder that is one set counts as a file."""
     source, path = str(source), user_path(source)
     if path.is_dir() and not set_opener(path):
         found = [p for p in path.rglob("*") if p.suffix in OPENERS]

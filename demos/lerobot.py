@@ -47,7 +47,7 @@ class LeRobot(collections.abc.Mapping):
     """
 
     def __init__(self, path):
-        self.root, self.tables, self.videos, self.spans = Path(path), Tables(), {}, {}
+        self.root, self.tables, self.videos, self.spans = Path(path), Tables(path), {}, {}
         self.info = read_info(self.root)
         self.fps, self.features = self.info["fps"], self.info["features"]
         self.many = self.info["codebase_version"].startswith("v3")          # episodes in a file

@@ -8,19 +8,21 @@ from robot.errors import UserError, few, nearest, one_line
 HELD = 2**28                    # bytes of columns that are kept for the next call
 
 
-def import_parquet():
+def import_parquet(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("a LeRobot data set needs the package pyarrow: pip install pyarrow av") from None
+        raise UserError(f"{path}: a LeRobot data set needs the package pyarrow: pip install pyarrow av"
+                        ) from None
     return pyarrow.parquet
 
 
 class Tables:
-    """Columns of parquet files, read when they are asked for; the last ones are kept. Raises UserError."""
+    """Columns of the parquet files of a folder, read when they are asked for; the last ones are kept. Raises
+    UserError."""
 
-    def __init__(self):
-        self.parquet, self.kept = import_parquet(), {}
+    def __init__(self, root):
+        self.parquet, self.kept = import_parquet(root), {}
 
     def open(self, file):
         try:

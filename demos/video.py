@@ -17,11 +17,11 @@ def has_av():
     return importlib.util.find_spec("av") is not None
 
 
-def import_av():
+def import_av(path):
     try:
         import av
     except ImportError:
-        raise UserError("this set has videos: pip install av") from None
+        raise UserError(f"{path} is a video, which needs the package av: pip install av") from None
     return av
 
 
@@ -29,7 +29,7 @@ class Video:
     """A video file, open for reading: size (H, W), frames (as its header counts them, 0 if it does not)."""
 
     def __init__(self, path):
-        self.path, self.av = path, import_av()
+        self.path, self.av = path, import_av(path)
         try:
             self.container = self.av.open(str(path))
             self.stream = self.container.streams.video[0]
@@ -95,7 +95,7 @@ class VideoWriter:
     """Frames (T, H, W, 3) uint8, RGB -> an mp4 file without loss."""
 
     def __init__(self, path, fps, size):
-        av = import_av()
+        av = import_av(path)
         self.container = av.open(str(path), "w", format="mp4")
         rate = fractions.Fraction(fps).limit_denominator(1000)
         self.tick = 1 / rate

@@ -46,9 +46,7 @@ class ReplayBuffer(collections.abc.Mapping):
 
     def __init__(self, path):
         self.path = path
-        if not Path(path).exists():
-            raise UserError(f"no replay buffer at {path}: check the path")
-        self.zarr = import_zarr()
+        self.zarr = import_zarr(path)
         check_codecs(path)
         self.store = None
         try:
@@ -98,11 +96,11 @@ class ReplayBuffer(collections.abc.Mapping):
             self.store.close()
 
 
-def import_zarr():
+def import_zarr(path):
     try:
         import zarr.storage
     except ImportError:
-        raise UserError("a replay buffer needs the package zarr: pip install 'zarr<4'") from None
+        raise UserError(f"{path}: a replay buffer needs the package zarr: pip install 'zarr<4'") from None
     return zarr
 
 

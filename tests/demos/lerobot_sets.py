@@ -98,7 +98,8 @@ def write_set(root, version="v3.0", episodes=None, image="video", edit=lambda e,
     firsts = np.cumsum(lengths) - lengths
     every = [rows_of(e, episode, image, int(firsts[e]), edit) for e, episode in enumerate(episodes)]
     chunk = "chunk-{chunk_index:03d}/file-{file_index:03d}"
-    data = f"data/{chunk}.parquet" if many else "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    data = f"data/{chunk}.parquet" if many else (
+        "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet")
     video = f"videos/{{video_key}}/{chunk}.mp4" if many else (
         "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4")
     (root / "meta").mkdir(parents=True)
@@ -121,7 +122,8 @@ def write_set(root, version="v3.0", episodes=None, image="video", edit=lambda e,
             tasks = [TASKS[i] for i in dict.fromkeys(every[e]["task_index"].tolist())]
             meta.append({"episode_index": e, "tasks": tasks, "length": lengths[e]})
             if many:
-                meta[e] |= {"data/chunk_index": 0, "data/file_index": number, "dataset_from_index": int(firsts[e]),
+                meta[e] |= {"data/chunk_index": 0, "data/file_index": number,
+                            "dataset_from_index": int(firsts[e]),
                             "dataset_to_index": int(firsts[e]) + lengths[e]}
         for camera in CAMERAS if image == "video" else []:
             whole = np.concatenate([episodes[e][camera] for e in group])
@@ -137,10 +139,16 @@ def write_set(root, version="v3.0", episodes=None, image="video", edit=lambda e,
     if many:
         (root / "meta/episodes/chunk-000").mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(meta), root / "meta/episodes/chunk-000/file-000.parquet")
-        pq.write_table(pa.table({"task_index": range(len(TASKS)), "__index_level_0__": list(TASKS)}),
-                       root / "meta/tasks.parquet")
+        # As pandas writes a table whose index has no name.
+        tasks = pa.table({"task_index": range(len(TASKS)), "__index_level_0__": list(TASKS)})
+        of = lambda name, kind: {"name": name, "field_name": name or "__index_level_0__", "metadata": None,
+                                 "pandas_type": kind, "numpy_type": "int64" if name else "object"}
+        pandas = {"index_columns": ["__index_level_0__"], "column_indexes": [], "pandas_version": "2.3.0",
+                  "columns": [of("task_index", "int64"), of(None, "unicode")]}
+        pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}), root / "meta/tasks.parquet")
     else:
         lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
         (root / "meta/episodes.jsonl").write_text(lines(meta))
-        (root / "meta/tasks.jsonl").write_text(lines({"task_index": i, "task": t} for i, t in enumerate(TASKS)))
+        tasks = [{"task_index": i, "task": task} for i, task in enumerate(TASKS)]
+        (root / "meta/tasks.jsonl").write_text(lines(tasks))
     return seen or {(e, key): episode[key] for e, episode in enumerate(episodes) for key in CAMERAS}
