@@ -119,7 +119,7 @@ def write_set(root, version="v3.0", episodes=None, image="video", edit=lambda e,
             for part in tables:
                 writer.write_table(part)
         for e in group:
-            tasks = [TASKS[i] for i in dict.fromkeys(every[e]["task_index"].tolist())]
+            tasks = [TASKS[i % 2] for i in dict.fromkeys(every[e]["task_index"].tolist())]
             meta.append({"episode_index": e, "tasks": tasks, "length": lengths[e]})
             if many:
                 meta[e] |= {"data/chunk_index": 0, "data/file_index": number,

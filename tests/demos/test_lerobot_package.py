@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 from helpers import write
-from lerobot_sets import LENGTHS, TASKS, write_set
+from lerobot_sets import CAMERAS, FPS, LENGTHS, SIZE, TASKS, contents, write_set
 
 from demos import convert
 from demos.dataset import open_demos
@@ -69,3 +69,27 @@ def test_version_2_1_is_what_lerobots_own_conversion_takes(tmp_path):
     assert before.instructions == after.instructions
     assert all(np.array_equal(x, after.images(e, 0, len(x))) for e, x in enumerate(frames))
     assert len(opened(tmp_path / "set")) == 16
+
+
+@pytest.mark.parametrize("videos", [True, False])
+def test_a_set_that_its_recorder_wrote_is_read(tmp_path, videos):
+    episodes = contents((6, 4))
+    camera = {"dtype": "video" if videos else "image", "shape": (*SIZE, 3), "names": ["height", "width", "channel"]}
+    vector = lambda n: {"dtype": "float32", "shape": (n,), "names": [f"joint_{i}" for i in range(n)]}
+    theirs = lerobot.LeRobotDataset.create(
+        "test/set", fps=FPS, root=tmp_path / "set", use_videos=videos, video_backend="pyav",
+        features={"action": vector(3), "observation.state": vector(4), CAMERAS[0]: camera})
+    for e, episode in enumerate(episodes):
+        for t in range(len(episode["action"])):
+            keys = ("action", "observation.state", CAMERAS[0])
+            theirs.add_frame({key: episode[key][t] for key in keys} | {"task": TASKS[e]})
+        theirs.save_episode()
+    theirs.finalize()
+    ours, theirs = open_demos(tmp_path / "set", "image", text=True, val_ratio=0), opened(tmp_path / "set")
+    assert np.array_equal(ours.actions, np.concatenate([e["action"] for e in episodes]))
+    assert ours.instructions == list(TASKS) and ours.action_names == ["joint_0", "joint_1", "joint_2"]
+    frames = np.concatenate([ours.images(e, 0, n) for e, n in enumerate(ours.lengths)])[:, 0]
+    for i, frame in enumerate(frames):
+        assert np.array_equal(np.rint(255 * theirs[i][CAMERAS[0]].numpy()), frame)
+    if not videos:
+        assert np.array_equal(np.moveaxis(frames, 1, 3), np.concatenate([e[CAMERAS[0]] for e in episodes]))
