@@ -122,10 +122,8 @@ class Demos:
 
 
 def rates(episodes):
-    """Control steps per second of each. Neither robosuite (20 Hz unless told otherwise) nor ALOHA (50 Hz)
-    writes its rate down."""
-    usual = 50.0 if episodes[0].actions.path == "/action" else 20.0
-    return np.array([e.fps or usual for e in episodes])
+    """Control steps per second of each. Neither robosuite nor ALOHA nor a replay buffer writes it down."""
+    return np.array([e.fps or e.usual_fps for e in episodes])
 
 
 def check_numbers(source, episodes, per_step):

@@ -42,6 +42,7 @@ class Episode:
     unread: dict = field(default_factory=dict)      # name -> why: what lies there and is no array of steps
     num_samples: float = None   # as the file claims; None if it does not
     fps: float = None           # None if the file does not say
+    usual_fps: float = 20.0     # then: what sets of this layout mostly have; robosuite, unless told otherwise
     instruction: str = ""       # "" if there is none
     action_names: list = field(default_factory=list)
     rollout: object = None      # episodes of one rollout are held out together; by default each is its own

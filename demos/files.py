@@ -30,7 +30,8 @@ def find_files(source):
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
     if not found:
         if path.is_dir() and any(path.glob("*.zarr*")):
-            reason = f": name the replay buffer itself, {few(p.name for p in path.glob('*.zarr*'))}"
+            buffers = sorted(p.name for p in path.glob("*.zarr*"))
+            reason = f": name the replay buffer itself, {few(buffers)}"
         elif path.is_dir():
             reason = f": the folder holds no {' or '.join('*' + suffix for suffix in OPENERS)}"
         else:

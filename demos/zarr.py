@@ -2,7 +2,7 @@
 
     data/<key>          (N, ...): all episodes in a row. `action`; every other array is an observation
     meta/episode_ends   (E,): episode e ends before this step
-    [attribute fps]     control steps per second; 10, as in Push-T, if it does not say
+    [attribute fps]     control steps per second; 10, as in Push-T, where nobody says
 
 (N, 9, 2) is flattened to (T, 18). Pictures (N, H, W, 3) are uint8, or whole numbers 0 .. 255 in float32, as
 Push-T has them. Needs the package zarr, version 2 or 3.
@@ -55,7 +55,7 @@ class ReplayBuffer(collections.abc.Mapping):
             group = self.zarr.open_group(self.store or str(path), mode="r")
             self.arrays = {key: group["data"][key] for key in group["data"]}
             self.ends = np.asarray(group["meta/episode_ends"][:]).astype(int)
-            self.fps = group.attrs.get("fps")
+            self.fps = float(group.attrs["fps"]) if "fps" in group.attrs else None
         except Exception as error:      # a missing codec, a broken chunk: zarr has no common class for these
             raise UserError(f"{path} cannot be read as a replay buffer, with data/action and "
                             f"meta/episode_ends: {one_line(error, 120)}") from None
@@ -149,23 +149,20 @@ def episodes(path, file, missing_zeros=False):
     if "action" not in file.arrays:
         raise UserError(f"{path} has no data/action: it is not a replay buffer")
     check_arrays(file, missing_zeros)
-    notes = []
     names = {"image" if key == "img" and "image" not in file.arrays else key: key for key in file.arrays}
     pictures = [key for key, x in file.arrays.items() if x.ndim == 4 and x.shape[3] == 3]
     for key in pictures:
         if file.arrays[key].dtype.kind == "f" and not file.arrays[key][0].max() > 1:
             raise UserError(f"{path}: data/{key} is float, and its first picture has nothing above 1: scale "
                             f"it to 0 .. 255")
-    if not file.fps:
-        notes.append(f"a replay buffer does not say its rate, {FPS:g} Hz assumed: set attribute 'fps'")
     found = []
     for e, length in enumerate(np.diff(file.ends, prepend=0).tolist()):
         arrays = {name: describe(f"{e}/{name}", file.arrays[key], length, key in pictures)
                   for name, key in names.items()}
         if "state" in arrays and ("keypoint" in arrays or "img" in file.arrays):
             arrays[AGENT] = Array(f"{e}/{AGENT}", (length, 2), arrays["state"].dtype)
-        found.append(Episode(file=str(path), name=f"{Path(path).name}:episode_{e}", fps=file.fps or FPS,
-                             actions=arrays.pop("action"), obs=arrays, notes=notes))
+        found.append(Episode(file=str(path), name=f"{Path(path).name}:episode_{e}", fps=file.fps,
+                             usual_fps=FPS, actions=arrays.pop("action"), obs=arrays))
     return found
 
 
