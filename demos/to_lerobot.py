@@ -3,10 +3,10 @@
 Pictures become videos without loss (x264, RGB, a key frame at every other frame), so that no number changes.
 
 Names that begin with "observation." stay. A camera `top` becomes observation.images.top. The other states
-stand side by side in observation.state, in the order in which open_demos reads them; only robomimic's `object`,
-which a simulator alone knows, becomes observation.environment_state. Labels keep their names. LeRobot has no
-place for held-out episodes that are no range, nor for parts of one recording: they stand in columns `split` and
-`rollout` of the episodes, which it passes over.
+stand side by side in observation.state, in the order in which open_demos reads them; only robomimic's
+`object`, which a simulator alone knows, becomes observation.environment_state. Labels keep their names.
+LeRobot has no place for held-out episodes that are no range, nor for parts of one recording: they stand in
+columns `split` and `rollout` of the episodes, which it passes over.
 """
 import json
 import shutil
@@ -42,8 +42,8 @@ def write_lerobot(episodes, out, version="v3.0", image_size=None, colour="bgr"):
     if part.exists():
         raise UserError(f"{part} is there, from a conversion that was stopped: delete it")
     if len({e.fps for e in episodes}) > 1:
-        raise UserError(f"{episodes[0].name} has {episodes[0].fps:g} Hz, others have another rate, and LeRobot "
-                        f"has one for a set: --fps N gives one to all")
+        raise UserError(f"{episodes[0].name} has {episodes[0].fps:g} Hz, others have another rate, and "
+                        f"LeRobot has one for a set: --fps N gives one to all")
     sources = sources_of(episodes[0])
     left = {name for e in episodes for name in arrays_of(e)} - {name for x in sources.values() for name in x}
     if left:

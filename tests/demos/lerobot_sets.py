@@ -145,7 +145,8 @@ def write_set(root, version="v3.0", episodes=None, image="video", edit=lambda e,
                                  "pandas_type": kind, "numpy_type": "int64" if name else "object"}
         pandas = {"index_columns": ["__index_level_0__"], "column_indexes": [], "pandas_version": "2.3.0",
                   "columns": [of("task_index", "int64"), of(None, "unicode")]}
-        pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}), root / "meta/tasks.parquet")
+        tasks = tasks.replace_schema_metadata({"pandas": json.dumps(pandas)})
+        pq.write_table(tasks, root / "meta/tasks.parquet")
     else:
         lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
         (root / "meta/episodes.jsonl").write_text(lines(meta))

@@ -80,7 +80,8 @@ def test_real_sets_go_there_and_back_without_a_changed_number(tmp_path, name, to
             before, after = a["data"][demo], b["data"][demo]
             assert np.array_equal(before["actions"], after["actions"])
             keys = sorted(key for key in before["obs"] if key not in ("cam_high", "object"))
-            assert np.array_equal(np.hstack([before["obs"][key] for key in keys]), after["obs/observation.state"])
+            states = np.hstack([before["obs"][key] for key in keys])
+            assert np.array_equal(states, after["obs/observation.state"])
             if name.startswith("g1"):
                 assert np.array_equal(before["obs/cam_high"], after["obs/observation.images.cam_high"])
             else:
@@ -97,14 +98,16 @@ def test_a_lerobot_set_becomes_hdf5(tmp_path, version, image, capsys):
     seen = write_set(tmp_path / "set", version, image=image, lossless=False)
     convert.main([str(tmp_path / "set"), str(tmp_path / "a.hdf5"), "--image_size", "12", "20"])
     said = capsys.readouterr().out
-    assert "4 episodes, 33 steps" in said and "all numbers of 4 episodes, 33 steps are as in the source" in said
+    assert "4 episodes, 33 steps" in said
+    assert "all numbers of 4 episodes, 33 steps are as in the source" in said
     low = min(e["action"].min() for e in contents())
     assert f"{low:.6g}" in said
     demos = open_demos(tmp_path / "a.hdf5", "image", text=True, val_ratio=0)
     assert demos.image_size == (12, 20) and demos.instructions[:2] == ["pick up the cube", "open the drawer"]
     for e, n in enumerate(LENGTHS):
         for v, key in enumerate(demos.camera_keys):
-            assert np.array_equal(np.moveaxis(demos.images(e, 0, n)[:, v], 1, 3), resize(seen[e, key], (12, 20)))
+            frames = np.moveaxis(demos.images(e, 0, n)[:, v], 1, 3)
+            assert np.array_equal(frames, resize(seen[e, key], (12, 20)))
     meta = {"obs": {"observation.effort": {"shape": [2]}}}
     effort = open_demos(tmp_path / "a.hdf5", shape_meta=meta, val_ratio=0).state
     assert np.array_equal(effort, np.concatenate([e["observation.effort"] for e in contents()]))
@@ -174,7 +177,8 @@ def test_what_was_written_wrongly_is_noticed(tmp_path, monkeypatch, name):
     (["in.zarr", "out.hdf5", "--image"], ["--image", "did you mean 'images'"]),
     (["a", "b", "--to", "lerobt"], ["--to lerobt", "did you mean 'lerobot'"]),
     (["a", "b", "--image_size", "0", "9"], ["--image_size 0"]),
-    (["a", "b", "--colour", "red"], ["'red' is no order of colours"]), (["none.zarr", "out.hdf5"], ["none.zarr"])])
+    (["a", "b", "--colour", "red"], ["'red' is no order of colours"]),
+    (["none.zarr", "out.hdf5"], ["none.zarr"])])
 def test_wrong_flags(argv, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(capsys, lambda: convert.main(argv), *named)
@@ -186,7 +190,8 @@ def test_a_source_that_does_not_fit_together(tmp_path):
         convert.convert(tmp_path / "a.hdf5", tmp_path / "a.hdf5")
     (tmp_path / "two").mkdir()
     write(tmp_path / "two/a.hdf5", [4])
-    write(tmp_path / "two/b.hdf5", [4], edit=lambda file: file.move("data/demo_0/obs/pos", "data/demo_0/obs/place"))
+    rename = lambda file: file.move("data/demo_0/obs/pos", "data/demo_0/obs/place")
+    write(tmp_path / "two/b.hdf5", [4], edit=rename)
     with pytest.raises(UserError, match="has observations .*, but no 'pos'"):
         convert.convert(tmp_path / "two", tmp_path / "b.hdf5")
     assert not list(tmp_path.glob("b.hdf5*"))
@@ -222,7 +227,8 @@ def test_large_files_of_version_3_are_followed_by_others(tmp_path, monkeypatch):
     monkeypatch.setattr(to_lerobot, "PER_CHUNK", 2)
     source = write(tmp_path / "a.hdf5", [5, 4, 6, 3, 7])
     convert.convert(source, tmp_path / "set", to="lerobot")
-    found = sorted(str(p.relative_to(tmp_path / "set/data")) for p in (tmp_path / "set/data").rglob("*.parquet"))
+    tables = tmp_path / "set/data"
+    found = sorted(str(p.relative_to(tables)) for p in tables.rglob("*.parquet"))
     assert "chunk-001/file-000.parquet" in found and len(found) >= 3
     assert len(list((tmp_path / "set/videos").rglob("*.mp4"))) > 2
     same(source, tmp_path / "set", val_ratio=0)

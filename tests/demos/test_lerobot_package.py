@@ -74,7 +74,8 @@ def test_version_2_1_is_what_lerobots_own_conversion_takes(tmp_path):
 @pytest.mark.parametrize("videos", [True, False])
 def test_a_set_that_its_recorder_wrote_is_read(tmp_path, videos):
     episodes = contents((6, 4))
-    camera = {"dtype": "video" if videos else "image", "shape": (*SIZE, 3), "names": ["height", "width", "channel"]}
+    camera = {"dtype": "video" if videos else "image", "shape": (*SIZE, 3),
+              "names": ["height", "width", "channel"]}
     vector = lambda n: {"dtype": "float32", "shape": (n,), "names": [f"joint_{i}" for i in range(n)]}
     theirs = lerobot.LeRobotDataset.create(
         "test/set", fps=FPS, root=tmp_path / "set", use_videos=videos, video_backend="pyav",

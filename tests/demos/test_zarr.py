@@ -123,7 +123,7 @@ def test_pictures_that_are_not_taken_are_named(tmp_path, capsys):
     convert.convert(path, tmp_path / "a.hdf5")
     assert "not taken: image (pictures; --images takes them)" in capsys.readouterr().err
     zarr.open_group(str(path), mode="a")["data/img"] = np.full((50, 8, 8, 3), np.nan, np.float32)
-    with pytest.raises(UserError, match="data/img is float, and its first picture has nothing above 1: scale"):
+    with pytest.raises(UserError, match="is float, and its first picture has nothing above 1: scale"):
         convert.convert(path, tmp_path / "b.hdf5", images=True)
     pictures = np.full((50, 8, 8, 3), 9, np.float32)
     pictures[30] = -1
