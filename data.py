@@ -31,9 +31,10 @@ from demos.facts import facts_of
 from demos.images import open_samples
 from demos.limits import refuse_beyond_memory
 from demos.mixed import MixedDemos
+from demos.statistics import fit_normalizer, largest
 from robot.errors import UserError, say
-from robot.normalizer import Normalizer
-from robot.text import encode_text
+from robot.models import model_config
+from robot.text import codes, reads_state
 
 # ----------------------------------------------------------------------------------------------------------
 # What train.py asks for
@@ -46,6 +47,8 @@ def open_data(options, module, cache=None, normalizer=None):
     """
     fields = {f.name: f.default for f in dataclasses.fields(module.Config)}
     if "data_shape" in fields:  # points or images
+        if options.processing:
+            raise UserError(f"processing: {module.__name__} makes samples, no actions: leave it out")
         train, valid = (open_samples(options.data or "moons", n=options.demos or None, seed=options.seed,
                                      split=split) for split in ("train", "valid"))
         facts = {"data_shape": train.shape, "n_classes": train.n_classes}
@@ -59,22 +62,33 @@ def open_data(options, module, cache=None, normalizer=None):
         shape_meta=options.shape_meta or None, extra=options.extra, episodes=options.demos or None,
         val_ratio=options.val_ratio or None, max_train_episodes=options.max_train_episodes or None,
         seed=options.seed, cache=cache, memory_gb=options.memory_gb,
-        image_size=options.image_size if any(options.image_size) else None, colour=options.colour)
+        image_size=options.image_size if any(options.image_size) else None, colour=options.colour,
+        processing=options.processing)
     if options.robots:
+        if options.processing:
+            raise UserError("processing: is for one robot: write the sets of robots: in one form instead")
         demos = mix_robots(options.robots, module, opened)
     else:
         demos = opened(options.data or "tabletop")
+    facts, steps = facts_of(demos, module, options), None
+    if demos.processing.relative:               # statistics of all windows, whose length the Config knows
+        config = model_config(module, module.PRESETS.get(options.preset, {}) | facts | options.set, "--set")
+        steps = range(config.first_action, config.first_action + config.pred_horizon)
     if normalizer is None:
-        normalizer = fit_normalizer(demos, options.normalizer)
+        normalizer = fit_normalizer(demos, demos.processing.modes(options.normalizer, demos.raw_action_dim),
+                                    steps)
     for key, has in (("actions", demos.action_dim), ("state", demos.state_dim)):
         if len(normalizer.scale[key]) != has:
             raise UserError(f"{demos.source} has {has} numbers of {key} a step, the run to start from "
                             f"{len(normalizer.scale[key])}: its normaliser and weights do not fit")
 
+    if "clip_x0" not in given:
+        facts["clip_x0"] = largest(demos, normalizer, steps)
+
     def windows(config, device):
         if demos.camera_keys:
             items = min(options.batch_size, int(demos.lengths[demos.train_episodes].sum()))
-            frames = items * config.n_obs_steps * len(demos.camera_keys)
+            frames = items * config.n_obs_steps * len(demos.processing.places)
             refuse_beyond_memory(f"a batch of {frames:,} pictures of {demos.image_size}",
                                  15 * frames * math.prod(demos.image_size),     # uint8, then float32
                                  "lower --batch_size, or resize: --image_size H W")
@@ -83,7 +97,7 @@ def open_data(options, module, cache=None, normalizer=None):
                         split=split, device=device, encode=getattr(config, "encode_text", None))
                 for split in ("train", "valid")]
 
-    return facts_of(demos, normalizer, module, options), windows, demos.description(), normalizer
+    return facts, windows, demos.description(), normalizer
 
 
 def mix_robots(robots, module, opened):
@@ -102,28 +116,6 @@ def mix_robots(robots, module, opened):
     return MixedDemos(parts)
 
 
-def fit_normalizer(demos, mode="minmax"):
-    """A Normalizer of "actions" and "state" over the training episodes. Of several robots: one for the whole
-    unified vector, each place over those that have it, since it means the same for all of them."""
-    rows = demos.rows(demos.train_episodes)
-    whole = Normalizer.fit({"actions": demos.actions[rows], "state": demos.state[rows]}, mode)
-    if not isinstance(demos, MixedDemos):
-        return whole
-    robot = np.repeat(demos.robot, demos.lengths)[rows]
-    for kind, valid in (("actions", demos.action_valid), ("state", demos.state_valid)):
-        for d in range(valid.shape[1]):
-            has = valid[robot, d]
-            column = getattr(demos, kind)[rows][has, d:d + 1]
-            one = Normalizer.fit({kind: column}, mode) if has.any() else None
-            whole.scale[kind][d] = one.scale[kind][0] if one else 1.0
-            whole.centre[kind][d] = one.centre[kind][0] if one else 0.0
-            for name, x in whole.stats[kind].items():
-                x[d] = one.stats[kind][name][0] if one else 0.0
-            whole.near_constant[kind] = [k for k in whole.near_constant[kind] if k != d]
-            whole.near_constant[kind] += [d] if one and one.near_constant[kind] else []
-    return whole
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Windows and batches
 
@@ -136,7 +128,8 @@ class Windows:
     n_obs_steps              state and images of the steps t - n_obs_steps + 1 .. t
     n_state_steps            so many of them instead, from the same first step on (for inpainting)
     text_len                 bytes of the instruction; 0 leaves the text out
-    encode                   function that makes codes of an instruction instead, int64 (text_len,)
+    encode                   function that makes codes of an instruction instead, int64 (text_len,). If it
+                             takes state=, it is given the normalised state of "now" at every item
     device                   where batches come out. The data are held there too if it is a GPU and they take
                              less than a quarter of what is free on it
     """
@@ -155,9 +148,14 @@ class Windows:
         self.first, self.last = starts[self.item_episode], (starts + lengths - 1)[self.item_episode]
         rows = demos.rows(self.episodes)
         self.actions, self.state = torch.from_numpy(demos.actions[rows]), torch.from_numpy(demos.state[rows])
+        self.base = None                            # what relative actions are relative to
+        if demos.processing.relative:
+            self.base = demos.processing.base(self.state, self.actions.shape[1])
+            self.actions = self.actions.double()
         if normalizer:
-            self.actions = normalizer.normalize("actions", self.actions)
             self.state = normalizer.normalize("state", self.state)
+            self.actions = normalizer.normalize("actions", self.actions, self.actions.dtype)
+            self.base = self.base * normalizer.scale["actions"] if self.base is not None else None
         self.labels, self.label_keys = torch.from_numpy(demos.labels[rows]), demos.label_keys
         self.valid = {}
         if isinstance(demos, MixedDemos):           # 0 stays 0 where a robot has nothing
@@ -167,16 +165,14 @@ class Windows:
             self.actions *= self.valid["action_valid"][self.item_episode]
             self.state *= self.valid["state_valid"][self.item_episode]
         self.control_hz = torch.tensor(demos.episode_fps[self.episodes], dtype=torch.float32)
-        encode = encode or (lambda text: encode_text(text, text_len))
-        try:
-            texts = [encode(demos.instructions[e]) for e in self.episodes] if text_len else []
-        except ValueError as error:                 # of a model file: too long, a tokenizer that is not there
-            raise UserError(str(error)) from None
-        self.text = torch.stack(texts) if texts else None
+        self.encode, self.text_len, self.text = encode, text_len, None
+        self.text_of_state = bool(text_len) and encode is not None and reads_state(encode)
+        if text_len and not self.text_of_state and len(self.episodes):
+            self.text = self._codes(self.episodes, [None] * len(self.episodes))
 
         self.images = None
         if demos.camera_keys:
-            shape = (len(demos.camera_keys), 3, *demos.image_size)
+            shape = (len(demos.processing.places), 3, *demos.image_size)
             used = np.concatenate([demos.train_episodes, demos.valid_episodes])     # both splits have to fit
             if demos.lengths[used].sum() * np.prod(shape) <= demos.memory_gb * 1e9:
                 self.images = torch.empty((len(rows), *shape), dtype=torch.uint8)
@@ -196,8 +192,9 @@ class Windows:
     def batch(self, indices):
         """indices (B,) int64 -> dict on `device`: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S)
         and control_hz (B,); images (B, To, V, 3, H, W) uint8 if there are cameras, text (B, L) unless
-        text_len is 0; of several robots also action_valid, state_valid (B, dim). Labels go by their names:
-        (B, Tp, d) of the same steps as the actions, in the units of the file."""
+        text_len is 0, image_mask (B, To, V) if a place has no camera; of several robots also action_valid,
+        state_valid (B, dim). Labels go by their names: (B, Tp, d) of the same steps as the actions, in the
+        units of the file."""
         i = indices.to(self.held_on)
         first, last, episode = self.first[i, None], self.last[i, None], self.item_episode[i]
         acted = i[:, None] + self.action_steps                              # (B, Tp) rows, not yet clamped
@@ -205,7 +202,10 @@ class Windows:
         acted = acted.clamp(first, last)
         seen = (i[:, None] + self.state_steps).clamp(first, last)           # (B, To) rows
         labels = gather(self.labels, acted).split([*self.label_keys.values()], dim=-1)
-        batch = {"actions": gather(self.actions, acted), "action_mask": real,
+        actions = gather(self.actions, acted)
+        if self.base is not None:
+            actions = (actions - self.base[i, None]).float()
+        batch = {"actions": actions, "action_mask": real,
                  **dict(zip(self.label_keys, labels)),
                  "state": gather(self.state, seen),
                  "control_hz": self.control_hz[episode],
@@ -214,9 +214,22 @@ class Windows:
             batch["images"] = gather(self.images, seen)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
+        if not all(key for _, key in self.demos.processing.places):
+            shown = torch.tensor([key is not None for _, key in self.demos.processing.places])
+            batch["image_mask"] = shown.expand(*batch["images"].shape[:3])
         if self.text is not None:
             batch["text"] = self.text[episode]
+        elif self.text_of_state:
+            batch["text"] = self._codes(self.episodes[episode.cpu().numpy()], self.state[i].cpu())
         return to_device(batch, self.device)
+
+    def _codes(self, episodes, states):
+        """What the instructions of these episodes read, (n, L), each with the state if the text says it."""
+        try:
+            return torch.stack([codes(self.demos.instructions[e], state, self.encode, self.text_len)
+                                for e, state in zip(episodes, states)])
+        except ValueError as error:                 # of a model file: too long, a tokenizer that is not there
+            raise UserError(str(error)) from None
 
     def _images_from_files(self, episodes, steps):
         out = []

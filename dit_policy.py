@@ -574,11 +574,14 @@ class DiTPolicy(nn.Module):
         return {"loss": loss, "per_sample": per_sample, "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
-    def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, guide=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
         batch: state, images, text as in `loss`. steps: how many noise levels to visit, or a list of them,
         default config.sampler_steps. noise (B, Tp, A): where to start, drawn from `generator` if not given.
-        trace: receives (B, Tp, A) after every step. Steps are deterministic: all chance is in the noise."""
+        trace: receives (B, Tp, A) after every step. Steps are deterministic: all chance is in the noise.
+        guide: for real-time chunking. guide(net, alpha, sigma, kind) returns what is called in place of the
+        network net(x_t) of a step; x_t = alpha x0 + sigma eps, and kind says what net gives: "x0", "eps" or
+        "v" = eps - x0."""
         config, K = self.config, self.config.n_diffusion_steps
         levels = timetable(K, config.sampler_steps if steps is None else steps, config.spacing)
         alpha_bars = cosine_alpha_bar(K, "cpu").tolist()  # plain numbers: no step waits for the device
@@ -591,7 +594,10 @@ class DiTPolicy(nn.Module):
         condition = self.noise_net.condition(summaries, t)
         visited = [*(alpha_bars[level] for level in levels), 1.0]  # after the last level: clean data
         for i, (alpha_bar, alpha_bar_s) in enumerate(zip(visited, visited[1:])):
-            out = self.noise_net(x_t, [[m[i] for m in modulation] for modulation in condition])
+            net = lambda x: self.noise_net(x, [[m[i] for m in modulation] for modulation in condition])
+            if guide is not None:
+                net = guide(net, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), config.prediction_type)
+            out = net(x_t)                                                      # (B, Tp, A)
             if config.prediction_type == "eps":
                 eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:

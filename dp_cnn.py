@@ -45,8 +45,8 @@ Differs from the original:
  3. FiLM's linear layer over [step, observation] is computed as a sum of two shares. The numbers are the same,
     and a sampler reads this layer's weights once per chunk instead of once per step.
  4. On a CPU some convolutions are computed as matrix products (Conv1d below).
- 5. With images the features are ordered [cameras, state] for every data set; LeRobot's [state, cameras,
-    environment state] is permuted while loading.
+ 5. With images the features are ordered [cameras, state] for every data set; another order, as LeRobot's
+    [state, cameras, environment state], is permuted while loading.
  6. Local conditioning (on every step of the chunk by itself) is left out: no released model uses it.
 
 Run alone: `python dp_cnn.py` learns paths around an obstacle in under a minute on two CPU cores.
@@ -83,13 +83,21 @@ class Config:
     n_groups: int = 8  # groups of its group norms (why: see ResNet)
     step_embed_dim: int = 64  # width of the diffusion step's embedding (even)
     film_scale: bool = True  # True: FiLM scales and shifts; False: it only shifts
-    # -- the image encoder
+    # -- the image encoder, a picture on its way: scaled, resized, cropped, ResNet, keypoints, features
+    image_mean: tuple = ()  # mean and deviation of the pixels, 0..1: of three colours, or of three for each
+    image_std: tuple = ()  # camera; () = 0.5, which scales to [-1, 1]
+    resize: tuple = ()  # height, width, bilinear and antialiased; () = they stay as they are
+    crop_size: tuple = ()  # height, width: random in training, centre in evaluation; () = the whole image
+    random_crop: bool = True  # False: the centre in training as well
+    resnet_norm: str = "group"  # "group"; "batch": of released weights, whose statistics are kept (ResNet)
     resnet_widths: tuple = (64, 128, 256, 512)  # channels of the ResNet's stages; the default is ResNet-18's
     n_keypoints: int = 32  # keypoints of the spatial softmax
-    crop_size: tuple = ()  # height, width: random in training, centre in evaluation; () = the whole image
+    image_features: int = 0  # numbers that a picture becomes; 0 = 2 n_keypoints, those of its keypoints
     share_encoder: bool = False  # True: all cameras share one (LeRobot's default; the paper has one for each)
     # -- the diffusion
     n_diffusion_steps: int = 100  # K, noise levels in training
+    schedule: str = "cosine"  # beta_t: "cosine" [1]; "linear", or its root is: "scaled_linear"
+    beta_ends: tuple = (1e-4, 0.02)  # first and last beta of the linear ones
     prediction_type: str = "eps"  # the network's output: "eps" or "x0" (official: `epsilon`, `sample`)
     sampler: str = "ddim"  # "ddim" or "ddpm"
     sampler_steps: int = 10  # noise levels visited when sampling; at most K
@@ -99,19 +107,30 @@ class Config:
     def __post_init__(self):
         check_choice("obs", self.obs, ("lowdim", "image"))
         check_choice("conditioning", self.conditioning, ("global", "inpaint"))
+        check_choice("resnet_norm", self.resnet_norm, ("group", "batch"))
+        check_choice("schedule", self.schedule, ("cosine", "linear", "scaled_linear"))
         check_choice("prediction_type", self.prediction_type, ("eps", "x0"))
         check_choice("sampler", self.sampler, ("ddim", "ddpm"))
         check_choice("spacing", self.spacing, ("leading", "trailing"))
-        check_at_least(self, 0, "state_dim", "n_cameras", "clip_x0")
+        check_at_least(self, 0, "state_dim", "n_cameras", "clip_x0", "image_features")
         check_at_least(self, 1, "action_dim", "image_size", "horizon", "n_obs_steps", "n_action_steps",
                        "down_dims", "kernel_size", "n_groups", "resnet_widths", "n_keypoints", "crop_size",
-                       "n_diffusion_steps")
-        if len(self.image_size) != 2 or len(self.crop_size) not in (0, 2):
-            raise ValueError(f"image_size {self.image_size}, crop_size {self.crop_size}: give height, width")
-        if any(crop > size for crop, size in zip(self.crop_size, self.image_size)):
-            raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}")
-        if not self.resnet_widths or any(width % 16 for width in self.resnet_widths):
-            raise ValueError(f"resnet_widths {self.resnet_widths} must be multiples of 16, a norm's group")
+                       "resize", "n_diffusion_steps")
+        if len(self.image_size) != 2 or not {len(self.crop_size), len(self.resize)} <= {0, 2}:
+            raise ValueError(f"image_size {self.image_size}, resize {self.resize}, crop_size "
+                             f"{self.crop_size}: give height, width")
+        if any(crop > size for crop, size in zip(self.crop_size, self.resize or self.image_size)):
+            raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}"
+                             f"{f', resized to {self.resize}' if self.resize else ''}")
+        if len(self.image_mean) != len(self.image_std) or min(self.image_std, default=1) <= 0 or \
+                len(self.image_mean) not in (0, 3, 3 * self.n_cameras):
+            raise ValueError(f"image_mean {self.image_mean}, image_std {self.image_std}: give three numbers "
+                             f"of each, or three for every camera; deviations are above 0")
+        if not self.resnet_widths or any(w < 16 or w % (w // 16) for w in self.resnet_widths):
+            raise ValueError(f"resnet_widths {self.resnet_widths} must be at least 16 and fall into groups "
+                             f"of that size or more: take multiples of 16")
+        if len(self.beta_ends) != 2 or not 0 < self.beta_ends[0] <= self.beta_ends[1] < 1:
+            raise ValueError(f"beta_ends {self.beta_ends} must rise, both above 0 and below 1")
         if self.n_obs_steps + self.n_action_steps > self.horizon + 1:  # the present counts twice
             raise ValueError(f"n_obs_steps {self.n_obs_steps} + n_action_steps {self.n_action_steps} must be "
                              f"at most horizon {self.horizon} + 1")
@@ -128,6 +147,10 @@ class Config:
         if self.step_embed_dim < 4 or self.step_embed_dim % 2:
             raise ValueError(f"step_embed_dim {self.step_embed_dim} must be even and at least 4")
         timetable(self.n_diffusion_steps, self.sampler_steps, self.spacing)
+
+    @property
+    def image_dim(self):  # numbers that a picture becomes
+        return self.image_features or 2 * self.n_keypoints
 
     @property
     def pred_horizon(self):  # Tp below: actions in a batch and in a sampled chunk
@@ -262,18 +285,37 @@ class UNet1d(nn.Module):
 
 
 # ---------------------------------------------------------------- the image encoder: ResNet-18 from scratch
-class BasicBlock(nn.Module):
-    """ResNet's block of two 3x3 convolutions. (B, C, H, W) -> (B, C', H/stride, W/stride)."""
+class FrozenBatchNorm(nn.Module):
+    """Batch norm by the statistics of a release, in training as well; scale and shift are trained. (B, C, H,
+    W) -> the same."""
 
-    def __init__(self, dim_in, dim_out, stride):
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def image_norm(kind, channels):
+    return FrozenBatchNorm(channels) if kind == "batch" else nn.GroupNorm(channels // 16, channels)
+
+
+class BasicBlock(nn.Module):
+    """ResNet's block of two 3x3 convolutions. (B, C, H, W) -> (B, C', H/stride, W/stride). It differs from
+    the other files' by the choice of the norm."""
+
+    def __init__(self, dim_in, dim_out, stride, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(dim_in, dim_out, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(dim_out // 16, dim_out)
+        self.norm1 = image_norm(norm, dim_out)
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(dim_out // 16, dim_out)
+        self.norm2 = image_norm(norm, dim_out)
         same = stride == 1 and dim_in == dim_out
         self.shortcut = nn.Identity() if same else nn.Sequential(
-            nn.Conv2d(dim_in, dim_out, 1, stride, bias=False), nn.GroupNorm(dim_out // 16, dim_out))
+            nn.Conv2d(dim_in, dim_out, 1, stride, bias=False), image_norm(norm, dim_out))
 
     def forward(self, x):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -284,14 +326,16 @@ class ResNet(nn.Module):
     """ResNet-18 up to its last feature map. (B, 3, H, W) -> (B, C, H/32, W/32), rounded up (four stages).
     Group norm instead of batch norm: the policy acts with a running average of its weights, which is less
     noisy (EMA in train.py; its decay rises from 0 to ema_max, so that the first weights are soon forgotten).
-    Batch norm's running statistics would belong to the last weights, not to their average."""
+    Batch norm's running statistics would belong to the last weights, not to their average. (LeRobot's default
+    has batch norm. Weights so trained keep their statistics, which differs from LeRobot's training.)"""
 
-    def __init__(self, widths):
+    def __init__(self, widths, norm="group"):
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False)
-        self.norm1 = nn.GroupNorm(widths[0] // 16, widths[0])
+        self.norm1 = image_norm(norm, widths[0])
         self.stages = nn.Sequential(*[
-            nn.Sequential(BasicBlock(dim_in, dim_out, 1 if i == 0 else 2), BasicBlock(dim_out, dim_out, 1))
+            nn.Sequential(BasicBlock(dim_in, dim_out, 2 if i else 1, norm),
+                          BasicBlock(dim_out, dim_out, 1, norm))
             for i, (dim_in, dim_out) in enumerate(zip((widths[0], *widths), widths))])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision does; torch's default is smaller
@@ -319,15 +363,16 @@ class SpatialSoftmax(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """One camera: crop, ResNet, spatial softmax, linear, ReLU. (N, 3, H, W) -> (N, 2 n_keypoints). Bytes are
-    scaled to [-1, 1]; float images must be scaled already."""
+    """One camera: resize, crop, ResNet, spatial softmax, linear, ReLU. (N, 3, H, W) -> (N, image_dim). Bytes
+    are scaled by the mean and deviation of the pixels; float images must be scaled already. It differs from
+    dp_transformer's by this scale, and by the resizing."""
 
     def __init__(self, config):
         super().__init__()
-        self.crop_size = config.crop_size
-        self.resnet = ResNet(config.resnet_widths)
+        self.resize, self.crop_size, self.random_crop = config.resize, config.crop_size, config.random_crop
+        self.resnet = ResNet(config.resnet_widths, config.resnet_norm)
         self.keypoints = SpatialSoftmax(config.resnet_widths[-1], config.n_keypoints)
-        self.out = nn.Linear(2 * config.n_keypoints, 2 * config.n_keypoints)
+        self.out = nn.Linear(2 * config.n_keypoints, config.image_dim)
 
     def crop(self, x):
         """A random place per image in training, the centre in evaluation."""
@@ -335,7 +380,7 @@ class ImageEncoder(nn.Module):
         if not self.crop_size:
             return x
         h, w = self.crop_size
-        if not self.training:
+        if not (self.training and self.random_crop):
             top, left = round((H - h) / 2), round((W - w) / 2)  # to even, as torchvision's centre crop
             return x[:, :, top:top + h, left:left + w]
         rows = torch.randint(H - h + 1, (N, 1), device=x.device) + torch.arange(h, device=x.device)  # (N, h)
@@ -343,16 +388,25 @@ class ImageEncoder(nn.Module):
         image = torch.arange(N, device=x.device)[:, None, None]
         return x.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
-    def forward(self, x):
+    def forward(self, x, mean=0.5, std=0.5):
+        scaled = x.is_floating_point()
+        if self.resize:  # before or after scaling: it comes to the same
+            x = F.interpolate(x.float(), self.resize, mode="bilinear", antialias=True)
         x = self.crop(x)                                                        # (N, 3, h, w)
-        scaled, x = x.is_floating_point(), x.to(self.out.weight.dtype)
-        x = x if scaled else x / 127.5 - 1
+        x = (x if scaled else (x / 255 - mean) / std).to(self.out.weight.dtype)
         x = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x  # faster convolutions
         x = self.keypoints(self.resnet(x))                                      # (N, n_keypoints, 2)
         return F.relu(self.out(x.flatten(1)))                                   # the ReLU is robomimic's
 
 
 # ---------------------------------------------------------------- the policy: loss and sampler
+@functools.lru_cache
+@torch.compiler.assume_constant_result  # as below
+def per_channel(numbers, device):
+    """Three numbers, one for each colour, (3, 1, 1) on `device`."""
+    return torch.tensor(numbers, device=device)[:, None, None]
+
+
 @functools.lru_cache
 @torch.compiler.assume_constant_result  # torch.compile ignores the cache: this keeps one constant
 def cosine_alpha_bar(K, device):
@@ -365,6 +419,14 @@ def cosine_alpha_bar(K, device):
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
     return torch.cumprod(1 - beta, dim=0).to(device)                            # [1]
+
+
+@functools.lru_cache
+@torch.compiler.assume_constant_result
+def linear_schedule(K, device, ends, power):
+    """alpha_bar_t of betas whose power-th root rises linearly: 1 is Ho et al.'s, 2 is "scaled_linear"."""
+    first, last = (end ** (1 / power) for end in ends)
+    return torch.cumprod(1 - torch.linspace(first, last, K) ** power, dim=0).to(device)
 
 
 def timetable(K, steps, spacing):
@@ -398,7 +460,7 @@ class DiffusionPolicyCNN(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.obs_dim = config.state_dim + config.n_cameras * 2 * config.n_keypoints
+        self.obs_dim = config.state_dim + config.n_cameras * config.image_dim
         if config.conditioning == "global":
             self.unet = UNet1d(config.action_dim, config.n_obs_steps * self.obs_dim, config)
         else:
@@ -416,8 +478,21 @@ class DiffusionPolicyCNN(nn.Module):
             raise ValueError(f"images of {V} cameras given, n_cameras = {self.config.n_cameras} expected")
         B, n = images.shape[:2]
         encoders = self.encoders if not self.config.share_encoder else [self.encoders[0]] * V
-        features = [enc(images[:, :, v].flatten(0, 1)).unflatten(0, (B, n)) for v, enc in enumerate(encoders)]
+        features = [enc(images[:, :, v].flatten(0, 1), *self.pixels(v, images.device)).unflatten(0, (B, n))
+                    for v, enc in enumerate(encoders)]
         return torch.cat(features + [state], dim=-1)
+
+    def pixels(self, camera, device):
+        """Mean and deviation of a camera's pixels, 2 x (3, 1, 1), or none for the default of the encoder."""
+        both, at = (self.config.image_mean, self.config.image_std), slice(3 * camera, 3 * camera + 3)
+        return [per_channel(x[at] or x, device) for x in both if x]
+
+    def alpha_bar(self, device):
+        """alpha_bar_t for t = 0 .. K-1, (K,)"""
+        config, K = self.config, self.config.n_diffusion_steps
+        if config.schedule == "cosine":
+            return cosine_alpha_bar(K, device)
+        return linear_schedule(K, device, config.beta_ends, 1 if config.schedule == "linear" else 2)
 
     def condition(self, batch):
         """-> cond (B, G) for FiLM, given (B, Tp, D) or None, known (Tp, D). When inpainting [9], `given` is a
@@ -449,7 +524,7 @@ class DiffusionPolicyCNN(nn.Module):
         B, K = len(x0), self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (B,), device=x0.device) if t is None else t
-        alpha_bar = cosine_alpha_bar(K, x0.device)[t][:, None, None]            # (B, 1, 1)
+        alpha_bar = self.alpha_bar(x0.device)[t][:, None, None]                 # (B, 1, 1)
         x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise            # [2]
         if given is not None:
             x_t = torch.where(known, given, x_t)                                # [9] clean, not noised
@@ -462,18 +537,22 @@ class DiffusionPolicyCNN(nn.Module):
         return {"loss": loss, "per_sample": per_sample, "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
-    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None,
+               guide=None):
         """Draw one chunk per observation: (B, Tp, A), normalised. Index -first_action is executed first.
 
         batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
         default config.sampler_steps. noise (B, Tp, D): where to start; step_noise: what DDPM adds, one tensor
         per step but the last; both are drawn from `generator` if None. trace: receives (B, Tp, A) every step.
+        guide: for real-time chunking. guide(net, alpha, sigma, kind) returns what is called in place of the
+        network net(x_t) of a step; x_t = alpha x0 + sigma eps, and kind says what net gives: "x0", "eps" or
+        "v" = eps - x0.
         """
         config, To, A = self.config, self.config.n_obs_steps, self.config.action_dim
         steps = config.sampler_steps if steps is None else steps
         # The first level may lie below K - 1: near the top x_t holds little of the data, so noise will do.
         levels = timetable(config.n_diffusion_steps, steps, config.spacing)
-        alpha_bars = cosine_alpha_bar(config.n_diffusion_steps, "cpu").tolist()  # no wait for the device
+        alpha_bars = self.alpha_bar("cpu").tolist()                             # no wait for the device
         batch = {k: v[:, :To] if k in ("state", "images") else v for k, v in batch.items()}
         cond, given, known = self.condition(batch)
         shape, device = (len(cond), *known.shape), cond.device                  # (B, Tp, D)
@@ -487,7 +566,10 @@ class DiffusionPolicyCNN(nn.Module):
             last = i + 1 == len(levels)
             # After the last level come clean data: alpha_bar = 1, and no noise is added.
             alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
-            out = self.unet(x_t, [share[i:i + 1] for share in of_step], of_obs)  # (B, Tp, D)
+            net = lambda x: self.unet(x, [share[i:i + 1] for share in of_step], of_obs)
+            if guide is not None:
+                net = guide(net, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), config.prediction_type)
+            out = net(x_t)                                                      # (B, Tp, D)
             if config.prediction_type == "eps":
                 eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:
@@ -515,11 +597,12 @@ class DiffusionPolicyCNN(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
     @classmethod
-    def from_official(cls, state_dict, config, state_dim=None):
+    def from_official(cls, state_dict, config, order=None):
         """A policy with the weights of a Diffusion Policy or LeRobot checkpoint. config must describe it
-        (PRESETS["lowdim"], PRESETS["image"]). state_dim: only for LeRobot with cameras and an environment
-        state: how many of config.state_dim are its state. The normaliser: `official_normalizer`."""
-        weights = convert_official(state_dict, config, state_dim)
+        (PRESETS["lowdim"], PRESETS["image"]). order: what an observation consists of there, names of cameras
+        and numbers of state: [3, "wrist", "front", 2]; default: cameras first, in LeRobot's the state.
+        The normaliser: `official_normalizer`."""
+        weights = convert_official(state_dict, config, order)
         with torch.device("meta"):
             model = cls(config)
         load_strictly(model, weights)
@@ -561,13 +644,14 @@ RENAMES = [
     (r"\.bn([12])\.", r".norm\1."), (r"\.downsample\.", ".shortcut."),
 ]
 # Second names of the encoder's weights, constants, and the normaliser's entries.
-NOT_WEIGHTS = re.compile(r"(_dummy_variable|pos_x|pos_y|pos_grid|temperature)$|^normali[sz]e|^unnormali[sz]e"
+NOT_WEIGHTS = re.compile(r"(_dummy_variable|pos_x|pos_y|pos_grid|temperature|num_batches_tracked)$"
+                         r"|^normali[sz]e|^unnormali[sz]e"
                          r"|^(model\.)?obs_encoder\.obs_nets\.[^.]+\.(backbone|pool)\.")
 
 
-def convert_official(state_dict, config, state_dim=None):
+def convert_official(state_dict, config, order=None):
     """Rename the keys of an official state_dict (or of a part of it); FiLM's columns in our order."""
-    weights, cameras = {}, []
+    weights, cameras = {}, [part for part in order or () if isinstance(part, str)]
     for key, value in state_dict.items():
         if NOT_WEIGHTS.search(key):
             continue
@@ -578,22 +662,25 @@ def convert_official(state_dict, config, state_dim=None):
         if name and not name[1].isdigit():  # the original names its encoders after the cameras
             cameras += [] if name[1] in cameras else [name[1]]
             key = key.replace(name[0], f"encoders.{cameras.index(name[1])}.", 1)
-        if lerobot and config.n_cameras and key.endswith(".film.weight"):
-            columns = lerobot_columns(config, state_dim)
+        if config.n_cameras and key.endswith(".film.weight") and (lerobot or order):
+            columns = official_columns(config, order or [config.state_dim, *"c" * config.n_cameras])
             if value.shape[1] == len(columns):  # otherwise load_strictly reports the shape
                 value = value[:, columns]
         weights[key] = value
     return weights
 
 
-def lerobot_columns(config, state_dim=None):
-    """Where each column of our condition [step embedding, To x (cameras, state)] stands in LeRobot's,
-    which orders a step as [state, cameras, environment state]."""
-    n_state = config.state_dim if state_dim is None else state_dim
-    n_image, emb = config.n_cameras * 2 * config.n_keypoints, config.step_embed_dim
-    env = n_state + n_image  # where the environment state begins
-    one_step = [*range(n_state, env), *range(n_state), *range(env, n_image + config.state_dim)]
-    return [*range(emb), *(emb + k * len(one_step) + i for k in range(config.n_obs_steps) for i in one_step)]
+def official_columns(config, order):
+    """Where each column of our condition [step embedding, To x (cameras, state)] stands in the official one,
+    whose observations have the parts `order` (see from_official)."""
+    cameras, state, width = [], [], 0  # width: of an observation, so far
+    for part in order:
+        camera = isinstance(part, str)
+        n = config.image_dim if camera else part
+        (cameras if camera else state).extend(range(width, width + n))
+        width += n
+    steps = range(config.step_embed_dim, config.step_embed_dim + config.n_obs_steps * width, max(width, 1))
+    return [*range(config.step_embed_dim), *(first + i for first in steps for i in cameras + state)]
 
 
 def official_normalizer(state_dict):

@@ -571,12 +571,16 @@ class DiffusionPolicyTransformer(nn.Module):
         return {"loss": loss, "per_sample": per_sample, "t": t / max(K - 1, 1)}
 
     @torch.no_grad()
-    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None):
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, step_noise=None,
+               guide=None):
         """Draw one chunk per observation: (B, Tp, A), normalised. Index -first_action is executed first.
 
         batch: state (B, >= To, S), images likewise. steps: how many noise levels to visit, or a list of them,
         default config.sampler_steps. noise (B, Tp, input_dim): where to start; step_noise: what DDPM adds, a
         tensor per step but the last; both are drawn from `generator` if None. trace: gets every (B, Tp, A).
+        guide: for real-time chunking. guide(net, alpha, sigma, kind) returns what is called in place of the
+        network net(x_t) of a step; x_t = alpha x0 + sigma eps, and kind says what net gives: "x0", "eps" or
+        "v" = eps - x0.
         """
         config, To, A = self.config, self.config.n_obs_steps, self.config.action_dim
         steps = config.sampler_steps if steps is None else steps
@@ -596,7 +600,10 @@ class DiffusionPolicyTransformer(nn.Module):
             last = i + 1 == len(levels)
             # After the last level come clean data: alpha_bar = 1, and no noise is added.
             alpha_bar, alpha_bar_prev = alpha_bars[level], 1.0 if last else alpha_bars[levels[i + 1]]
-            out = self.transformer(x_t, next(memories))                         # (B, Tp, input_dim)
+            net = lambda x, memory=next(memories): self.transformer(x, memory)
+            if guide is not None:
+                net = guide(net, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), config.prediction_type)
+            out = net(x_t)                                                      # (B, Tp, input_dim)
             if config.prediction_type == "eps":
                 eps, x0 = out, (x_t - math.sqrt(1 - alpha_bar) * out) / math.sqrt(alpha_bar)  # [4]
             else:

@@ -571,10 +571,13 @@ class Pi0(nn.Module):
         return text
 
     @torch.no_grad()
-    def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, guide=None):
         """Draw one chunk per observation: (B, Tp, A), normalised units; the policy executes the first Ta.
         batch: as in `loss`, without actions. steps: of Euler, else sampler_steps. noise (B, Tp, padded A):
-        where to start, else drawn from `generator`. trace: receives (B, Tp, A) after every step."""
+        where to start, else drawn from `generator`. trace: receives (B, Tp, A) after every step.
+        guide: for real-time chunking. guide(net, alpha, sigma, kind) returns what is called in place of the
+        network net(x_t) of a step; x_t = alpha x0 + sigma eps, and kind says what net gives: "x0", "eps" or
+        "v" = eps - x0."""
         c, steps = self.config, self.config.sampler_steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"sampler steps {steps} must be at least 1")
@@ -585,7 +588,10 @@ class Pi0(nn.Module):
         for i in range(steps):
             # Not t - dt again and again: rounding errors add up, and the short periods of [9] show them.
             t = torch.full((len(state),), 1 - i / steps, device=state.device)
-            x_t = x_t - 1 / steps * self.velocity(cache, valid, state, x_t, t)  # [5]
+            net = lambda x: self.velocity(cache, valid, state, x, t)
+            if guide is not None:
+                net = guide(net, i / steps, 1 - i / steps, "v")
+            x_t = x_t - 1 / steps * net(x_t)                                    # [5]
             if trace is not None:
                 trace.append(x_t[..., :c.action_dim])
         return x_t[..., :c.action_dim]

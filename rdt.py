@@ -768,17 +768,27 @@ class RDT(nn.Module):
         return {"loss": error.sum() / mask.sum(), "per_sample": per_sample, "t": t / max(K - 1, 1)}  # [3]
 
     @torch.no_grad()
-    def sample(self, batch, steps=None, noise=None, generator=None, trace=None):
+    def sample(self, batch, steps=None, noise=None, generator=None, trace=None, guide=None):
         """Draw one chunk per observation: (B, Tp, A), packed (B, Tp, U), normalised; the policy executes the
         first Ta. batch: as in `loss`, without actions. steps: of the solver, else sampler_steps. noise
-        (B, Tp, U): where to start, else drawn from `generator`. trace: receives x after every step."""
+        (B, Tp, U): where to start, else drawn from `generator`. trace: receives x after every step.
+        guide: for real-time chunking. guide(net, alpha, sigma, kind) returns what is called in place of the
+        network net(x_t) of a step; x_t = alpha x0 + sigma eps, and kind says what net gives: "x0", "eps" or
+        "v" = eps - x0."""
         c, steps = self.config, self.config.sampler_steps if steps is None else steps
         encoded, device, places = self.encode(batch), batch["state"].device, self.places["action"]
         shape = (len(batch["state"]), c.horizon, c.unified_dim)
         x_t = randn(shape, generator, device) if noise is None else noise.float()
-        denoise = lambda x, t: self.denoise(encoded, x, torch.full((len(x),), t, device=device))
+        alpha_bar = cosine_alpha_bar(c.n_diffusion_steps, "cpu").tolist()
+
+        def denoise(x_t, t):
+            net = lambda x: self.denoise(encoded, x, torch.full((len(x),), t, device=device))
+            if guide is not None:
+                net = guide(net, math.sqrt(alpha_bar[t]), math.sqrt(1 - alpha_bar[t]), "x0")
+            return net(x_t)
+
         own = lambda x: unpack(x, places) if places else x * encoded["valid"]   # the robot's own numbers
-        for x_t in dpm_solver(denoise, x_t, cosine_alpha_bar(c.n_diffusion_steps, "cpu").tolist(), steps):
+        for x_t in dpm_solver(denoise, x_t, alpha_bar, steps):
             if trace is not None:
                 trace.append(own(x_t))
         return own(x_t)

@@ -4,6 +4,7 @@ A policy acts in closed loop, in many episodes at once whose seeds are the same 
 its Wilson interval, the latency of a chunk, films. A generative model draws samples: their energy distance to
 held-out data. Writes evaluation.json and evaluation.html into the run's folder, or to --out.
 
+A policy that was downloaded acts as it is: `python sample.py --init FOLDER --env ...` (docs/weights.md).
 What a robot's program uses is in robot/: `from robot import Policy`. Several runs beside each other:
 `python -m tools.compare out/dp_cnn out/pi0`.
 """
@@ -24,6 +25,7 @@ from tools import report
 from tools.options import parse_set, read_values
 from tools.pictures import pictures
 from tools.quality import compare_samples
+from tools.starting import released_policy
 from tools.words import about
 
 
@@ -96,13 +98,18 @@ def environment_of(args, checkpoint):
 
 def main(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", nargs="+", help="folder of a training run, or its checkpoint.pt")
+    parser.add_argument("run", nargs="*", help="folder of a training run, or its checkpoint.pt")
+    parser.add_argument("--init", default="", help="instead of a run: a released policy (docs/weights.md)")
+    parser.add_argument("--model", default="", help="whose weights these are, where they do not say it")
     add_flags(parser)
     args = parser.parse(argv, RANGES)
     if len(args.run) > 1:
         raise UserError(f"{len(args.run)} runs are given: python -m tools.compare shows them side by side")
-    path = Path(args.run[0])
-    model, checkpoint, policy = load_run(path, args)
+    if bool(args.init) == bool(args.run):
+        raise UserError("name the folder of a run, or --init with a released policy")
+    path = Path(args.run[0] if args.run else args.out or "out/released")
+    model, checkpoint, policy = released_policy(args) if args.init else load_run(path, args)
+    path.mkdir(parents=True, exist_ok=True) if args.init else None
     folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
     title = f"{checkpoint['model']} ({checkpoint['preset']}), step {checkpoint['step']}"
     try:

@@ -29,7 +29,6 @@ import data
 from robot.environments import ENVIRONMENTS
 from robot.errors import UserError, one_line, run_command, write_json
 from robot.models import load_module, pick_device
-from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
 from tools import distributed, report, words
@@ -37,9 +36,9 @@ from tools.explain import explain_one_batch
 from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import pictures
 from tools.quality import compare_samples, validate
-from tools.runs import (Run, Since, catch_signals, collect, keep_best, locked, log, n_parameters, prepare_out,
-                        release_signals, save, stop_status, worker_is_mourned, write_rows)
-from tools.starting import build, earlier_run, resume
+from tools.runs import (Run, Since, averaged, catch_signals, collect, keep_best, locked, log, n_parameters,
+                        prepare_out, release_signals, save, stop_status, worker_is_mourned, write_rows)
+from tools.starting import build, earlier_run, fits, resume, say_notes, units, with_release
 
 # ----------------------------------------------------------------------------------------------------------
 # Schedules
@@ -88,19 +87,22 @@ class LossStep(torch.nn.Module):
         return self.model.loss(batch)
 
 
-def prepare(options, module, out, device, dtype, rank, world):
+def prepare(options, module, out, device, dtype, rank, world, release=None):
     """Open the data, build the model and its average, the optimiser. -> Run"""
     earlier = earlier_run(options, out)
     # The data decide the shapes in the model's Config. A run goes on in the units in which it began.
-    units = Normalizer.from_state(earlier["normalizer"]) if earlier and earlier["normalizer"] else None
-    facts, make_items, description, normalizer = data.open_data(options, module, normalizer=units)
+    facts, make_items, description, normalizer = data.open_data(
+        options, module, normalizer=units(options, earlier, release))
+    if release:
+        fits(release, facts, description)
+        say_notes(release, out)
     config = make_config(module, options, facts)
     items, held_out = make_items(config, device)
     options = data.fitting_batch(options, len(items), world)
     example = (held_out if len(held_out) else items).batch(torch.zeros(1, dtype=torch.long))
     torch.manual_seed(options.seed)
-    model = build(options, module, config, example, device, earlier)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    model = build(options, module, config, example, device, earlier, release)
+    ema = averaged(model, options.fsdp)
     loss_step, shown = LossStep(model), ema
     if options.fsdp:
         shown = copy.deepcopy(ema) if rank == 0 else None
@@ -145,7 +147,8 @@ def loop(run, stream):
         optimizer.zero_grad()
         decay = ema_decay(run.step, options.ema_power, options.ema_max)
         with torch.no_grad():  # EMA: average <- decay * average + (1 - decay) * weights
-            torch._foreach_lerp_(distributed.own(run.ema), distributed.own(model), 1 - decay)
+            torch._foreach_lerp_(distributed.own(run.ema, run.frozen), distributed.own(model, run.frozen),
+                                 1 - decay)
         run.step += 1
         bar.update()
         since = after_steps(run, since, named, lr, grad_norm, received, bar)
@@ -292,14 +295,15 @@ def announce(run):
     write_rows(run.out / "metrics.jsonl", run.rows)
 
 
-def train(options, module):
-    """Train, evaluate, write everything to options.out. -> the dict of result.json"""
+def train(options, module, release=None):
+    """Train, evaluate, write everything to options.out. release: weights to start from. -> the dict of
+    result.json"""
     device, dtype = pick_device(options.device, options.dtype)
     rank, world = distributed.join(device, options.fsdp)
     out = prepare_out(options)
     distributed.wait()  # all have looked before one writes
     with locked(out, rank):
-        return carry_out(prepare(options, module, out, device, dtype, rank, world))
+        return carry_out(prepare(options, module, out, device, dtype, rank, world, release))
 
 
 def carry_out(run):
@@ -334,10 +338,10 @@ def carry_out(run):
 
 
 def main(argv=None):
-    options, explicit = parse_options(sys.argv[1:] if argv is None else argv)
+    options, explicit, release = with_release(*parse_options(sys.argv[1:] if argv is None else argv))
     module = load_module(options.model)
     options = with_recipe(options, explicit, module)
-    return explain_one_batch(options, module) if options.explain else train(options, module)
+    return explain_one_batch(options, module) if options.explain else train(options, module, release)
 
 
 if __name__ == "__main__":

@@ -20,21 +20,24 @@ from demos.reading import Reader
 from demos.split import split_episodes
 from robot import tabletop
 from robot.errors import UserError, fingerprint, say
-from robot.transforms import resize, same_shape
+from robot.processing import Processing
+from robot.transforms import same_shape
 
 class Demos:
     """A checked set of demonstrations, see open_demos.
 
-    Of the set: state_keys {key: dim}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
-    action_names, state_names ([] where the file has none), image_size (H, W) or None, camera_sizes {key:
-    (H, W)} before resizing, fps (of the first episode), notes (what a user should know).
+    Of the set: state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
+    action_names and state_names ([] where the file has none), image_size (H, W) or None, camera_sizes {key:
+    (H, W)} before resizing, fps (of the first episode), processing, notes (what a user should know).
     Of each episode: lengths, instructions, episode_names, episode_fps. train_episodes, valid_episodes:
-    numbers. Of each step: actions (N, action_dim), state (N, state_dim): float32, in the units of the file,
-    all episodes in a row; episode e begins at starts[e]. The state keys stand side by side in their order. So
-    do the labels: labels (N, sum of their dims).
+    numbers. Of each step: actions (N, action_dim), state (N, state_dim): float32, all episodes in a row;
+    episode e begins at starts[e]. They are in the units of the file, or what the steps of `processing` make
+    of these; but they are not yet relative, which depends on the window. The state keys stand side by side in
+    their order. So do the labels: labels (N, sum of their dims).
     """
 
-    def __init__(self, source, episodes, keys, label_keys, split, memory_gb, image_size=None, colour="bgr"):
+    def __init__(self, source, episodes, keys, label_keys, split, memory_gb, image_size=None, colour="bgr",
+                 processing=None):
         first = episodes[0]
         self.source, self.episodes, self.memory_gb = str(source), episodes, memory_gb
         self.reader, self.notes = Reader(colour), keys.lines(label_keys)
@@ -50,18 +53,23 @@ class Demos:
         self.fps = float(self.episode_fps[0])
         self.state_keys = {key: width(first.obs[key]) for key in keys.state}
         self.camera_keys, self.action_names = list(keys.cameras), first.action_names
-        self.state_dim, self.action_dim = sum(self.state_keys.values()), first.actions.shape[1]
+        self.label_keys = label_keys
+        self.processing = Processing(processing, self.state_keys, self.camera_keys)
+        self.raw_action_dim = first.actions.shape[1]
+        self.action_dim = self.processing.action_dim(self.raw_action_dim)
+        self.state_dim = self.processing.state_dim
         names = [name for key in keys.state for name in first.obs[key].names]
         self.state_names = names if len(names) == self.state_dim else []
-        self.label_keys = label_keys
         check_numbers(source, episodes, self.action_dim + self.state_dim + sum(label_keys.values()))
 
-        self.actions = np.concatenate([self._numbers(e, "actions", e.actions) for e in episodes])
-        state = [[self._numbers(e, key, e.obs[key]) for e in episodes] for key in self.state_keys]
-        self.state = np.concatenate([self.actions[:, :0], *map(np.concatenate, state)], axis=1)
+        raw = np.concatenate([self._numbers(e, "actions", e.actions) for e in episodes])
+        obs = {key: np.concatenate([self._numbers(e, key, e.obs[key]) for e in episodes])
+               for key in self.state_keys}
+        self.fingerprint = fingerprint(raw, np.concatenate([raw[:, :0], *obs.values()], axis=1))
+        self.actions, self.state = self._processed(raw, obs)
         labels = [[self._numbers(e, name, label_of(e, name, dim)) for e in episodes]
                   for name, dim in label_keys.items()]
-        self.labels = np.concatenate([self.actions[:, :0], *map(np.concatenate, labels)], axis=1)
+        self.labels = np.concatenate([raw[:, :0], *map(np.concatenate, labels)], axis=1)
 
         self.camera_sizes = {key: self._size(first, key) for key in self.camera_keys}
         sizes = set(self.camera_sizes.values())
@@ -87,16 +95,34 @@ class Demos:
             raise UserError(fault)
         return x
 
+    def _processed(self, raw, obs):
+        """What the steps of `processing` make of the numbers, an episode at a time, so that a fault has a
+        name."""
+        actions = np.empty((len(raw), self.action_dim), np.float32)
+        state = np.empty((len(raw), self.state_dim), np.float32)
+        for name, start, length in zip(self.episode_names, self.starts, self.lengths):
+            rows = slice(start, start + length)
+            try:
+                actions[rows] = self.processing.absolute_actions(raw[rows])
+                if obs:
+                    state[rows] = self.processing.state({key: x[rows] for key, x in obs.items()})
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+        return actions, state
+
     def images(self, e, lo, hi):
-        """Steps lo .. hi-1 of episode e from all cameras: (hi - lo, V, 3, H, W) uint8, RGB."""
-        out = np.empty((hi - lo, len(self.camera_keys), 3, *self.image_size), np.uint8)
-        for v, key in enumerate(self.camera_keys):
+        """Steps lo .. hi-1 of episode e at all V places of the network: (hi - lo, V, 3, H, W) uint8, RGB. A
+        place without a camera is black."""
+        places = self.processing.places
+        out = np.zeros((hi - lo, len(places), 3, *self.image_size), np.uint8)
+        for v, key in [(v, key) for v, (_, key) in enumerate(places) if key]:
             for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
                 frames = self.reader.frames(self.episodes[e], key, at, min(at + 16, hi))    # (T, H, W, 3)
                 if frames.shape[1:3] != self.image_size and not self.resizing:
                     raise UserError(f"{self.episode_names[e]}: '{key}' is {frames.shape[1:3]}, others are "
                                     f"{self.image_size}: --image_size H W brings pictures to one size")
-                out[at - lo:at - lo + len(frames), v] = np.moveaxis(resize(frames, self.image_size), 3, 1)
+                frames = self.processing.image(frames, self.image_size)
+                out[at - lo:at - lo + len(frames), v] = np.moveaxis(frames, 3, 1)
         return out
 
     def rows(self, episodes):
@@ -114,9 +140,10 @@ class Demos:
                 "state_keys": dict(self.state_keys), "camera_keys": list(self.camera_keys),
                 "image_size": list(self.image_size) if self.image_size else None,
                 "camera_sizes": {key: list(size) for key, size in self.camera_sizes.items()},
-                "state_dim": self.state_dim, "action_dim": self.action_dim, "action_names": self.action_names,
+                "state_dim": sum(self.state_keys.values()), "action_dim": self.raw_action_dim,
+                "action_names": self.action_names, "processing": self.processing.spec,
                 "instructions": sorted(set(self.instructions) - {""}), "episode_names": self.episode_names,
-                "fingerprint": fingerprint(self.actions, self.state), "lengths": self.lengths.tolist(),
+                "fingerprint": self.fingerprint, "lengths": self.lengths.tolist(),
                 "train_episodes": self.train_episodes.tolist(),
                 "valid_episodes": self.valid_episodes.tolist()}
 
@@ -145,7 +172,7 @@ def remarks(demos):
     for note, count in said.items():
         name = next(e.name for e in demos.episodes if note in e.notes)
         yield f"{name}{f' and {count - 1} more' if count > 1 else ''}: {note}"
-    at = np.cumsum([0, *demos.state_keys.values()])
+    at = np.cumsum([0, *demos.processing.state_dims.values()])
     parts = {"actions": demos.actions} | {
         key: demos.state[:, lo:hi] for key, lo, hi in zip(demos.state_keys, at, at[1:])}
     for key, x in parts.items():
@@ -153,12 +180,15 @@ def remarks(demos):
     for key, size in demos.camera_sizes.items():
         if size != demos.image_size:
             height, width = demos.image_size
+            stretched = demos.processing.rule.get("fit", "stretch") == "stretch"
+            kept = not stretched or same_shape(size, demos.image_size)
             yield f"camera '{key}' is resized from {size[0]} x {size[1]} to {height} x {width}" + (
-                "" if same_shape(size, demos.image_size) else ", which changes its proportions")
+                "" if kept else ", which changes its proportions")
 
 
 def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, episodes=None, val_ratio=None,
-               max_train_episodes=None, seed=0, cache=None, memory_gb=4.0, image_size=None, colour="bgr"):
+               max_train_episodes=None, seed=0, cache=None, memory_gb=4.0, image_size=None, colour="bgr",
+               processing=None):
     """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
 
     source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of files in a
@@ -181,6 +211,7 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
     image_size   (H, W): pictures are brought to this size as they are read (robot/transforms.py); None: they
                  stay as they are, and all have to have one size
     colour       order of the colours in JPEG frames, see demos/jpeg.py: "bgr" (OpenCV's recorders) or "rgb"
+    processing   what is done to numbers and pictures before the normaliser, see robot/processing.py
     """
     if source in tabletop.ROBOTS:
         files = [tabletop_file(obs != "lowdim", episodes, seed, cache, source)]
@@ -192,7 +223,7 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
     found = [episode for path in files for episode in read_episodes(path)]
     keys = choose_keys(found, obs, text, shape_meta, extra)
     split, notes = split_episodes(found, val_ratio, max_train_episodes, seed)
-    demos = Demos(source, found, keys, extra, split, memory_gb, image_size, colour)
+    demos = Demos(source, found, keys, extra, split, memory_gb, image_size, colour, processing)
     for key in keys.cameras if shape_meta else []:
         if tuple(shape_meta["obs"][key]["shape"]) != (3, *demos.image_size):
             raise UserError(f"shape_meta: '{key}' is {shape_meta['obs'][key]['shape']}, but the pictures of "

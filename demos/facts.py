@@ -1,39 +1,27 @@
 """What a set of demonstrations says about a policy's Config, so that a file in a known form needs no flag."""
-import torch
-
 from robot import tabletop
 from robot.errors import few, one_line, say
 
 LONGEST_TEXT = 1024             # bytes; text_len does not follow an instruction beyond that
 
 
-def facts_of(demos, normalizer, module, options):
+def facts_of(demos, module, options):
     """{field of Config: value}. A field that the preset or --set gives is left alone where the data are not
     the only ones to know. Notes go to stderr."""
     fields = vars(module.Config)
     given = module.PRESETS.get(options.preset, {}) | options.set
     facts = {"action_dim": demos.action_dim, "state_dim": demos.state_dim,
-             "n_cameras": len(demos.camera_keys)}
+             "n_cameras": len(demos.processing.places)}
     if demos.image_size:
         facts["image_size"] = tuple(demos.image_size)
     if not demos.camera_keys and fields.get("obs") == "image" and "obs" not in given:
         facts["obs"] = "lowdim"
-    if "clip_x0" not in given:
-        facts["clip_x0"] = largest(demos, normalizer)
     facts |= text_facts(demos, module, given, "obs" in facts, options.set)
     if options.robots:          # their actions and states come packed
         facts |= {"action_names": (), "state_names": ()}
     elif hasattr(module, "UNIFIED"):
         facts |= place_names(demos, module, given)
     return facts
-
-
-def largest(demos, normalizer):
-    """The largest absolute value of the normalised actions that are trained on: what a sampler may cut x0 to.
-    Exactly 1 where the normaliser brought them to [-1, 1]."""
-    rows = demos.rows(demos.train_episodes)
-    found = normalizer.normalize("actions", torch.from_numpy(demos.actions[rows])).abs().max().item()
-    return found if found > 1 + 1e-4 else 1.0
 
 
 def text_facts(demos, module, given, blind, chosen):

@@ -2,8 +2,9 @@
 import numpy as np
 
 from demos.dataset import Demos
-from robot.errors import UserError
+from robot.errors import UserError, fingerprint
 from robot.policy import BACKGROUND
+from robot.processing import Processing
 
 
 class MixedDemos(Demos):
@@ -33,6 +34,7 @@ class MixedDemos(Demos):
         self.notes, self.episodes = [], chain("episodes")
         self.state_keys, self.camera_keys, self.action_names, self.state_names = {}, first.camera_keys, [], []
         self.image_size, self.state_dim, self.action_dim = first.image_size, dim, dim
+        self.raw_action_dim, self.processing = dim, Processing({}, {}, self.camera_keys)
         self.camera_sizes = first.camera_sizes
         self.label_keys, self.labels = first.label_keys, np.concatenate([d.labels for d in self.parts])
         self.instructions, self.episode_names = chain("instructions"), chain("episode_names")
@@ -51,6 +53,7 @@ class MixedDemos(Demos):
                 x[:, at] = getattr(demos, kind)
             setattr(self, kind, np.concatenate(packed))
             setattr(self, f"{kind.rstrip('s')}_valid", np.stack([np.isin(np.arange(dim), p) for p in places]))
+        self.fingerprint = fingerprint(self.actions, self.state)
 
     def images(self, e, lo, hi):
         demos = self.parts[self.robot[e]]
@@ -70,4 +73,5 @@ class MixedDemos(Demos):
             keys = ("source", "fps", "state_keys", "camera_keys", "image_size", "camera_sizes",
                     "action_names")
             each[name] = {key: part[key] for key in keys} | {"places": self.places[name]}
-        return super().description() | {"robots": each}
+        whole = super().description()
+        return whole | {"state_dim": self.state_dim, "robots": each}

@@ -1,8 +1,6 @@
 """Parquet tables, by the package pyarrow: columns of numbers as arrays, pictures as their bytes."""
 from pathlib import Path
 
-import numpy as np
-
 from robot.errors import UserError, few, nearest, one_line
 
 HELD = 2**28                    # bytes of columns that are kept for the next call

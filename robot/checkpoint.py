@@ -1,22 +1,38 @@
 """Checkpoints: weights, configuration, description of the data and a recorded pair to replay, in one file."""
 import math
 import zipfile
+from pathlib import Path
 
 import torch
 
-from .errors import UserError, input_file, one_line, user_path, written_aside
+from .errors import UserError, fingerprint, input_file, one_line, user_path, written_aside
 from .models import load_module, model_config
 from .normalizer import Normalizer
+from .processing import Processing
 
 FORMAT = 1                # of checkpoint.pt; a newer one is refused by name
 
 
 def save_checkpoint(path, content):
+    save_tensors(path, {"format": FORMAT} | content)
+
+
+def save_tensors(path, content):
     with written_aside(path) as aside:
         try:
-            torch.save({"format": FORMAT} | content, aside)
+            torch.save(content, aside)
         except RuntimeError as e:  # what torch makes of a full disk
             raise OSError(f"torch.save: {str(e).splitlines()[0]}") from None
+
+
+def save_frozen(folder, weights):
+    """Write weights that training leaves as they are, once for all checkpoints in `folder`. -> name of the
+    file, for the checkpoints' "frozen"."""
+    bytes_of = lambda x: x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    name = f"frozen_{fingerprint(*map(bytes_of, weights.values()))}.pt"
+    if not (folder / name).exists():
+        save_tensors(folder / name, weights)
+    return name
 
 
 # What a checkpoint holds, and of which type; [str]: a list of these.
@@ -66,7 +82,11 @@ def faults(content):
 
 
 def check_normalizer(normalizer, data):
-    for key, dim in (("actions", data["action_dim"]), ("state", data["state_dim"])):
+    dims = {"actions": data["action_dim"], "state": data["state_dim"]}
+    if data.get("processing"):
+        steps = Processing(data["processing"], data["state_keys"], data["camera_keys"])
+        dims = {"actions": steps.action_dim(data["action_dim"]), "state": steps.state_dim}
+    for key, dim in dims.items():
         there_and_back = normalizer.unnormalize(key, normalizer.normalize(key, torch.zeros(1, dim)))
         stats = [normalizer.stats[key][name] for name in ("min", "max", "mean", "std")]
         numbers = torch.stack([there_and_back[0], *stats])
@@ -84,25 +104,47 @@ def read_checkpoint(path, device="cpu"):
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"there is no {path}; give the --out folder of a training run")
+    content = read_tensors(path, device)
+    found = content.get("format")
+    if found is None:
+        raise not_of_this_project(path)
+    if not isinstance(found, int) or found > FORMAT:
+        raise UserError(f"{path} has format {str(found)[:20]}, this code reads up to {FORMAT}: update the "
+                        f"code")
+    if "frozen" in content:
+        beside = path.parent / Path(str(content["frozen"])).name
+        if not beside.exists():
+            raise UserError(f"{path} needs {beside.name}, which holds its frozen weights: copy it into the "
+                            f"same folder")
+        frozen = read_tensors(beside, device)
+        content |= {part: frozen | content[part] for part in ("weights", "ema")
+                    if isinstance(content.get(part), dict)}
+    for key in faults(content):
+        raise UserError(f"{path} holds no sound '{key}': it was edited, train again or take another copy")
+    return content
+
+
+def read_tensors(path, device):
+    """The dict in a file of save_tensors."""
     path = input_file(path)
     try:
         with zipfile.ZipFile(path) as parts:
             damaged = parts.testzip()
         content = None if damaged else torch.load(path, map_location=device, weights_only=True)
-        found = None if damaged else content["format"]
     except PermissionError:
         raise UserError(f"{path} may not be read: change its permissions") from None
     except Exception:  # torch has a dozen types of error for files that are cut short, foreign or pickles
-        raise UserError(f"{path} is not a checkpoint of this project, or it is cut short; only files that "
-                        f"train.py wrote are read, and nothing is ever unpickled") from None
+        raise not_of_this_project(path) from None
     if damaged:
         raise UserError(f"{path} is damaged ({damaged} does not match its checksum): copy it again")
-    if not isinstance(found, int) or found > FORMAT:
-        raise UserError(f"{path} has format {str(found)[:20]}, this code reads up to {FORMAT}: update the "
-                        f"code")
-    for key in faults(content):
-        raise UserError(f"{path} holds no sound '{key}': it was edited, train again or take another copy")
+    if not isinstance(content, dict):
+        raise not_of_this_project(path)
     return content
+
+
+def not_of_this_project(path):
+    return UserError(f"{path} is not a checkpoint of this project, or it is cut short; only files that "
+                     f"train.py wrote are read, and nothing is ever unpickled")
 
 
 def record(model, batch):
@@ -144,27 +186,3 @@ def load_model(path, device="cpu", module=None, replay=True):
                         f"{error:.2g}): {checkpoint['model']}.py has changed since it was trained; if that "
                         f"is meant, load it with --no_replay")
     return model, checkpoint
-
-
-def load_official(module, config, path):
-    """A model with official weights from a .safetensors file (package safetensors) or a plain torch
-    state_dict."""
-    try:
-        path = input_file(path)
-    except UserError as e:
-        raise UserError(f"--init {e}") from None
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            state_dict = load_file(path)
-        else:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError("reading .safetensors needs a package: pip install safetensors") from None
-    except Exception as e:  # either library has types of its own for files that are cut short or foreign
-        raise UserError(f"--init {path} cannot be read ({one_line(e, 150)}); it must be a "
-                        f".safetensors file or a torch file that holds tensors only") from None
-    try:
-        return module.Model.from_official(state_dict, config)
-    except (ValueError, AttributeError) as e:
-        raise UserError(f"--init {path}: {e}") from None

@@ -17,8 +17,10 @@ from .checkpoint import load_model
 from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
-from .text import encode_text
-from .transforms import resize, same_shape
+from .processing import Processing
+from .released import build_model
+from .text import codes
+from .transforms import same_shape
 
 BACKGROUND = 127          # grey level, 0..255, of a camera that is covered or that a robot does not have
 
@@ -29,11 +31,13 @@ class Policy:
     model: a policy in evaluation mode; normalizer, description: of the data it was trained on. dtype:
     bfloat16 halves the weights. steps: sampler steps, default the model's own. robot: whose body it acts in,
     if it was trained on several. without: cameras that are covered, they show the background. swap: pairs of
-    words that are exchanged in every instruction, to see whether the policy listens.
+    words that are exchanged in every instruction, to see whether the policy listens. relative_to: what delta
+    actions are added to, the state at which the chunk was sampled ("chunk", as they were trained) or the
+    latest ("latest", what LeRobot's select_action does).
     """
 
     def __init__(self, model, normalizer, description, device="cpu", dtype=None, steps=None, seed=0,
-                 robot=None, without=(), swap=()):
+                 robot=None, without=(), swap=(), relative_to="chunk"):
         self.model = model.to(dtype) if dtype else model
         robots = description.get("robots", {})
         if (robot or robots) and robot not in robots:
@@ -46,6 +50,11 @@ class Policy:
         for camera in without:
             if camera not in cameras:
                 raise UserError(f"there is no camera {camera!r}{hint(camera, cameras)}")
+        if relative_to not in ("chunk", "latest"):
+            raise UserError(f"relative_to is 'chunk' or 'latest', not {relative_to!r}")
+        self.relative_to = relative_to
+        d = self.description
+        self.processing = Processing(d.get("processing"), d["state_keys"], cameras)
         self.device, self.steps, self.seed = torch.device(device), steps, seed
         self.said = False  # whether values far outside the data were noted
         self.reset()
@@ -60,6 +69,17 @@ class Policy:
             raise UserError(f"{path}: {checkpoint['model']} generates samples, it is no policy")
         normalizer = Normalizer.from_state(checkpoint["normalizer"])
         return cls(model, normalizer, checkpoint["data"], device, dtype, steps, seed, robot)
+
+    @classmethod
+    def from_release(cls, release, device="cpu", dtype=None, steps=None, seed=0, relative_to="chunk"):
+        """A policy of released.open_release, as it was downloaded, without training. Raises UserError."""
+        device, _ = pick_device(str(device), "float32")
+        if release.normalizer is None or not release.description:
+            raise UserError("--init: these weights come without the statistics and the observations that "
+                            "a policy needs to act: train.py --init gives it those of a data set")
+        model = build_model(release, dtype=dtype or torch.float32).to(device).eval().requires_grad_(False)
+        return cls(model, release.normalizer, release.description, device, dtype, steps, seed,
+                   relative_to=relative_to)
 
     def reset(self):
         """Forget the past: call it at the start of every episode."""
@@ -76,13 +96,17 @@ class Policy:
         "instruction": str (or n of them) if the policy reads.
         """
         single = self.observe(observation)
+        latest = self.relative_to == "latest"
         if not self.queue:
             began = time.perf_counter()
-            self.chunk = self.sample_chunk()                                    # (n, Tp, A)
+            chunk = self.sample()                                               # (n, Tp, A)
             self.latency.append(time.perf_counter() - began)
+            self.chunk = self.to_robot(chunk).numpy()
             now = -self.model.config.first_action
-            self.queue = list(self.chunk[:, now:now + self.model.config.n_action_steps].swapaxes(0, 1))
+            planned = chunk if latest else torch.from_numpy(self.chunk)
+            self.queue = list(planned[:, now:now + self.model.config.n_action_steps].unbind(1))
         action = self.queue.pop(0)                                              # (n, A)
+        action = (self.to_robot(action[:, None])[:, 0] if latest else action).numpy()
         return action[0] if single else action
 
     def observe(self, observation):
@@ -92,10 +116,12 @@ class Policy:
         return single
 
     def prepare(self, observation):
-        """One observation -> ({"state": (n, S), "images": (n, V, H, W, 3), "text": (n, L)}, whether n was
-        left out). Raises UserError, which names the key."""
+        """One observation -> ({"state": (n, S) normalised, "now": (n, S) not, "images": (n, V, H, W, 3),
+        "image_mask": (n, V), "text": (n, L)}, whether n was left out). Raises UserError, which names the
+        key."""
         d, step = self.description, {}
-        wanted = list(d["state_keys"]) + list(d["camera_keys"])
+        cameras = [key for key in d["camera_keys"] if not self.hidden(key, observation)]
+        wanted = list(d["state_keys"]) + cameras
         missing = [k for k in wanted if k not in observation]
         if missing:
             raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
@@ -103,33 +129,46 @@ class Policy:
         values = {key: np.asarray(observation[key]) for key in wanted}
         values = {key: x[None] for key, x in values.items()} if single else values
         n = len(values[wanted[0]])
-        step["state"] = self.prepare_state(values, n)
-        if d["camera_keys"]:
+        step["now"], step["state"] = self.prepare_state(values, n)
+        if self.processing.places:
             step["images"] = self.prepare_images(values, n)
+            shown = torch.tensor([key in values for _, key in self.processing.places])
+            if not shown.all():
+                step["image_mask"] = shown.expand(n, -1)
         if getattr(self.model.config, "text_len", 0):
-            step["text"] = self.prepare_text(observation.get("instruction"), n)
+            step["text"] = self.prepare_text(observation.get("instruction"), n, step["state"])
         return step, single
 
+    def hidden(self, key, observation):
+        """Whether an observation may do without this camera: the network knows its places by name, so that it
+        can be told that one is empty."""
+        if key in observation or "cameras" not in self.processing.spec:
+            return False
+        if not any(other in observation for other in self.description["camera_keys"]):
+            return False
+        say_once(f"the observation has no camera {key!r}: its place is hidden (image_mask)")
+        return True
+
     def prepare_state(self, values, n):
-        d, parts = self.description, []
+        """-> the state in the network's form, and normalised"""
+        d = self.description
         for key, dim in d["state_keys"].items():
             try:
-                value = values[key].astype(np.float32)
+                value = values[key] = values[key].astype(np.float32)
             except (TypeError, ValueError):
                 raise UserError(f"observation {key!r} is {values[key].dtype}, not numbers") from None
             if value.shape != (n, dim):
                 raise UserError(f"observation {key!r} has shape {value.shape[1:]}, trained on was ({dim},)")
             if not np.isfinite(value).all():
                 raise UserError(f"observation {key!r} is not finite: {np.array2string(value)[:80]}")
-            parts.append(torch.from_numpy(value))
-        state = torch.cat(parts, dim=-1) if parts else torch.zeros(n, 0)
+        state = self.processing.state(values) if d["state_keys"] else torch.zeros(n, 0)
         if self.places:
             packed = state.new_zeros(n, d["state_dim"])
             packed[:, self.places["state"]] = state
             self.note_far_values(packed)
-            return self.normalizer.normalize("state", packed) * self.valid("state", n)
+            return packed, self.normalizer.normalize("state", packed) * self.valid("state", n)
         self.note_far_values(state)
-        return self.normalizer.normalize("state", state)
+        return state, self.normalizer.normalize("state", state)
 
     def note_far_values(self, state):
         """Say once what lies further outside the training data than these are wide: degrees for radians, a
@@ -150,7 +189,7 @@ class Policy:
 
     def name_of(self, d):
         """Which observation holds number d of the state."""
-        for key, dim in self.description["state_keys"].items():
+        for key, dim in self.processing.state_dims.items():
             if d < dim:
                 return f"{key}[{d}]"
             d -= dim
@@ -159,23 +198,27 @@ class Policy:
     def prepare_images(self, values, n):
         """Pictures of another size are resized as those of the data set were; of another shape, refused."""
         images, size = [], tuple(self.description["image_size"])
-        for key in self.description["camera_keys"]:
+        stretched = self.processing.rule.get("fit", "stretch") == "stretch"     # else any proportions will do
+        for place, key in self.processing.places:
+            if key not in values:                               # hidden: a place without a camera is black
+                images.append(np.zeros((n, *size, 3), np.uint8))
+                continue
             image = values[key]
             seen = tuple(self.description.get("camera_sizes", {}).get(key, size))   # by the data set's camera
             fits = image.dtype == np.uint8 and image.ndim == 4 and (len(image), image.shape[3]) == (n, 3)
             has = image.shape[1:3]
-            if not fits or has != size and not (all(has) and same_shape(has, seen)):
+            if not fits or has != size and not (all(has) and (same_shape(has, seen) or not stretched)):
                 raise UserError(f"observation {key!r} is {image.dtype} {image.shape[1:]}, a picture must be "
                                 f"uint8 {(*size, 3)}, 0..255, RGB, or larger or smaller in the ratio of "
                                 f"{seen[0]} to {seen[1]}")
             if has not in (size, seen):
                 say_once(f"observation {key!r} is {has[0]} x {has[1]} and is resized to {size[0]} x "
                          f"{size[1]}")
-            image = resize(image, size)
+            image = self.processing.image(image, size)
             images.append(np.full_like(image, BACKGROUND) if key in self.without else image)
         return torch.from_numpy(np.stack(images, axis=1))                       # (n, V, H, W, 3)
 
-    def prepare_text(self, told, n):
+    def prepare_text(self, told, n, state):
         known = self.description.get("instructions")
         if told is None and known:
             raise UserError(f"the policy reads: add 'instruction' to the observation (env: instruction: in "
@@ -186,11 +229,11 @@ class Policy:
             raise UserError(f"'instruction' must be a text, or {n} of them, not {str(told)[:80]!r}")
         for a, b in self.swap:
             texts = [re.sub(rf"\b(?:{a}|{b})\b", lambda m: b if m[0] == a else a, t) for t in texts]
-        # A model file may bring its own codes; bytes otherwise.
         config = self.model.config
-        encode = getattr(config, "encode_text", lambda text: encode_text(text, config.text_len))
+        encode = getattr(config, "encode_text", None)
         try:
-            return torch.stack([torch.as_tensor(encode(text)) for text in texts])
+            return torch.stack([torch.as_tensor(codes(text, x, encode, config.text_len))
+                                for text, x in zip(texts, state)])
         except ValueError as e:  # an instruction that is too long, a tokenizer that is not there
             raise UserError(str(e)) from None
 
@@ -203,12 +246,31 @@ class Policy:
     def sample_chunk(self, copies=1, trace=None):
         """From the observations so far, `copies` chunks for each episode: (n copies, Tp, A), raw units.
         trace: receives the chunks at every state of the sampler, normalised."""
+        return self.to_robot(self.sample(copies, trace)).numpy()
+
+    def to_robot(self, chunk):
+        """Actions in the network's form (n copies, Tp, A), not normalised -> the robot's, (n copies, Tp,
+        A raw); what is relative is added to the latest state."""
+        now = self.history[-1]["now"]
+        chunk = self.processing.undo_actions(chunk, now.repeat_interleave(len(chunk) // len(now), 0))
+        return chunk[..., self.places["actions"]] if self.places else chunk
+
+    def raw(self, trace):
+        """Normalised chunks at S states of a sampler (S, n copies, Tp, A) -> (S, n copies, Tp, A raw)."""
+        chunks = self.normalizer.unnormalize("actions", trace.float().cpu())
+        return torch.stack([self.to_robot(x) for x in chunks]).numpy()
+
+    def sample(self, copies=1, trace=None):
+        """The chunk as the network gives it, not normalised: (n copies, Tp, A)."""
         missing = self.model.config.n_obs_steps - len(self.history)
         history = self.history[:1] * missing + self.history  # the first one stands for the time before it
         state = torch.stack([h["state"] for h in history], dim=1)               # (n, To, S)
         batch = {"state": state, "control_hz": torch.full((len(state),), float(self.description["fps"] or 0))}
         if "images" in history[0]:
             batch["images"] = torch.stack([h["images"] for h in history], dim=1).permute(0, 1, 2, 5, 3, 4)
+        if any("image_mask" in h for h in history):
+            shown = torch.ones(len(state), len(self.processing.places), dtype=torch.bool)
+            batch["image_mask"] = torch.stack([h.get("image_mask", shown) for h in history], dim=1)
         if "text" in history[0]:
             batch["text"] = history[-1]["text"]
         if self.places:
@@ -216,5 +278,4 @@ class Policy:
         batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}
         more = {} if trace is None else {"trace": trace}
         chunk = self.model.sample(batch, steps=self.steps, generator=self.generator, **more)
-        chunk = self.normalizer.unnormalize("actions", chunk.float().cpu()).numpy()  # (n, Tp, A)
-        return chunk[..., self.places["actions"]] if self.places else chunk
+        return self.normalizer.unnormalize("actions", chunk.float().cpu())

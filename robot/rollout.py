@@ -23,8 +23,8 @@ def rehearse(policy, environment, seed=0):
     env = make_episodes(environment, 1, policy.description)
     policy.reset()
     policy.observe(env.reset(np.array([EVALUATION_SEEDS + 1000 * seed]))[0])
-    mean = policy.normalizer.stats["actions"]["mean"].numpy()[None]
-    obs, *_ = env.step(mean[:, policy.places["actions"]] if policy.places else mean)
+    mean = policy.normalizer.stats["actions"]["mean"]
+    obs, *_ = env.step(policy.to_robot(mean[None, None])[:, 0].numpy())
     policy.observe(obs)
     env.film([env.glance(0, obs)])
     policy.reset()

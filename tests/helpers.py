@@ -105,6 +105,23 @@ def save(path, **arrays):
             for key, x in arrays.items():
                 file[key] = x.astype("S") if x.dtype.kind == "U" else x
     return path
+
+
+def write_safetensors(path, tensors):
+    """A .safetensors file, without the package."""
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+             torch.float64: "F64", torch.uint8: "U8", torch.bool: "BOOL"}
+    header, parts, at = {"__metadata__": {"format": "pt"}}, [], 0
+    for key, x in tensors.items():
+        parts.append(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        end = at + len(parts[-1])
+        header[key] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+    return path
+
+
 LOWDIM = {"state_keys": {"a": 1, "b": 2}, "camera_keys": [], "image_size": None, "fps": 10.0}
 
 

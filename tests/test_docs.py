@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 from robot.models import load_module
+from robot.processing import Processing
+from robot.rotations import FORMS
+from robot.steps import STEPS
 from tools.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +81,10 @@ assert closed_loop(still, "reach", 50, 0)["success"] < 0.1
 film = closed_loop(Walk(), "reach", 3, 0)["rollouts"][0]["frames"]
 assert film.shape[1:] == (64, 64, 3) and len({frame.tobytes() for frame in film}) > 1
 
+# a step: an angle and back
+assert np.allclose(turned, [[0.1, np.sin(3), np.cos(3), 0.5]], atol=1e-6)
+assert np.allclose(turning.undo_state(turned)["joints"], [[0.1, 3, 0.5]], atol=1e-6)
+
 # a head: the policy learns the task, and the head to tell when it is done
 import json
 rows = [json.loads(line) for line in open("out/reach/metrics.jsonl")]
@@ -108,6 +115,22 @@ assert (demos.actions[-90:] == last).all() and (demos.state[-90:] == last - np.f
 assert (demos.images(4, 7, 8)[0, 0] == front[7].transpose(2, 0, 1)).all()
 """)
     assert "wander about" in said
+
+
+def test_the_processing_shown_is_understood():
+    """Every YAML of data.md and every step of its table; and its forms of rotations are all there are."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    found = [yaml.safe_load(text)["processing"] for language, text in blocks("data.md")
+             if language == "yaml" and text.startswith("processing:")]
+    rows = [yaml.safe_load(step) for step in re.findall(r"^\| `(\w+: {.*?})` \|", page, re.M)]
+    assert len(found) == 2 and {key for row in rows for key in row} == {*STEPS, "delta"}
+    keys = {"qpos": 14, "robot0_eef_quat": 4}
+    for spec in [*found, *({"actions": [row]} for row in rows)]:
+        Processing(spec, keys, [name for name in spec.get("cameras", {}).values() if name]).action_dim(
+            7 if spec is found[1] else 14)
+    for form in FORMS:
+        if not form.startswith("euler"):
+            assert f"`{form}`" in page, form
 
 
 def test_the_environments_shown_are_those_of_the_configurations():
@@ -163,6 +186,8 @@ def test_a_command_is_understood(page, argv, monkeypatch):
         return
     if first == "train.py":
         chosen, _ = parse_options(rest)
+        if chosen.init and not chosen.model:                # its config.json says it
+            return
         module = load_module(chosen.model)
         assert chosen.preset in module.PRESETS
         assert not set(chosen.set) - {field.name for field in dataclasses.fields(module.Config)}

@@ -53,12 +53,12 @@ def test_golden_unet(case):
     assert torch.allclose(one, pred[:1], atol=2e-5 * pred.abs().max().item())
 
 
-def check_gradients(case, module, config, prefix="", state_dim=None):
+def check_gradients(case, module, config, prefix="", order=None):
     """Every stored official gradient, renamed and permuted as the weights are, equals ours."""
     ours = {prefix + k: p.grad for k, p in module.named_parameters()}
     for key in case.grad:
         official = f"unet.{key}" if prefix else key
-        (name, want), = convert_official({official: case.grad[key]}, config, state_dim).items()
+        (name, want), = convert_official({official: case.grad[key]}, config, order).items()
         error = (ours[name] - want).abs().max().item()
         assert error <= case.tolerance(f"grad/{key}"), f"{case.name} {key}: {error:.2e}"
 
@@ -138,8 +138,8 @@ def lerobot_config(case):
 @golden("dp_cnn.LeRobotDiffusionPolicy")
 def test_golden_lerobot(case):
     config = lerobot_config(case)
-    state_dim = case.config["state_dim"]
-    model = DiffusionPolicyCNN.from_official(case.sd, config, state_dim=state_dim).eval()
+    order = [case.config["state_dim"], *"c" * config.n_cameras, case.config.get("env_dim", 0)]
+    model = DiffusionPolicyCNN.from_official(case.sd, config, order).eval()
     parts = [case.inp[k].clone().requires_grad_() for k in ("state", "env_state") if k in case.inp]
     images = [case.inp[f"image_{v}"].clone().requires_grad_() for v in range(config.n_cameras)]
     mask_padding = case.config["lerobot"].get("do_mask_loss_for_padding", False)
@@ -158,13 +158,13 @@ def test_golden_lerobot(case):
     emb = config.step_embed_dim
     columns = slice(None)
     if config.n_cameras:
-        columns = [c - emb for c in dp_cnn.lerobot_columns(config, state_dim)[emb:]]
+        columns = [c - emb for c in dp_cnn.official_columns(config, order)[emb:]]
     assert (cond - case.out["global_cond"][:, columns]).abs().max() <= case.tolerance("out/global_cond")
 
     result = model.loss(batch, noise=case.inp["noise"], t=case.inp["timesteps"])
     case.check("out/loss", result["loss"])
     result["loss"].backward()
-    check_gradients(case, model, config, state_dim=state_dim)
+    check_gradients(case, model, config, order=order)
     for name, tensor in {"state": parts[0], "env_state": parts[-1],
                          **{f"image_{v}": x for v, x in enumerate(images)}}.items():
         if name in case.grad_in:
@@ -447,6 +447,80 @@ def test_crops_random_in_training_centre_in_evaluation():
     assert torch.equal(crops[:, 0], (corner[:, 0, None] + torch.arange(16))[:, :, None].expand(-1, -1, 16))
     assert set(corner[:, 0].tolist()) == set(range(5)) and set(corner[:, 1].tolist()) == set(range(9))
     assert encoder.eval().crop(image)[0, :2, 0, 0].tolist() == [2, 4]
+    encoder.train().random_crop = False
+    assert encoder.crop(image)[0, :2, 0, 0].tolist() == [2, 4]
+
+
+def test_a_camera_has_pixels_of_its_own_scale():
+    config = Config(**SMALL | NARROW_IMAGE | {"image_mean": (0.0, 0.2, 0.4, 0.5, 0.5, 0.5),
+                                              "image_std": (1.0, 0.2, 0.1, 2.0, 2.0, 2.0)})
+    model, seen = DiffusionPolicyCNN(config).eval(), []
+    for encoder in model.encoders:
+        encoder.resnet.register_forward_pre_hook(lambda module, x: seen.append(x[0][0, :, 0, 0].tolist()))
+    batch = image_batch(config)
+    model.encode(batch | {"images": torch.full_like(batch["images"], 51)})      # 0.2 of 255
+    assert seen[0] == pytest.approx([0.2, 0.0, -2.0], abs=1e-6)
+    assert seen[1] == pytest.approx([-0.15] * 3, abs=1e-6)
+
+
+def test_a_picture_is_resized_with_antialiasing_before_it_is_cropped():
+    """One column of four is bright: each pixel of a quarter of the width is their mean."""
+    config = Config(**SMALL, n_cameras=1, obs="image", image_size=(64, 256), resize=(32, 64),
+                    crop_size=(30, 32), resnet_widths=(16, 16, 16, 16), n_keypoints=4)
+    encoder, seen = dp_cnn.ImageEncoder(config).eval(), []
+    encoder.resnet.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    images = torch.zeros(1, 3, 64, 256, dtype=torch.uint8)
+    images[..., 3::4] = 200
+    encoder(images)
+    assert seen[0].shape == (1, 3, 30, 32)
+    assert (seen[0] + 1 - 50 / 127.5).abs().max() < 0.1, "without antialiasing every pixel is black"
+
+
+def test_batch_norm_keeps_its_statistics_and_trains_its_scale():
+    ours, official = dp_cnn.FrozenBatchNorm(4), torch.nn.BatchNorm2d(4).eval()
+    state = {"weight": torch.rand(4), "bias": torch.randn(4), "running_mean": torch.randn(4),
+             "running_var": torch.rand(4) + 0.5}
+    ours.load_state_dict(state)
+    official.load_state_dict(state, strict=False)
+    x = torch.randn(3, 4, 5, 6) * 3 + 1
+    assert torch.allclose(ours.train()(x), official(x), atol=1e-6)
+    ours(x).sum().backward()
+    assert ours.weight.grad.abs().min() > 0 and torch.equal(ours.running_mean, state["running_mean"])
+    model = DiffusionPolicyCNN(Config(**SMALL | NARROW_IMAGE | {"resnet_norm": "batch"}))
+    assert not [m for m in model.encoders.modules() if isinstance(m, torch.nn.GroupNorm)]
+
+
+@pytest.mark.parametrize("schedule, power", [("linear", 1), ("scaled_linear", 2)])
+def test_linear_schedules(schedule, power):
+    K, first, last = 50, 1e-3, 0.03
+    model = DiffusionPolicyCNN(Config(**SMALL | {"n_diffusion_steps": K, "schedule": schedule,
+                                                 "beta_ends": (first, last)}))
+    low, high = first ** (1 / power), last ** (1 / power)
+    want, product = [], 1.0
+    for k in range(K):
+        product *= 1 - (low + k / (K - 1) * (high - low)) ** power
+        want.append(product)
+    assert torch.allclose(model.alpha_bar("cpu").double(), torch.tensor(want, dtype=torch.float64), rtol=1e-5)
+    batch = small_batch(model.config)                           # and it is the one that noises the chunk
+    noise, t = torch.randn_like(batch["actions"]), torch.full((len(batch["actions"]),), K - 1)
+    seen = []
+    model.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.loss(batch, noise=noise, t=t)
+    x_t = math.sqrt(product) * batch["actions"] + math.sqrt(1 - product) * noise
+    assert torch.allclose(seen[0], x_t, atol=1e-5)
+
+
+def test_columns_of_observations_in_any_order():
+    config = Config(**SMALL | NARROW_IMAGE | {"state_dim": 3, "image_features": 2, "n_obs_steps": 2})
+    emb, order = config.step_embed_dim, ["back", 2, "front", 1]
+    step = [0, 1, 4, 5, 2, 3, 6]                                # back, front, the two states
+    want = [*range(emb), *(emb + 7 * k + i for k in range(2) for i in step)]
+    assert dp_cnn.official_columns(config, order) == want
+    weight = torch.arange(emb + 14).expand(8, -1)
+    (_, got), = convert_official({"model.mid_modules.0.cond_encoder.1.weight": weight}, config, order).items()
+    assert got[0].tolist() == want
+    names = {f"obs_encoder.obs_nets.{name}.nets.3.bias": torch.zeros(2) for name in ("front", "back")}
+    assert list(convert_official(names, config, order)) == ["encoders.1.out.bias", "encoders.0.out.bias"]
 
 
 def test_each_camera_has_an_encoder_of_its_own():
@@ -777,8 +851,14 @@ def test_every_parameter_is_decayed_alike():
     ({"image_size": (9,)}, "height"),
     ({"down_dims": (12, 20)}, "groups"), ({"down_dims": (4, 8), "n_groups": 4}, "first also of 8"),
     ({"down_dims": ()}, "down_dims"), ({"n_groups": 0}, "n_groups 0"), ({"resnet_widths": (8,)}, "of 16"),
-    ({"resnet_widths": (24,)}, "of 16"), ({"resnet_widths": ()}, "of 16"),
-    ({"n_keypoints": 0}, "n_keypoints"),
+    ({"resnet_widths": (56,)}, "of 16"), ({"resnet_widths": ()}, "of 16"),
+    ({"n_keypoints": 0}, "n_keypoints"), ({"resize": (9,)}, "give height, width"),
+    ({"resize": (8, 8), "crop_size": (9, 8)}, "larger than image_size .* resized to"),
+    ({"image_mean": (0.5,), "image_std": (0.5,)}, "three numbers"),
+    ({"image_mean": (0.5,) * 3}, "image_mean"),
+    ({"image_mean": (0.5,) * 3, "image_std": (0.0,) * 3}, "deviations are above 0"),
+    ({"resnet_norm": "layer"}, "resnet_norm 'layer'"), ({"schedule": "cubic"}, "schedule 'cubic'"),
+    ({"beta_ends": (0.02, 0.01)}, "must rise"), ({"image_features": -1}, "image_features"),
     ({"step_embed_dim": 2}, "step_embed_dim 2"), ({"step_embed_dim": 33}, "step_embed_dim 33"),
     ({"conditioning": "film"}, "conditioning 'film'"), ({"sampler_steps": 0}, "sampler steps 0"),
     ({"n_diffusion_steps": 0}, "n_diffusion_steps 0"), ({"spacing": "even"}, "leading, trailing"),

@@ -28,8 +28,10 @@ import dp_cnn
 import sample
 import train
 from robot.checkpoint import FORMAT, load_model, read_checkpoint
+from robot.errors import UserError
 from robot.normalizer import Normalizer
 from robot.policy import Policy
+from tools import runs
 from tools.runs import locked
 
 
@@ -293,6 +295,53 @@ def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one(step, demos, who
     assert read_checkpoint(tmp_path)["step"] == step // 3 * 3
     train.main(command(demos, tmp_path, "--resume"))
     assert_same_run(tmp_path, whole[1])
+
+
+@pytest.fixture
+def half_frozen(monkeypatch):
+    """dp_cnn whose middle is not trained, and a file of their own for frozen weights of any size."""
+    class Half(dp_cnn.Model):
+        def __init__(self, config):
+            super().__init__(config)
+            self.unet.mid.requires_grad_(False)
+    monkeypatch.setattr(dp_cnn, "Model", Half)
+    monkeypatch.setattr(runs, "LARGE", 1)
+
+
+def test_frozen_weights_are_neither_averaged_nor_saved_again(demos, half_frozen, tmp_path, monkeypatch):
+    out, again = tmp_path / "whole", tmp_path / "again"
+    train.main(command(demos, out, "--keep_every", "3"))
+    frozen, = out.glob("frozen_*.pt")
+    for name in ("checkpoint.pt", "checkpoint_3.pt", "checkpoint_6.pt"):
+        raw = torch.load(out / name, weights_only=True)
+        assert raw["frozen"] == frozen.name and any("unet.down" in key for key in raw["ema"])
+        assert not [key for part in ("weights", "ema") for key in raw[part] if "unet.mid" in key]
+    kept = torch.load(frozen, weights_only=True)
+    checkpoint = read_checkpoint(out)
+    assert kept and all(".mid." in key for key in kept)
+    for key, x in checkpoint["weights"].items():
+        assert torch.equal(x, checkpoint["ema"][key]) == (key in kept)          # the others have moved
+    model, _ = load_model(out)                                                  # replays
+    assert all(torch.equal(model.state_dict()[key], x) for key, x in kept.items())
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 4, raiser(Crash))
+        train.main(command(demos, again))
+    train.main(command(demos, again, "--resume"))
+    assert_same_run(again, out)
+    assert [path.name for path in again.glob("frozen_*")] == [frozen.name], "by the numbers in it"
+    frozen.unlink()
+    with pytest.raises(UserError, match=f"needs {frozen.name}.*copy it into the same folder"):
+        Policy.load(out)
+
+
+def test_a_frozen_weight_is_held_once(half_frozen):
+    model = dp_cnn.Model(dp_cnn.Config(down_dims=(16, 32)))
+    ema = runs.averaged(model)
+    own = dict(model.named_parameters())
+    same = {name for name, p in ema.named_parameters() if p is own[name]}
+    assert same == runs.frozen_names(model) == {name for name in own if ".mid." in name}
+    assert not any(p.requires_grad for p in ema.parameters()) and not ema.training
 
 
 def test_resumed_with_gradient_accumulation(demos, whole, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
     python -m tools.compare out/dp_cnn out/pi0      same seeds, same observations: a table and report.html
     python -m tools.compare --minutes 5             every policy and a regression: the same rollouts, minutes
                                                     and seeds
+    python -m tools.compare --task metaworld        the same in Meta-World's tasks, beside its experts
 
 The first shows what checkpoints do that are there. The second trains them: `budget` below says how.
 """
@@ -18,10 +19,12 @@ import torch
 import data
 import sample
 import train
+from demos import metaworld
 from robot.checkpoint import read_checkpoint
 from robot.cli import SEEDS, Parser
 from robot.environments import make_episodes
 from robot.errors import UserError, run_command, write_json
+from robot.metaworld import Scene, expert_of, tasks_of
 from robot.models import load_module, pick_device
 from robot.rollout import EVALUATION_SEEDS, closed_loop, wilson
 from tools import bench, regression, report
@@ -133,7 +136,7 @@ def compare_policies(members, where, args):
         trace = []
         policy.generator = torch.Generator().manual_seed(args.seed)
         policy.sample_chunk(copies=32, trace=trace)
-        states = policy.normalizer.unnormalize("actions", torch.stack(trace).float().cpu()).numpy()
+        states = policy.raw(torch.stack(trace))
         axes = frame_of_chunks(model.config, policy.description, checkpoint["environment"])
         # Where actions are places in the picture, it lies below them; elsewhere it stands beside, once.
         chunks.append(axes | {"name": name, "group": where, "trace": states, "labels": step_labels(states),
@@ -179,8 +182,7 @@ def shared_moment(policies, environments, args, n=8, looks=6):
 
 def spread_of(policy, copies=4):
     """How far chunks for the same observation lie apart, in each episode, in units of the actions' range."""
-    chunks = torch.from_numpy(policy.sample_chunk(copies))
-    chunks = policy.normalizer.normalize("actions", chunks).unflatten(0, (-1, copies))
+    chunks = policy.normalizer.normalize("actions", policy.sample(copies)).unflatten(0, (-1, copies))
     return chunks.std(1).flatten(1).mean(1).numpy()
 
 
@@ -207,8 +209,13 @@ def compare_generative(members, where, args):
 
 # What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
 # that answers with the mean (regression.py).
+# Of Meta-World: easy ones, and those that papers call hard or very hard.
+METAWORLD = ("assembly", "basketball", "button-press-topdown", "door-open", "drawer-close", "peg-insert-side",
+             "pick-place", "push", "stick-push", "window-open")
 TASKS = {
     "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0")},
+    "metaworld": {"regression": "configs/metaworld_cnn.yaml", "dp_cnn": "configs/metaworld_cnn.yaml",
+                  "dp_transformer": "configs/metaworld_transformer.yaml"},
     "pusht": {"regression": "configs/pusht_lowdim_cnn_cpu.yaml",
               "dp_cnn": "configs/pusht_lowdim_cnn_cpu.yaml",
               "dp_transformer": "configs/pusht_lowdim_transformer_cpu.yaml"},
@@ -226,23 +233,49 @@ def budget(args):
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "results.jsonl"
     wanted = args.only or list(TASKS[args.task])
+    worlds = tasks_of(args.tasks) if args.task == "metaworld" else [args.task]
+    demos = args.demos or (100 if args.task == "metaworld" else 2000)
     done = read_rows(lines)
     write_rows(lines, done)             # without what a killed comparison left half written
-    same = {"task": args.task, "minutes": args.minutes, "episodes": args.episodes, "demos": args.demos,
-            "preset": args.preset}
-    done = [row for row in done if all(row.get(k) == v for k, v in same.items())]
+    tables = {}
+    for world in worlds:
+        same = {"task": world, "minutes": args.minutes, "episodes": args.episodes, "demos": demos,
+                "preset": args.preset}
+        if args.task == "metaworld":
+            args.data = str(out / f"{world}_{demos}.hdf5")
+            if not Path(args.data).exists():
+                metaworld.generate([world], demos, args.data)
+        found = [row for row in done if all(row.get(k) == v for k, v in same.items())]
+        for seed in args.seeds:
+            for name in wanted:
+                if not any(row["name"] == name and row["seed"] == seed for row in found):
+                    folder = out / f"{world}_{args.preset}_{args.minutes:g}min_{name}_seed{seed}"
+                    row = {"name": name, "seed": seed} | same | train_one(name, seed, folder, args)
+                    with open(lines, "a", encoding="utf-8") as f:
+                        f.write(json.dumps(row) + "\n")
+                    found.append(row)
+        found = sorted((row for row in found if row["seed"] in args.seeds), key=lambda row: row["seed"])
+        tables[world] = [pooled(name, [row for row in found if row["name"] == name]) for name in wanted]
+        if args.task == "metaworld":
+            tables[world].append(expert_row(world, args))
+        print(markdown(f"{world}, {args.minutes:g} minutes of training each, seeds {args.seeds}",
+                       tables[world]), flush=True)
+    return tables
+
+
+def expert_row(world, args):
+    """The scripted expert, undisturbed, in the same scenes."""
+    expert, scene = expert_of(world), Scene(world, [world])
+    successes = 0
     for seed in args.seeds:
-        for name in wanted:
-            if not any(row["name"] == name and row["seed"] == seed for row in done):
-                folder = out / f"{args.task}_{args.preset}_{args.minutes:g}min_{name}_seed{seed}"
-                row = {"name": name, "seed": seed} | same | train_one(name, seed, folder, args)
-                with open(lines, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(row) + "\n")
-                done.append(row)
-    done = sorted((row for row in done if row["seed"] in args.seeds), key=lambda row: row["seed"])
-    rows = [pooled(name, [row for row in done if row["name"] == name]) for name in wanted]
-    print(markdown(f"{args.task}, {args.minutes:g} minutes of training each, seeds {args.seeds}", rows))
-    return rows
+        for i in range(args.episodes):
+            obs, _ = scene.reset(EVALUATION_SEEDS + 1000 * seed + i)
+            done = success = False
+            while not done:
+                obs, _, success, cut, _ = scene.step(expert(obs["state"]))
+                done = success or cut
+            successes += success
+    return {"model": "expert", "sees": "numbers"} | success_cells(successes, args.episodes * len(args.seeds))
 
 
 def train_one(name, seed, folder, args):
@@ -250,7 +283,7 @@ def train_one(name, seed, folder, args):
     module = regression.MODULE if name == "regression" else load_module(name)
     argv = {"model": module.__name__, "preset": args.preset if args.preset in module.PRESETS else "tiny",
             "seed": seed, "out": folder, "episodes": args.episodes, "device": args.device, "eval_every": 0,
-            "rollout_every": 0, "demos": args.demos if args.task == "tabletop" else 0}
+            "rollout_every": 0, "demos": args.demos or 2000 if args.task == "tabletop" else 0}
     if TASKS[args.task][name]:
         argv["config"] = Path(__file__).parent.parent / TASKS[args.task][name]
     argv |= {"data": args.data} if args.data else {}
@@ -312,11 +345,12 @@ def main(argv=None):
     add("--task", default="tabletop", choices=TASKS)
     add("--only", action="append", help="this model (may be given several times)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; each has its own episodes")
-    add("--demos", type=int, default=2000, help="tabletop: rollouts, the same for all; policies that see "
-                                                "pictures get two in three up to the grasp only")
+    add("--tasks", nargs="+", default=list(METAWORLD), metavar="TASK", help="metaworld: default: ten of them")
+    add("--demos", type=int, default=0, help="tabletop: rollouts, the same for all (default: 2000); policies "
+        "that see pictures get two in three up to the grasp only. metaworld: of each task (default: 100)")
     add("--preset", default="tiny", help="where a file has it; else tiny")
     add("--data", default="", help="pusht: its HDF5 file")
-    ranges = {"minutes": (0.001, 10**6), "seeds": SEEDS, "demos": (1, math.inf)}
+    ranges = {"minutes": (0.001, 10**6), "seeds": SEEDS, "demos": (0, math.inf)}
     args = parser.parse(argv, sample.RANGES | ranges)
     if args.run:
         return side_by_side(args)

@@ -81,6 +81,7 @@ def split(whole, like):
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 
-def own(module):
-    """The parameters as far as this process keeps them."""
-    return [p.to_local() if hasattr(p, "to_local") else p for p in module.parameters()]
+def own(module, without=()):
+    """The parameters as far as this process keeps them, but those of these names."""
+    return [p.to_local() if hasattr(p, "to_local") else p for name, p in module.named_parameters()
+            if name not in without]

@@ -31,6 +31,7 @@ from robot.errors import run_command
 from robot.models import MODELS, pick_device
 from robot.text import decode_text
 from tools.options import make_config
+from tools.pictures import processing_of
 
 TAG = r"(?<![\w\])])\[(\d+)\]"  # [3], but neither x[3] nor f()[3] nor [3][3]
 
@@ -366,10 +367,11 @@ def timeline(config):
 def batch_table(batch, description, normalizer, config):
     """Keys, shapes, ranges, and what the numbers are."""
     axes = {"actions": "B, Tp, A", "action_mask": "B, Tp", "state": "B, To, S", "images": "B, To, V, 3, H, W",
-            "text": "B, L", "control_hz": "B", "x": "B, ...", "label": "B"}
+            "text": "B, L", "image_mask": "B, To, V", "control_hz": "B", "x": "B, ...", "label": "B"}
     dims = lambda keys: ", ".join(f"{key} {dim}" for key, dim in keys.items())
-    told = {"images": "cameras " + ", ".join(description.get("camera_keys", [])),
-            "state": dims(description.get("state_keys", {})),
+    processing = processing_of(description)
+    told = {"images": "cameras " + ", ".join(place for place, _ in processing.places),
+            "state": dims(processing.state_dims),
             "actions": ", ".join(description.get("action_names") or []),
             "control_hz": "control steps per second", "action_mask": "False: past the end of the episode",
             "x": "scaled to about [-1, 1]", "label": ", ".join(description.get("class_names", [])[:8])}
@@ -387,7 +389,7 @@ def batch_table(batch, description, normalizer, config):
         if normalizer and key in normalizer.stats:
             stats = normalizer.stats[key]
             if len(stats["min"]):
-                out.append(" " * 13 + f"normalised ({normalizer.mode}); in the data's units "
+                out.append(" " * 13 + f"normalised ({normalizer.mode_of(key)}); in the data's units "
                            f"{stats['min'].min():.3g} .. {stats['max'].max():.3g}")
     return out
 

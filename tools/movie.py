@@ -105,10 +105,7 @@ def denoise(policy):
     noise, width = first.noise, trace[0].shape[-1]
     if noise.shape[-1] > width:                     # a model file may draw noise for more than the actions
         noise = noise[..., getattr(policy.model, "places", {}).get("action") or list(range(width))]
-    states = policy.normalizer.unnormalize("actions", torch.stack([noise, *trace]).float().cpu()).numpy()
-    if policy.places:                               # several robots share one action vector
-        states = states[..., policy.places["actions"]]
-    return states[..., :2], chunks[0]
+    return policy.raw(torch.stack([noise, *trace]))[..., :2], chunks[0]
 
 
 def main(argv=None):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from robot.cli import SEEDS, Parser, check_ranges
-from robot.environments import GymEpisodes
+from robot.environments import fields_of
 from robot.errors import UserError, hint, input_text, one_line
 from robot.models import MODELS, model_config, typed
 
@@ -61,7 +61,7 @@ class Options:
     max_train_episodes: int = 0
     # share of the episodes held out for validation, where the file does not say itself; 0 = as the file says
     val_ratio: float = 0.0
-    # minmax | meanstd | quantile | maxabs
+    # minmax | meanstd | quantile | maxabs | none | checkpoint (the statistics that came with --init)
     normalizer: str = "minmax"
     # gigabytes of memory for images; what takes more stays in the files
     memory_gb: float = 4.0
@@ -97,7 +97,7 @@ class Options:
     keep_every: int = 0
     # keep the checkpoint with the lowest held-out loss as checkpoint_best.pt
     keep_best: bool = False
-    # weights to start from: a run of one's own (its folder), or .safetensors or state_dict of a release
+    # weights to start from: a run of one's own, or a folder or file that was downloaded (docs/weights.md)
     init: str = ""
     # with --init: weights whose names begin so start fresh, for example a new head; several with commas
     fresh: str = ""
@@ -109,6 +109,8 @@ class Options:
     extra: dict = field(default_factory=dict)
     # several robots in one run: {name: {data, action_names, state_names}}, for rdt (YAML only)
     robots: dict = field(default_factory=dict)
+    # steps between the robot's numbers and pictures and the network's, see docs/data.md (YAML only)
+    processing: dict = field(default_factory=dict)
     # environment of the closed loop: {id, kwargs, obs, ...}, see robot/environments.py (YAML only)
     env: dict = field(default_factory=dict)
 
@@ -215,7 +217,8 @@ def check_options(options):
     if options.lr_schedule not in schedules:
         raise UserError(f"--lr_schedule {options.lr_schedule!r} is unknown"
                         f"{hint(options.lr_schedule, schedules)}")
-    check_keys("env", options.env, GymEpisodes.FIELDS)
+    name = options.env.get("id") if isinstance(options.env, dict) else None
+    check_keys("env", options.env, fields_of(name if isinstance(name, str) else ""))
     for name, spec in options.robots.items():
         check_keys(f"robots: {name}", spec, ("data", "action_names", "state_names"))
     if options.shape_meta:

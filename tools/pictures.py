@@ -2,6 +2,7 @@
 import torch
 
 from robot import tabletop
+from robot.processing import Processing
 from tools.words import units_of
 
 
@@ -42,7 +43,9 @@ def chunks_of(model, windows, normalizer, description, generator, environments, 
     robot, instruction = whose(windows, items[chosen])
     body = description | description.get("robots", {}).get(robot, {})
     own = places_of(body, "actions")
-    raw = lambda x: normalizer.unnormalize("actions", x.float().cpu()).numpy()[..., own]
+    processing = processing_of(body)
+    now = batch["state"][0, model.config.n_obs_steps - 1]
+    raw = lambda x: processing.raw(normalizer, x, now).numpy()[..., own]
     states = raw(torch.stack(trace))                                            # (S, n, Tp, A)
     demonstrated = raw(batch["actions"][0])                                     # (Tp, A)
     demonstrated[~batch["action_mask"][0].cpu().numpy()] = float("nan")         # past the end of the episode
@@ -50,8 +53,8 @@ def chunks_of(model, windows, normalizer, description, generator, environments, 
               "instruction": instruction, **frame_of_chunks(model.config, body, environments.get(robot))}
     cameras = {}
     if "images" in batch:
-        now = batch["images"][0, -1].permute(0, 2, 3, 1).cpu().numpy()          # (V, H, W, 3)
-        cameras = dict(zip(body["camera_keys"], now))
+        seen = batch["images"][0, -1].permute(0, 2, 3, 1).cpu().numpy()         # (V, H, W, 3)
+        cameras = {place: x for (place, key), x in zip(processing.places, seen) if key}
     if "extent" in chunks:
         first = next(iter(cameras), None)  # seen from above, as the actions are
         seen = cameras.pop(first) if cameras else seen_from_above(model, batch, normalizer, body)
@@ -68,6 +71,10 @@ def whose(windows, item):
     return robot, demos.instructions[episode]
 
 
+def processing_of(body):
+    return Processing(body.get("processing"), body.get("state_keys"), body.get("camera_keys", ()))
+
+
 def places_of(body, kind):
     """Where the robot's own numbers stand in a vector that several robots share."""
     return body["places"][kind] if "places" in body else slice(None)
@@ -76,7 +83,7 @@ def places_of(body, kind):
 def frame_of_chunks(config, body, environment):
     """How chunks of this robot are drawn: on which axes, in which units, which steps are executed."""
     now, names = -config.first_action, list(body.get("action_names") or ())
-    dims = len(body["places"]["actions"]) if "places" in body else config.action_dim
+    dims = len(body["places"]["actions"]) if "places" in body else body.get("action_dim", config.action_dim)
     own = list(getattr(config, "action_names", ()))
     if not names and len(own) == dims:  # the file does not say, but the Config of rdt does
         names = own
@@ -92,6 +99,6 @@ def frame_of_chunks(config, body, environment):
 def seen_from_above(model, batch, normalizer, body):
     """The tabletop's picture of what a policy sees as numbers."""
     state = normalizer.unnormalize("state", batch["state"][:1, model.config.n_obs_steps - 1].cpu())
-    parts = state[:, places_of(body, "state")].split(list(body["state_keys"].values()), dim=1)
-    named = {k: v.numpy() for k, v in zip(body["state_keys"], parts)}
+    parts = processing_of(body).undo_state(state[:, places_of(body, "state")])
+    named = {key: x.numpy() for key, x in parts.items()}
     return tabletop.render(named, 96)["agentview_image"][0]

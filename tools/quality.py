@@ -35,19 +35,24 @@ def validate(model, items, normalizer, seed, n=256):
 
 def action_errors(config, sampled, batch, normalizer, demos):
     """Mean absolute errors over the executed steps, in data units: of the sampled chunks (B, Tp, A), and of
-    what knows nothing: the mean action, and, where states are what actions are, to stay."""
-    raw = normalizer.unnormalize("actions", torch.stack([sampled, batch["actions"]]))
+    what knows nothing: the mean action (of relative actions: the mean way from here), and, where states are
+    what actions are, to stay."""
+    now, batch = batch["state"][:, config.n_obs_steps - 1].cpu(), {k: x.cpu() for k, x in batch.items()}
+    mean = normalizer.normalize("actions", normalizer.stats["actions"]["mean"]).expand_as(batch["actions"])
+    raw = demos.processing.raw(normalizer, torch.stack([sampled.cpu(), batch["actions"], mean]), now)
     executed = slice(-config.first_action, -config.first_action + config.n_action_steps)
     real = batch["action_mask"][:, executed, None].expand_as(raw[0, :, executed]).clone()
     if "action_valid" in batch:
         real &= batch["action_valid"][:, None]
     error = lambda guess: (guess - raw[1])[:, executed][real].abs().mean().item()
-    mean = normalizer.stats["actions"]["mean"].to(raw.device)
-    row = {"action_error": error(raw[0]), "error_of_mean": error(mean.expand_as(raw[1]))}
+    row = {"action_error": error(raw[0]), "error_of_mean": error(raw[2])}
     names = getattr(config, "action_names", ())
-    joints = list(demos.state_keys) == ["qpos"] and demos.state_dim == demos.action_dim  # as ALOHA has it
-    if joints or names and names == config.state_names:
-        pose = normalizer.unnormalize("state", batch["state"][:, config.n_obs_steps - 1])
+    pose = normalizer.unnormalize("state", now)
+    if list(demos.state_keys) == ["qpos"]:                                  # as ALOHA has it
+        pose = demos.processing.undo_state(pose)["qpos"]
+    elif not names or names != config.state_names:
+        return row
+    if pose.shape[-1] == raw.shape[-1]:
         row["error_of_staying"] = error(pose[:, None].expand_as(raw[1]))
     return row
 

@@ -3,7 +3,9 @@
 Read train.py first. metrics.jsonl grows by a line at a time; checkpoint.pt is replaced whole.
 """
 import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from robot.checkpoint import record, save_checkpoint
+from robot.checkpoint import record, save_checkpoint, save_frozen
 from robot.errors import UserError, input_text, user_path, written_aside
 from tools import distributed
 
@@ -44,6 +46,7 @@ class Run:
     description: dict           # of the data, for the checkpoint
     normalizer: object          # None for a generative model
     example: dict               # the batch of one item that the checkpoint records and replays
+    frozen_file: str = ""       # which file in --out holds the frozen weights
     step: int = 0               # optimiser steps done
     seconds: float = 0.0        # of training so far
     rows: list = field(default_factory=list)  # of metrics.jsonl
@@ -52,6 +55,10 @@ class Run:
     @property
     def main(self):
         return self.rank == 0
+
+    @functools.cached_property
+    def frozen(self):
+        return frozen_names(self.model)
 
 
 @dataclass
@@ -68,6 +75,23 @@ class Since:
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         self.data_s += time.perf_counter() - asked
         return batch
+
+
+LARGE = 2**16  # numbers of a weight that are worth a file of their own
+
+
+def frozen_names(model):
+    """The large weights that training leaves as they are: neither averaged nor written into each
+    checkpoint."""
+    return frozenset(name for name, p in model.named_parameters()
+                     if not p.requires_grad and p.numel() >= LARGE)
+
+
+def averaged(model, fsdp=False):
+    """A copy for the average, whose frozen weights are those of the model itself (FSDP needs its own)."""
+    frozen = () if fsdp else frozen_names(model)
+    shared = {id(p): p for name, p in model.named_parameters() if name in frozen}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def n_parameters(model):
@@ -147,12 +171,19 @@ def save(run):
                         f"intact: lower --lr or set --clip")
     state = distributed.gather({"weights": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
     if run.main:
+        state |= {"ema": run.shown.state_dict()}
+        if run.frozen:
+            run.frozen_file = run.frozen_file or save_frozen(
+                run.out, {name: state["weights"][name] for name in sorted(run.frozen)})
+            state |= {"frozen": run.frozen_file} | {part: {
+                name: x for name, x in state[part].items() if name not in run.frozen}
+                for part in ("weights", "ema")}
         save_checkpoint(run.out / "checkpoint.pt", state | {
             "model": run.options.model, "preset": run.options.preset,
             "options": dataclasses.asdict(run.options), "config": dataclasses.asdict(run.config),
             "data": run.description, "normalizer": run.normalizer.state() if run.normalizer else None,
             "step": run.step, "unlogged": run.unlogged, "train_seconds": run.seconds,
-            "ema": run.shown.state_dict(), "replay": record(run.shown, run.example)})
+            "replay": record(run.shown, run.example)})
         if run.options.keep_every and run.step and run.step % run.options.keep_every == 0:
             copy_aside(run.out / "checkpoint.pt", run.out / f"checkpoint_{run.step}.pt")
 

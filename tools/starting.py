@@ -5,10 +5,15 @@ import os
 
 import torch
 
-from robot.checkpoint import load_official, read_checkpoint
-from robot.errors import UserError, nearest, one_line, user_path
+from robot.checkpoint import read_checkpoint
+from robot.errors import UserError, few, nearest, one_line, say, user_path, written_aside
+from robot.models import SAMPLER_FIELDS, load_module, pick_device, sampler_config
+from robot.normalizer import Normalizer
+from robot.policy import Policy
+from robot.released import build_model, open_release
 from tools import distributed
-from tools.runs import n_parameters, read_rows
+from tools.options import check_options, parse_set
+from tools.runs import frozen_names, n_parameters, read_rows
 
 
 @contextlib.contextmanager
@@ -22,13 +27,118 @@ def one_model(name):
         raise UserError(f"{name}: {kind}{one_line(e, 300)}") from None
 
 
-def build(options, module, config, example, device, earlier):
+# Fields of a Config that may differ from the release's: the weights mean the same with them.
+FREE = (*SAMPLER_FIELDS, "n_action_steps", "train_on_padding", "random_crop", "checkpointing", "freeze_vlm")
+
+
+def is_run(init):
+    """Whether --init is a run of one's own."""
+    path = user_path(init)
+    return (path / "checkpoint.pt").exists() or path.match("checkpoint*.pt")
+
+
+def with_release(options, explicit):
+    """What the weights of --init say about themselves becomes options, where the user does not. -> (options,
+    names of those that are given, Release or None). A resumed run has it all in its checkpoint."""
+    if not options.init or is_run(options.init):
+        return options, explicit, None
+    out = user_path(options.out or f"out/{options.model}")
+    if options.resume and (out / "checkpoint.pt").exists():
+        checkpoint = read_checkpoint(out)
+        was = {name: value for name, value in checkpoint["options"].items()
+               if name in vars(options) and name not in explicit | {"resume"}}
+        was |= {"set": checkpoint["options"].get("set", {}) | options.set, "model": checkpoint["model"]}
+        return dataclasses.replace(options, **was), explicit | set(was), None
+    release = open_release(options.init, options.model or None)
+    preset = load_module(release.model).PRESETS.get(options.preset, {}) if "preset" in explicit else {}
+    for where, given in (("--set", options.set), (f"--preset {options.preset}", preset)):
+        for key, value in given.items():
+            its = release.config.get(key, value)
+            if key not in FREE and tuple_of(value) != tuple_of(its):
+                raise UserError(f"{where}: {key} = {one_line(value, 60)}, the weights of --init were made "
+                                f"with {one_line(its, 60)}: leave it out")
+    found = {"model": release.model, "set": release.config | options.set} | release.recipe
+    if release.description.get("image_size"):
+        found["image_size"] = tuple(release.description["image_size"])
+    if release.description.get("processing"):
+        found["processing"] = release.description["processing"]
+    found = {name: value for name, value in found.items() if name in vars(options) and (
+        name not in explicit or name == "set")}
+    options = dataclasses.replace(options, **found)
+    check_options(options)
+    return options, explicit | set(found), release
+
+
+def released_policy(args):
+    """sample.py --init: (model, what a run's checkpoint would say, Policy) of downloaded weights."""
+    device, dtype = pick_device(args.device, args.dtype)
+    if args.robot or args.without or args.swap or args.no_replay:
+        raise UserError("--init: --robot, --without, --swap and --no_replay are for runs of train.py")
+    release, changes = open_release(args.init, args.model or None), parse_set(args.set)
+    if changes:
+        sampler_config(load_module(release.model), release.config, changes)
+    release.config |= changes
+    for note in release.notes:
+        say(f"--init: {note}")
+    policy = Policy.from_release(release, device, dtype, args.sampler_steps or None, args.seed)
+    checkpoint = {"model": release.model, "preset": "released", "step": 0, "data": release.description,
+                  "config": dataclasses.asdict(policy.model.config),
+                  "options": {"env": {}, "data": args.init, "robots": {}}}
+    return policy.model, checkpoint, policy
+
+
+def tuple_of(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def units(options, earlier, release):
+    """The normaliser that a run begins with: that of the run it goes on from, or of the release. None: it is
+    fitted to the data."""
+    if earlier:
+        return Normalizer.from_state(earlier["normalizer"]) if earlier["normalizer"] else None
+    if options.normalizer != "checkpoint":
+        if release and release.normalizer:
+            say("the statistics that came with the weights of --init are not used, those of the data are: "
+                "--normalizer checkpoint takes them")
+        return None
+    if not release or not release.normalizer:
+        raise UserError("--normalizer checkpoint: no statistics came with --init, take another")
+    return release.normalizer
+
+
+def fits(release, facts, description):
+    """Refuse data that the weights were not made for: another number of actions, cameras in another order."""
+    if not release.config:
+        return
+    for key, fact in facts.items():
+        its = release.config.get(key, fact)
+        if key in ("action_dim", "state_dim", "n_cameras", "image_size") and tuple_of(its) != tuple_of(fact):
+            keys = few(f"{name} {dim}" for name, dim in description["state_keys"].items())
+            raise UserError(f"the weights of --init have {key} {its}, the data {fact} (state: {keys}; "
+                            f"cameras: {few(description['camera_keys'])}): choose among them with shape_meta")
+    wanted = release.description.get("camera_keys", [])
+    has = list((description.get("processing") or {}).get("cameras") or description["camera_keys"])
+    short = lambda names: [name.rpartition(".")[2] for name in names]
+    if len(wanted) > 1 and len(wanted) == len(has) and short(has) != short(wanted):
+        raise UserError(f"the weights of --init look at the cameras {few(wanted)} in this order, the data "
+                        f"have {few(has)}: say which is which, processing: cameras: {{{wanted[0]}: ..}}")
+
+
+def say_notes(release, out):
+    """What of the weights is not used: a line, and the whole of it in a file of the run."""
+    if release and release.notes:
+        with written_aside(out / "init.log") as aside:
+            aside.write_text("\n".join(release.notes) + "\n", encoding="utf-8")
+        more = f" ({len(release.notes)} such notes in {out / 'init.log'})" if len(release.notes) > 1 else ""
+        say(f"--init: {one_line(release.notes[0], 250)}{more}")
+
+
+def build(options, module, config, example, device, earlier, release=None):
     """The model on its device, after a first loss."""
     with one_model(options.model):
         with torch.device("meta"):
             check_size(module.Model(config), device)
-        official = options.init and not earlier
-        model = load_official(module, config, options.init) if official else module.Model(config)
+        model = build_model(release, config) if release else module.Model(config)
         if options.init and earlier:
             start_from(model, earlier, options)
         model = model.to(device)
@@ -39,7 +149,9 @@ def build(options, module, config, example, device, earlier):
 
 def check_size(model, device):
     """Refuse weights that cannot fit beside their average, before they are allocated."""
-    need, has = 8 * n_parameters(model), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    frozen = frozen_names(model)    # of these there is one copy
+    need = sum(p.numel() * (4 if name in frozen else 8) for name, p in model.named_parameters())
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
     if need > has:
@@ -51,11 +163,10 @@ def earlier_run(options, out):
     """The checkpoint to go on with or to start from; None for a new run and for weights of a release."""
     if options.resume:
         return read_checkpoint(out)
-    path = user_path(options.init)
-    if not options.init or not ((path / "checkpoint.pt").exists() or path.match("checkpoint*.pt")):
+    if not options.init or not is_run(options.init):
         return None
     try:
-        return read_checkpoint(path)
+        return read_checkpoint(user_path(options.init))
     except UserError as e:
         raise UserError(f"--init: {e}") from None
 
@@ -65,6 +176,10 @@ def start_from(model, checkpoint, options):
     Raises UserError for what does not fit."""
     if checkpoint["model"] != options.model:
         raise UserError(f"--init {options.init} is a run of {checkpoint['model']}, not of {options.model}")
+    relative = [is_relative(spec) for spec in (checkpoint["data"].get("processing"), options.processing)]
+    if relative[0] != relative[1]:
+        raise UserError(f"--init {options.init}: its actions are {'' if relative[0] else 'not '}relative to "
+                        f"the state, here it is the other way round: write processing: actions: as there")
     fresh = tuple(prefix for prefix in options.fresh.split(",") if prefix)
     want, weights = model.state_dict(), checkpoint["ema"]
     for prefix in fresh:
@@ -86,6 +201,10 @@ def start_from(model, checkpoint, options):
     model.load_state_dict({key: want[key] if key in anew else weights[key] for key in want})
     if anew:
         print(f"note: {len(anew)} weights start fresh: {', '.join(anew[:6])}{' ...' * (len(anew) > 6)}")
+
+
+def is_relative(processing):
+    return any("delta" in step for step in (processing or {}).get("actions", []))
 
 
 # What the result depends on: a change is named, since it makes another run of it.
@@ -132,15 +251,17 @@ def take_up(run, checkpoint):
         state |= {key: distributed.split(x, parameters[i]) for key, x in state.items()
                   if x.shape == parameters[i].shape}
     run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.frozen_file = checkpoint.get("frozen", "")
     run.step, run.seconds = checkpoint["step"], checkpoint["train_seconds"]
     run.unlogged = checkpoint.get("unlogged", {"step": run.step})
 
 
 def same_data(was, now, out):
     """Refuse to go on with other data: weights in other units, held-out episodes that are trained on."""
+    was, now = ({"processing": {}} | description for description in (was, now))    # older runs have none
     for key, what in (("state_keys", "observations"), ("camera_keys", "cameras"), ("lengths", "episodes"),
                       ("items", "items"), ("fingerprint", "numbers"), ("train_episodes", "split"),
-                      ("valid_episodes", "split")):
+                      ("valid_episodes", "split"), ("processing", "processing:")):
         if key in was and was[key] != now.get(key):
             what += f" ({len(was[key])} then, {len(now[key])} now)" if isinstance(was[key], list) else ""
             raise UserError(f"--resume: the data have changed since the run began, other {what}: use the same"

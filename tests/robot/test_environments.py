@@ -8,8 +8,9 @@ import torch
 import yaml
 from helpers import LOWDIM, ROOT, Recorder, scaled
 
-from robot.environments import GymEpisodes, TabletopEpisodes, pick
+from robot.environments import GymEpisodes, TabletopEpisodes
 from robot.errors import UserError, say_once
+from robot.gym_episodes import pick
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
 
@@ -178,7 +179,7 @@ def point():
 class Pusher:
     """A stand-in for Policy that keeps what it is shown and commands 5 in every dimension."""
     normalizer = types.SimpleNamespace(stats={"actions": {"mean": torch.full((2,), 5.0)}})
-    places = None
+    to_robot = staticmethod(lambda chunk: chunk)
 
     def __init__(self, state_keys, camera_keys=(), action_dim=2):
         self.description = {"state_keys": state_keys, "camera_keys": list(camera_keys),

@@ -1,4 +1,5 @@
 """robot/policy.py: what a policy sees and does."""
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -231,3 +232,102 @@ def test_places_that_a_robot_lacks_are_zero_for_the_network():
     assert policy.model.batches[0]["state_valid"].tolist() == [[False, True, False, False, True]]
     assert policy.model.batches[0]["action_valid"].tolist() == [[True, False, False, True, False]]
     assert action.shape == (2,)
+
+
+PROCESSED = {"obs": {"agent_pos": [{"linear": {"at": [0], "factor": -3, "offset": 1}}],
+                     "quat": [{"rotation": {"at": 0, "from": "quaternion_wxyz", "to": "rotation_6d"}}]},
+             "actions": [{"linear": {"at": [0], "factor": -3, "offset": 1}}, {"delta": {"to": "agent_pos"}}],
+             "images": {"fit": "pad", "filter": "bicubic", "fill": 9},
+             "cameras": {"base": "front", "wrist": None, "side": "cam"}, "normalize": {"goal": "none"}}
+
+
+class Repeats(Recorder):
+    """Answers with the chunk that it was given beforehand."""
+
+    def sample(self, batch, steps=None, generator=None):
+        self.batches.append(batch)
+        return self.answer
+
+
+def test_with_processing_the_policy_sees_and_does_what_was_trained(tmp_path):
+    """From raw observations the policy makes the training batch, number by number; and the training target is
+    undone to the raw actions of the file, and to what they were relative to."""
+    def change(i, actions, obs):
+        rng = np.random.default_rng(i)
+        quat = rng.normal(size=(len(actions), 4)).astype(np.float32)
+        pictures = {"cam": (8, 12), "front": (9, 6)}
+        return actions, obs | {"quat": quat / np.linalg.norm(quat, axis=1, keepdims=True)} | {
+            key: rng.integers(0, 256, (len(actions), *size, 3), np.uint8) for key, size in pictures.items()}
+    found = open_demos(write_demos(tmp_path / "cam.hdf5", change=change), obs="image",
+                       image_size=(6, 6), processing=PROCESSED)
+    normalizer = data.fit_normalizer(found, found.processing.modes("meanstd", 2), range(-2, 6))
+    windows = data.Windows(found, normalizer, 8, 3, -2)
+    policy = Policy(Repeats(n_action_steps=1), normalizer, found.description())
+    with h5py.File(tmp_path / "cam.hdf5") as file:
+        group = file[f"data/demo_{found.train_episodes[0]}"]
+        actions, obs = group["actions"][:], {key: x[:] for key, x in group["obs"].items()}
+    for t in range(len(actions)):
+        trained = windows.batch(torch.tensor([t]))
+        policy.model.answer = trained["actions"]
+        done = policy.act({key: x[t] for key, x in obs.items()})
+        seen = policy.model.batches[-1]
+        for key in ("state", "images", "image_mask", "control_hz"):
+            assert torch.equal(seen[key], trained[key]), (key, t)
+        at = np.clip(np.arange(t - 2, t + 6), 0, len(actions) - 1)
+        assert abs(policy.chunk[0] - actions[at]).max() < 1e-5 and abs(done - actions[t]).max() < 1e-5
+    assert trained["image_mask"][0].tolist() == [[True, False, True]] * 3
+    assert (trained["images"][:, :, 1] == 0).all() and trained["images"].shape[2:] == (3, 3, 6, 6)
+    assert (trained["images"][0, 0, 0, :, :, 0] == 9).all()         # 9 x 6 -> 6 x 4, and a column beside it
+    assert trained["state"].shape[-1] == 2 + 2 + 1 + 6
+
+
+@pytest.mark.parametrize("relative_to", ["chunk", "latest"])
+def test_delta_actions_are_added_to_the_state_of_the_chunk_or_to_the_latest(relative_to):
+    description = LOWDIM | {"processing": {"actions": [{"delta": {"to": "b", "except": [1]}}]}}
+    policy = Policy(Recorder(), scaled(), description, relative_to=relative_to)
+    for t in range(6):
+        action = policy.act(observed(t))
+        k = t // 4
+        planned = 2 * (100 * k + 2 + t % 4 - 1)                     # raw, relative: as in the first test
+        start = 10 * (4 * k if relative_to == "chunk" else t)       # b[0] is 10 t
+        assert action.tolist() == [planned + start, planned]
+    with pytest.raises(UserError, match="relative_to is 'chunk' or 'latest', not 'first'"):
+        Policy(Recorder(), scaled(), description, relative_to="first")
+
+
+def test_a_camera_that_an_observation_lacks_is_hidden_where_places_have_names(capsys):
+    say_once.cache_clear()
+    cameras = LOWDIM | {"camera_keys": ["front", "hand"], "image_size": [4, 6],
+                        "processing": {"cameras": {"wrist": "hand", "base": "front"}}}
+    policy, picture = recorder(cameras), np.full((4, 6, 3), 50, np.uint8)
+    policy.act(observed(0) | {"front": picture})
+    batch = policy.model.batches[-1]
+    assert batch["image_mask"][0].tolist() == [[False, True]] * 3
+    assert batch["images"][0, :, :, 0, 0, 0].tolist() == [[0, 50]] * 3
+    assert "no camera 'hand': its place is hidden" in capsys.readouterr().err
+    policy.act(observed(1) | {"front": picture, "hand": picture})   # seen from now on, hidden before
+    policy.queue = []
+    policy.act(observed(2) | {"front": picture, "hand": picture})
+    assert policy.model.batches[-1]["image_mask"][0].tolist() == [[False, True], [True, True], [True, True]]
+    with pytest.raises(UserError, match="the observation lacks 'front'"):
+        policy.act(observed(3))                                     # blind altogether
+    with pytest.raises(UserError, match="the observation lacks 'hand'"):
+        recorder(cameras | {"processing": {}}).act(observed(0) | {"front": picture})
+
+
+def test_an_instruction_may_say_what_the_state_is(tmp_path):
+    """A Config whose encode_text takes state= is given the normalised state of now, also in training."""
+    def encode_text(text, state):
+        return torch.cat([torch.tensor([len(text)]), (1000 * state).round().long()])
+    demos = open_demos(write_demos(tmp_path / "a.hdf5"))
+    normalizer = data.fit_normalizer(demos)
+    windows = data.Windows(demos, normalizer, 4, 2, -1, text_len=6, encode=encode_text)
+    batch = windows.batch(torch.tensor([0, 3, 20]))
+    assert torch.equal(batch["text"][:, 1:], (1000 * batch["state"][:, 1]).round().long())
+    policy = recorder(text_len=4)
+    policy.model.config.encode_text = encode_text
+    for t in range(2):
+        policy.act(observed(t) | {"instruction": "go"})
+    policy.queue = []
+    policy.act(observed(4) | {"instruction": "go"})
+    assert policy.model.batches[-1]["text"].tolist() == [[2, 3000, 21000, 1250]]       # raw / 2 + 1

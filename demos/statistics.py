@@ -1,0 +1,48 @@
+"""What the normaliser is fitted to: the numbers that are trained on."""
+import numpy as np
+import torch
+
+from demos.mixed import MixedDemos
+from robot.normalizer import Normalizer
+
+
+def columns(demos, kind, steps=None):
+    """Number by number, the values of "actions" or "state" in the training episodes: D arrays.
+
+    Of several robots those of the robots that have it, since it means the same for all of them. Of an action
+    that is relative to the present state, those of all steps (offsets from "now") of all windows, as far as
+    they are within the episode.
+    """
+    rows, x = demos.rows(demos.train_episodes), getattr(demos, kind)
+    if isinstance(demos, MixedDemos):
+        robot = np.repeat(demos.robot, demos.lengths)[rows]
+        has = demos.action_valid if kind == "actions" else demos.state_valid
+        return [x[rows[has[robot, d]], d] for d in range(x.shape[1])]
+    if kind == "state" or not demos.processing.relative:
+        return list(x[rows].T)
+    moving = demos.processing.moving(x.shape[1])
+    base = demos.processing.base(torch.from_numpy(demos.state), x.shape[1]).numpy()
+    now, then = windows(demos, steps)
+    return (x[then, d] - base[now, d] if d in moving else x[rows, d] for d in range(x.shape[1]))
+
+
+def windows(demos, steps):
+    """-> rows of "now" and rows of the action, of all pairs that lie `steps` apart in a training episode."""
+    now = demos.rows(demos.train_episodes)
+    episode = np.repeat(np.arange(len(demos.lengths)), demos.lengths)[now]
+    first, last = demos.starts[episode], demos.starts[episode] + demos.lengths[episode] - 1
+    pairs = [(now[real], now[real] + k) for k in steps for real in [(now + k >= first) & (now + k <= last)]]
+    return [np.concatenate(rows) for rows in zip(*pairs)]
+
+
+def fit_normalizer(demos, mode="minmax", steps=None):
+    """A Normalizer of "actions" and "state" over the training episodes; steps: see columns."""
+    return Normalizer.fit({kind: columns(demos, kind, steps) for kind in ("actions", "state")}, mode)
+
+
+def largest(demos, normalizer, steps=None):
+    """The largest absolute value of the normalised actions that are trained on: what a sampler may cut x0 to.
+    Exactly 1 where the normaliser brought them to [-1, 1]."""
+    ends = [[x.min(), x.max()] if len(x) else [0, 0] for x in columns(demos, "actions", steps)]
+    found = normalizer.normalize("actions", torch.tensor(ends).T).abs().max().item()
+    return found if found > 1 + 1e-4 else 1.0
