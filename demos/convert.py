@@ -7,12 +7,15 @@
 A conversion to HDF5 that was killed goes on where it stopped when the same command is given again. At the
 end, what was written is compared with the source: every number, and a sample of the pictures.
 """
+from math import prod
+
 from demos import zarr
 from demos.dataset import rates
 from demos.episodes import faults
 from demos.files import find_files, open_file, read_episodes
 from demos.jpeg import check_colour
-from demos.to_hdf5 import write_hdf5
+from demos.limits import refuse_beyond_memory
+from demos.to_hdf5 import AT_ONCE, write_hdf5
 from demos.to_lerobot import VERSIONS, write_lerobot
 from robot.cli import Parser
 from robot.errors import UserError, few, hint, run_command, say, user_path
@@ -64,6 +67,9 @@ def convert(source, out, images=False, fps=None, instruction="", missing_zeros=F
     if out.exists():
         raise UserError(f"{out} exists already: choose another name")
     check_colour(colour)
+    if image_size:
+        refuse_beyond_memory(f"{AT_ONCE} pictures of {list(image_size)}", AT_ONCE * 15 * prod(image_size),
+                             "choose a smaller --image_size")
     episodes = open_source(source, images or bool(image_size), fps, instruction, missing_zeros)
     check(episodes, bool(image_size))
     if to == "hdf5":

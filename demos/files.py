@@ -52,7 +52,7 @@ def open_hdf5(path):
 
 
 OPENERS = {".hdf5": open_hdf5, ".h5": open_hdf5}
-SETS = [(lerobot.is_lerobot, lerobot.LeRobot), (zarr.is_zarr, zarr.ReplayBuffer)]
+SETS = [(lerobot.is_lerobot, lerobot.open_lerobot), (zarr.is_zarr, zarr.ReplayBuffer)]
 LAYOUTS = [lerobot, zarr, aloha, robomimic]
 
 

@@ -40,6 +40,14 @@ def is_lerobot(path):
     return (Path(path) / "meta" / "info.json").is_file()
 
 
+def open_lerobot(path):
+    try:
+        return LeRobot(path)
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path}: meta does not list its episodes and tasks as LeRobot does, copy it again: "
+                        f"{one_line(repr(error), 80)}") from None
+
+
 class LeRobot(collections.abc.Mapping):
     """An open data set: {"<episode>/<feature>": Rows}. Raises UserError.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from demos.generated import new_hdf5
 from demos.reading import Reader
 from demos.verify import arrays_of, compare
-from robot.errors import UserError, input_text, say, write_json, written_aside
+from robot.errors import UserError, input_text, one_line, say, write_json, written_aside
 
 AT_ONCE = 16                    # pictures in memory
 
@@ -28,7 +28,10 @@ def write_hdf5(episodes, out, image_size=None, colour="bgr"):
             part = parts / f"episode_{i:06d}.hdf5"
             if not part.exists():
                 with new_hdf5(part) as file:
-                    write_demo(file, episode, reader)
+                    try:
+                        write_demo(file, episode, reader)
+                    except (ValueError, TypeError, KeyError) as error:      # of h5py, for instance about a name
+                        raise UserError(f"{episode.name} cannot be written as HDF5: {one_line(error)}") from None
             bar.update(episode.length)
     need = sum(part.stat().st_size for part in parts.glob("*.hdf5"))
     free = shutil.disk_usage(parts).free

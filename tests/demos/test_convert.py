@@ -197,6 +197,14 @@ def test_a_source_that_does_not_fit_together(tmp_path):
     assert not list(tmp_path.glob("b.hdf5*"))
 
 
+def test_what_hdf5_cannot_hold_is_one_line(tmp_path):
+    source = write(tmp_path / "a.hdf5")
+    with pytest.raises(UserError, match="demo_0 cannot be written as HDF5: .*NULL"):
+        convert.convert(source, tmp_path / "b.hdf5", instruction="push\0")
+    with pytest.raises(UserError, match=r"16 pictures of \[20000, 20000\] would take 96.0 GB"):
+        convert.convert(source, tmp_path / "c.hdf5", image_size=(20000, 20000))
+
+
 def test_no_room_for_the_whole_file(tmp_path, monkeypatch):
     source = write(tmp_path / "a.hdf5")
     monkeypatch.setattr(to_hdf5.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))

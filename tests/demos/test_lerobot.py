@@ -320,6 +320,30 @@ def test_missing_packages_are_named(sets, monkeypatch):
         open_demos(folder)
 
 
+@both
+@pytest.mark.parametrize("row", [{"length": 3}, 3, {"episode_index": "one", "length": 3}])
+def test_rows_of_meta_that_say_something_else(tmp_path, version, row):
+    write_set(tmp_path / "set", version, image="image")
+    if version == "v2.1":
+        path = tmp_path / "set/meta/episodes.jsonl"
+        path.write_text(path.read_text() + json.dumps(row))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+        path = tmp_path / "set/meta/episodes/chunk-000/file-000.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"x": [str(row)]}), path)
+    with pytest.raises(UserError, match="set: meta does not list its episodes and tasks as LeRobot does"):
+        open_demos(tmp_path / "set")
+
+
+def test_a_folder_of_sets(tmp_path):
+    for name in ("set_10", "set_9"):
+        write_set(tmp_path / name, "v3.0", contents((4, 5) if name == "set_9" else (6,)), image="image")
+    demos = open_demos(tmp_path, val_ratio=0)
+    assert demos.lengths.tolist() == [4, 5, 6]
+    assert demos.episode_names == ["set_9:episode_0", "set_9:episode_1", "set_10:episode_0"]
+
+
 def test_a_line_of_meta_that_is_no_json(tmp_path, capsys):
     write_set(tmp_path / "set", "v2.1", image="image")
     with open(tmp_path / "set/meta/episodes.jsonl", "a") as file:
