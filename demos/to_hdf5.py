@@ -27,11 +27,7 @@ def write_hdf5(episodes, out, image_size=None, colour="bgr"):
         for i, episode in enumerate(episodes):
             part = parts / f"episode_{i:06d}.hdf5"
             if not part.exists():
-                with new_hdf5(part) as file:
-                    try:
-                        write_demo(file, episode, reader)
-                    except (ValueError, TypeError, KeyError) as error:      # of h5py, for instance about a name
-                        raise UserError(f"{episode.name} cannot be written as HDF5: {one_line(error)}") from None
+                write_part(part, episode, reader)
             bar.update(episode.length)
     need = sum(part.stat().st_size for part in parts.glob("*.hdf5"))
     free = shutil.disk_usage(parts).free
@@ -65,6 +61,14 @@ def start_parts(parts, episodes, image_size, colour):
     else:
         done = len(list(parts.glob("*.hdf5")))
         say(f"{done} of {len(episodes)} episodes are in {parts} already, going on from there")
+
+
+def write_part(part, episode, reader):
+    try:
+        with new_hdf5(part) as file:
+            write_demo(file, episode, reader)
+    except (ValueError, TypeError, KeyError) as error:          # of h5py, for instance about a name
+        raise UserError(f"{episode.name} cannot be written as HDF5: {one_line(error)}") from None
 
 
 def write_demo(file, episode, reader):

@@ -197,10 +197,11 @@ def test_a_source_that_does_not_fit_together(tmp_path):
     assert not list(tmp_path.glob("b.hdf5*"))
 
 
-def test_what_hdf5_cannot_hold_is_one_line(tmp_path):
+def test_what_hdf5_cannot_hold_is_one_line(tmp_path, monkeypatch):
     source = write(tmp_path / "a.hdf5")
     with pytest.raises(UserError, match="demo_0 cannot be written as HDF5: .*NULL"):
         convert.convert(source, tmp_path / "b.hdf5", instruction="push\0")
+    monkeypatch.setattr("demos.limits.memory", lambda: 24e9)
     with pytest.raises(UserError, match=r"16 pictures of \[20000, 20000\] would take 96.0 GB"):
         convert.convert(source, tmp_path / "c.hdf5", image_size=(20000, 20000))
 
