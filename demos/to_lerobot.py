@@ -22,7 +22,7 @@ from demos.parquet import import_parquet
 from demos.reading import Reader
 from demos.verify import arrays_of, compare
 from demos.video import VideoWriter, import_av
-from robot.errors import UserError, few, say, write_json
+from robot.errors import UserError, few, one_line, say, write_json
 
 VERSIONS = {"lerobot": "v3.0", "lerobot2.1": "v2.1"}
 CHUNK = "chunk-{chunk_index:03d}/file-{file_index:03d}"
@@ -49,7 +49,7 @@ def write_lerobot(episodes, out, version="v3.0", image_size=None, colour="bgr"):
     if left:
         say(f"not taken: {few(sorted(left))} (kept by LeRobot itself, or not in {episodes[0].name})")
     try:
-        writer = Writer(part, version, describe(episodes[0], sources, reader), episodes)
+        writer = Writer(part, version, describe(episodes, sources, reader), episodes)
         with tqdm(total=sum(e.length for e in episodes), unit="step", disable=None) as bar:
             for episode in episodes:
                 writer.add(episode, sources, reader)
@@ -58,7 +58,7 @@ def write_lerobot(episodes, out, version="v3.0", image_size=None, colour="bgr"):
         lines = compare_written(episodes, reader, part, sources, version)
         part.rename(out)
     except OSError as error:
-        raise UserError(f"cannot write {part}, make room or take another folder: {error.strerror}") from None
+        raise UserError(f"cannot write {part}, make room or take another folder: {one_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
         reader.close()
@@ -85,9 +85,10 @@ def sources_of(episode):
     return found
 
 
-def describe(episode, sources, reader):
-    """meta/info.json's features."""
-    arrays, features = arrays_of(episode), {}
+def describe(episodes, sources, reader):
+    """meta/info.json's features, by the first episode, in a type that holds the numbers of all."""
+    episode, every, features = episodes[0], [arrays_of(e) for e in episodes], {}
+    arrays = every[0]
     for name, ours in sources.items():
         parts = [arrays[key] for key in ours]
         if parts[0].kind in ("camera", "jpeg"):
@@ -99,8 +100,8 @@ def describe(episode, sources, reader):
                     "has_audio": False}}
             continue
         names = [label for key, x in zip(ours, parts) for label in names_of(episode, key, x)]
-        features[name] = {"dtype": np.result_type(*(x.dtype for x in parts)).name, "shape": [len(names)],
-                          "names": names}
+        kinds = {found[key].dtype for found in every for key in ours if key in found}
+        features[name] = {"dtype": np.result_type(*kinds).name, "shape": [len(names)], "names": names}
     for name in KEPT_BY_LEROBOT:
         kind = "float32" if name == "timestamp" else "int64"
         features[name] = {"dtype": kind, "shape": [1], "names": None}
@@ -136,7 +137,7 @@ class Writer:
         self.rows, self.steps, self.episodes = [], 0, len(episodes)
         self.writers, self.counts = {}, {}          # "" is the table, the others are cameras
 
-    def _next(self, kind, e, open_file):
+    def _next(self, kind, open_file):
         """(writer, number of its file) of the table or a camera: a new file for every episode, or, in v3,
         when the last one is large."""
         number = self.counts.get(kind, -1)
@@ -170,13 +171,13 @@ class Writer:
             row["rollout"] = self.rollouts.index(episode.rollout)
         stats = {name: statistics(x.reshape(n, -1), -1) for name, x in columns.items()}
         table = self.arrow.table({name: self._column(name, x) for name, x in columns.items()})
-        writer, number = self._next("", e, lambda path: self.parquet.ParquetWriter(path, table.schema))
+        writer, number = self._next("", lambda path: self.parquet.ParquetWriter(path, table.schema))
         writer.write_table(table, row_group_size=n)
         if self.many:
             row |= {"dataset_from_index": self.steps, "dataset_to_index": self.steps + n,
                     "data/chunk_index": number // PER_CHUNK, "data/file_index": number % PER_CHUNK}
         for camera in self.cameras:
-            stats[camera] = self._film(e, n, camera, row, lambda lo, hi: reader.frames(
+            stats[camera] = self._film(n, camera, row, lambda lo, hi: reader.frames(
                 episode, sources[camera][0].removeprefix("obs/"), lo, hi))
         self.steps += n
         self.rows.append((row, stats))
@@ -187,9 +188,9 @@ class Writer:
         flat, width = self.arrow.array(x.ravel()), feature["shape"][0]
         return flat if width == 1 else self.arrow.FixedSizeListArray.from_arrays(flat, width)
 
-    def _film(self, e, n, camera, row, frames):
+    def _film(self, n, camera, row, frames):
         """Write the pictures of an episode; -> their statistics."""
-        writer, number = self._next(camera, e, lambda path: VideoWriter(
+        writer, number = self._next(camera, lambda path: VideoWriter(
             path, self.fps, self.features[camera]["shape"][:2]))
         first, sampled = writer.frames, []
         for lo in range(0, n, AT_ONCE):

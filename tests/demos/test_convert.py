@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import ROOT, refused, write, write_aloha
+from helpers import ROOT, refused, replace, set_value, write, write_aloha
 
 from demos import check, convert, to_hdf5, to_lerobot
 from demos.dataset import open_demos
@@ -227,6 +227,18 @@ def test_what_lerobot_cannot_hold(tmp_path, monkeypatch, capsys):
     (tmp_path / "other.part").mkdir()
     with pytest.raises(UserError, match="other.part is there, from a conversion that was stopped: delete it"):
         convert.convert(source, tmp_path / "other", to="lerobot", fps=7)
+
+
+@lerobot
+def test_episodes_of_two_precisions_lose_nothing(tmp_path):
+    (tmp_path / "two").mkdir()
+    single = replace("data/demo_0/actions", np.ones((4, 2), np.float32))
+    write(tmp_path / "two/a.hdf5", [4], edit=single, images=False)
+    write(tmp_path / "two/b.hdf5", [4], edit=set_value("data/demo_0/actions", 0, 0.1), images=False)
+    convert.convert(tmp_path / "two", tmp_path / "set", to="lerobot")
+    convert.convert(tmp_path / "set", tmp_path / "b.hdf5")
+    with h5py.File(tmp_path / "b.hdf5") as file:
+        assert file["data/demo_1/actions"][0, 0] == 0.1
 
 
 @lerobot
