@@ -19,6 +19,7 @@ would be padding, because it trains on the padding.)
 """
 import copy
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -34,7 +35,7 @@ from demos.mixed import MixedDemos
 from demos.statistics import fit_normalizer, largest
 from robot.errors import UserError, say
 from robot.models import model_config
-from robot.text import codes, reads_state
+from robot.text import encode_text, prompts
 
 # ----------------------------------------------------------------------------------------------------------
 # What train.py asks for
@@ -70,6 +71,9 @@ def open_data(options, module, cache=None, normalizer=None):
         demos = mix_robots(options.robots, module, opened)
     else:
         demos = opened(options.data or "tabletop")
+    if "max_cameras" not in fields and not demos.shown.all():
+        raise UserError(f"{demos.source}: {module.__name__} has no image_mask, so that no camera may be "
+                        f"missing: leave out empty places of processing: cameras, and episodes without one")
     facts, steps = facts_of(demos, module, options), None
     if demos.processing.relative:               # statistics of all windows, whose length the Config knows
         config = model_config(module, module.PRESETS.get(options.preset, {}) | facts | options.set, "--set")
@@ -94,7 +98,8 @@ def open_data(options, module, cache=None, normalizer=None):
                                  "lower --batch_size, or resize: --image_size H W")
         return [Windows(demos, normalizer, config.pred_horizon, config.n_obs_steps, config.first_action,
                         n_state_steps=config.n_obs_loaded, text_len=getattr(config, "text_len", 0),
-                        split=split, device=device, encode=getattr(config, "encode_text", None))
+                        split=split, device=device, encode=functools.partial(prompts, config),
+                        state_in_text=getattr(config, "state_in_text", False))
                 for split in ("train", "valid")]
 
     return facts, windows, demos.description(), normalizer
@@ -128,14 +133,14 @@ class Windows:
     n_obs_steps              state and images of the steps t - n_obs_steps + 1 .. t
     n_state_steps            so many of them instead, from the same first step on (for inpainting)
     text_len                 bytes of the instruction; 0 leaves the text out
-    encode                   function that makes codes of an instruction instead, int64 (text_len,). If it
-                             takes state=, it is given the normalised state of "now" at every item
+    encode                   function that makes codes of n instructions and present states (n, S) instead,
+                             int64 (n, text_len); with state_in_text it is called for every batch
     device                   where batches come out. The data are held there too if it is a GPU and they take
                              less than a quarter of what is free on it
     """
 
     def __init__(self, demos, normalizer, horizon, n_obs_steps, first_action, n_state_steps=None, text_len=0,
-                 split="train", device="cpu", encode=None):
+                 split="train", device="cpu", encode=None, state_in_text=False):
         self.demos, self.device, self.held_on = demos, torch.device(device), torch.device("cpu")
         self.episodes = {"train": demos.train_episodes, "valid": demos.valid_episodes}[split]
         self.action_steps = torch.arange(first_action, first_action + horizon)
@@ -165,10 +170,11 @@ class Windows:
             self.actions *= self.valid["action_valid"][self.item_episode]
             self.state *= self.valid["state_valid"][self.item_episode]
         self.control_hz = torch.tensor(demos.episode_fps[self.episodes], dtype=torch.float32)
-        self.encode, self.text_len, self.text = encode, text_len, None
-        self.text_of_state = bool(text_len) and encode is not None and reads_state(encode)
-        if text_len and not self.text_of_state and len(self.episodes):
-            self.text = self._codes(self.episodes, [None] * len(self.episodes))
+        encode = encode or (lambda texts, _: torch.stack([encode_text(t, text_len) for t in texts]))
+        self.told = [demos.instructions[e] for e in self.episodes] if text_len else []
+        self.text = encode(self.told, self.state[starts]) if self.told else None        # of their first steps
+        # What `batch` writes into every item's text: on the CPU, wherever the data are held.
+        self.written = (encode, self.item_episode.numpy(), self.state.numpy()) if state_in_text else None
 
         self.images = None
         if demos.camera_keys:
@@ -192,9 +198,9 @@ class Windows:
     def batch(self, indices):
         """indices (B,) int64 -> dict on `device`: actions (B, Tp, A), action_mask (B, Tp), state (B, To, S)
         and control_hz (B,); images (B, To, V, 3, H, W) uint8 if there are cameras, text (B, L) unless
-        text_len is 0, image_mask (B, To, V) if a place has no camera; of several robots also action_valid,
-        state_valid (B, dim). Labels go by their names: (B, Tp, d) of the same steps as the actions, in the
-        units of the file."""
+        text_len is 0, image_mask (B, To, V) if a place or an episode lacks a camera; of several robots also
+        action_valid, state_valid (B, dim). Labels go by their names: (B, Tp, d) of the same steps as the
+        actions, in the units of the file."""
         i = indices.to(self.held_on)
         first, last, episode = self.first[i, None], self.last[i, None], self.item_episode[i]
         acted = i[:, None] + self.action_steps                              # (B, Tp) rows, not yet clamped
@@ -214,22 +220,16 @@ class Windows:
             batch["images"] = gather(self.images, seen)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
-        if not all(key for _, key in self.demos.processing.places):
-            shown = torch.tensor([key is not None for _, key in self.demos.processing.places])
-            batch["image_mask"] = shown.expand(*batch["images"].shape[:3])
-        if self.text is not None:
+        if not self.demos.shown.all():
+            shown = torch.from_numpy(self.demos.shown[self.episodes[episode.cpu().numpy()]])    # (B, V)
+            batch["image_mask"] = shown[:, None].expand(*batch["images"].shape[:3])
+        if self.text is not None and self.written:
+            encode, *rows = self.written
+            episodes, states = (x[indices.numpy()] for x in rows)
+            batch["text"] = encode([self.told[e] for e in episodes], torch.from_numpy(states))
+        elif self.text is not None:
             batch["text"] = self.text[episode]
-        elif self.text_of_state:
-            batch["text"] = self._codes(self.episodes[episode.cpu().numpy()], self.state[i].cpu())
         return to_device(batch, self.device)
-
-    def _codes(self, episodes, states):
-        """What the instructions of these episodes read, (n, L), each with the state if the text says it."""
-        try:
-            return torch.stack([codes(self.demos.instructions[e], state, self.encode, self.text_len)
-                                for e, state in zip(episodes, states)])
-        except ValueError as error:                 # of a model file: too long, a tokenizer that is not there
-            raise UserError(str(error)) from None
 
     def _images_from_files(self, episodes, steps):
         out = []

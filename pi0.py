@@ -7,8 +7,8 @@
 Modelled is p(x0 | o): a chunk x0 of the next Tp actions, given an observation o = (images, instruction,
 state: the robot's own pose). Not p(x0, o): nobody needs generated pictures, and o is encoded once per chunk.
 
-A pretrained vision-language model (PaliGemma = SigLIP + Gemma) reads images and instruction. Beside it stands
-a smaller transformer, the action expert, with weights of its own for state and noised actions. They meet in
+A pretrained vision-language model (PaliGemma = SigLIP + Gemma) reads images and text. Beside it stands a
+smaller transformer with weights of its own for what the robot is and does: the action expert. They meet in
 the attention of every layer: each token is projected by the weights of its own model, and all of them share
 one attention. Which query (row) sees which key (column):
 
@@ -43,28 +43,32 @@ width, d width of a head; n draws of noise and time per observation.
 what minimises [3], and [3] takes one pair at a time. Ten steps are enough because lines are straight: where o
 leaves one chunk only, a single Euler step would land on it; paths bend where several are still possible.
 
-Map: Config | Siglip | Gemma | block_mask, time | Pi0: loss, text, sample, from_official | PRESETS | main.
+Map: Config | Siglip | Gemma | block_mask, time | policy: loss, text, sample, from_official | PRESETS | main.
 
 Differs from the original:
  1. The one attention is computed in two parts, prefix first, in training as in sampling. The numbers are the
-    same, since the prefix does not see the suffix (state and actions), and n draws of noise and time can
+    same, since the prefix does not see the suffix (the expert's tokens), and n draws of noise and time can
     share a prefix. The prefix's last layer stops at keys and values: the suffix reads nothing else.
  2. Steps past the end of an episode are left out of the loss. openpi trains on the last action, repeated, so
     that the policy learns to stay: `train_on_padding`.
  3. openpi's code trains no text. Here the text loss is a second pass over a share of the batch, with the mask
     that PaliGemma was trained with: a code sees the images and the codes before it, not those behind. Code 0,
     padding elsewhere, begins and ends a text.
- 4. Images are not augmented. A camera that a robot lacks can be left out, which equals masking it.
- 5. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values, state
-    and actions without padding, 4 draws per observation, and larger initial queries, keys, patches and
+ 4. Images are augmented with `augment` only, each picture by draws of its own, in the ranges of openpi's
+    PyTorch code, which draws once per camera and batch. (Its JAX code draws per picture, but recolours half
+    of them; hues move there, and saturations, by an oversight, do not.) A camera that a robot lacks can be
+    left out, which equals masking it.
+ 5. "tiny" is the published architecture with other sizes, bytes for text, two heads of keys and values,
+    vectors without padding, 4 draws per observation, and larger initial queries, keys, patches and
     positions. Without these, attention starts nearly even, patches differ less from each other than words do,
     and the few tokens that matter (some letters, a small block) are lost among the rest.
 
-Run alone: `python pi0.py` learns to obey a one-letter instruction, in half a minute on two CPU cores.
+Run alone, this file learns to obey a one-letter instruction, in half a minute on two CPU cores.
 """
 import functools
 import math
 import re
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -82,14 +86,15 @@ class Config:
     image_size: tuple = (64, 64)  # H, W of every camera image, pixels
     # -- the timeline, in control steps: the chunk starts now
     horizon: int = 16           # Tp, predicted steps (paper: H)
-    n_obs_steps: int = 1        # To, observed steps; pi0 sees the present only
+    n_obs_steps: int = 1        # To, observed steps: the present only
     n_action_steps: int = 8     # Ta, executed steps
     # -- what the weights are made for
-    padded_dim: int = 0         # zeros pad state and actions to this, so that robots share weights; 0 = none
+    padded_dim: int = 0         # zeros pad a robot's vectors to this, so that robots share weights; 0 = none
     max_cameras: int = 3        # most cameras that are accepted
     text_len: int = 24          # L, longest instruction in codes
     vocab_size: int = 257       # number of codes; 257 = bytes + 1, 0 is padding
     tokenizer_path: str = ""    # SentencePiece model file; "" = bytes
+    text_as_is: bool = False    # with tokenizer_path: LeRobot's way; False: openpi's, which cleans the text
     # -- SigLIP, the image encoder
     vit_size: int = 48          # side of the square that images are fitted into, pixels
     patch_size: int = 12        # side of a patch, pixels
@@ -97,6 +102,11 @@ class Config:
     vit_depth: int = 1          # ... layers
     vit_mlp: int = 256          # ... hidden width of the MLPs
     vit_heads: int = 4          # ... heads
+    # True: pictures shrink as in openpi, every old pixel counts; False: as in LeRobot's port, a few do.
+    # For openpi's own numbers, bytes rounded as Pillow does, fit them before: `images` of `processing`
+    antialias: bool = False
+    augment: bool = False       # True: cropped, turned and recoloured anew in every training step
+    wrist_cameras: tuple = ()   # numbers, 0 .. V-1, of the cameras on a wrist, which are recoloured only
     # -- Gemma (prefix) and the action expert (suffix). Depth and heads are common: they meet in the attention
     depth: int = 4              # layers
     n_heads: int = 4            # heads of queries
@@ -118,19 +128,23 @@ class Config:
     sampler_steps: int = 10     # Euler steps
 
     def __post_init__(self):
-        sizes = [f.name for f in fields(self) if f.type in (int, tuple) and f.name != "padded_dim"]
-        check_at_least(self, 1, *sizes)
-        check_at_least(self, 0, "padded_dim", "text_weight")
+        may_be_0 = ("padded_dim", "text_weight", "wrist_cameras")
+        check_at_least(self, 0, *may_be_0)
+        check_at_least(self, 1, *[f.name for f in fields(self) if f.type in (int, tuple)
+                                  and f.name not in may_be_0])
         check_at_least(self, 1e-6, "text_share", "qk_init", "image_init")
         if len(self.image_size) != 2:
             raise ValueError(f"image_size {self.image_size} must be two numbers: height, width")
         if self.n_obs_steps != 1:
-            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: pi0 has no history")
+            raise ValueError(f"n_obs_steps {self.n_obs_steps} must be 1: there is no history")
         if self.n_action_steps > self.horizon:
             raise ValueError(f"n_action_steps {self.n_action_steps} must lie in 1..horizon = {self.horizon}")
         if self.n_cameras > self.max_cameras:
             raise ValueError(f"{self.n_cameras} cameras, but there is room for {self.max_cameras}: name "
                              "those to use in shape_meta, or raise max_cameras")
+        if any(camera >= self.n_cameras for camera in self.wrist_cameras):
+            raise ValueError(f"wrist_cameras {self.wrist_cameras} must be numbers below n_cameras = "
+                             f"{self.n_cameras}")
         for name in ("action_dim", "state_dim"):
             if 0 < self.padded_dim < (dim := getattr(self, name)):
                 raise ValueError(f"{name} {dim} is above padded_dim {self.padded_dim}; from scratch, use 0")
@@ -150,17 +164,27 @@ class Config:
     n_obs_loaded = property(lambda self: self.n_obs_steps)
 
     def encode_text(self, text):
-        """An instruction as codes, int64 (L,), 0 = padding: its UTF-8 bytes + 1, or the pieces of
-        tokenizer_path in the form PaliGemma was trained on, with a beginning and a line end."""
-        codes = [byte + 1 for byte in text.encode()]
-        if self.tokenizer_path:
-            pieces, line = tokenizer(self.tokenizer_path), text.strip().replace("_", " ").replace("\n", " ")
-            if (size := pieces.vocab_size()) > self.vocab_size:
+        """An instruction as codes, int64 (L,), 0 = padding: bytes + 1; with tokenizer_path its pieces, in the
+        form that the weights were trained with: a beginning, the text, a line end. Pieces are cut to
+        text_len as there, and then lack their end; bytes that are too many are refused."""
+        if not self.tokenizer_path:
+            codes = [byte + 1 for byte in text.encode()]
+            if self.vocab_size != 257:
+                raise ValueError(f"vocab_size {self.vocab_size} is not that of bytes, 257: tokenizer_path "
+                                 "must name the SentencePiece file that goes with the weights")
+            if len(codes) > self.text_len:
+                raise ValueError(f"{len(codes)} codes, more than text_len {self.text_len}, in {text!r}")
+        else:
+            pieces = tokenizer(self.tokenizer_path)
+            if (size := pieces.vocab_size()) != self.vocab_size:
                 raise ValueError(f"{self.tokenizer_path} has {size} pieces, vocab_size is {self.vocab_size}")
-            codes = [pieces.bos_id()] + pieces.encode(line) + pieces.encode("\n")
-        if len(codes) > self.text_len:
-            raise ValueError(f"{len(codes)} codes, more than text_len {self.text_len}, in {text!r}")
-        return torch.tensor(codes + [0] * (self.text_len - len(codes)))
+            parts = [text.strip().replace("_", " ").replace("\n", " "), "\n"]
+            if self.text_as_is:
+                parts = [text if text.endswith("\n") else text + "\n"]
+            codes = [pieces.bos_id()] + [code for part in parts for code in pieces.encode(part)]
+            if len(codes) > self.text_len:
+                warnings.warn(f"cut to text_len {self.text_len} codes, as in the original: {text!r}")
+        return torch.tensor((codes + [0] * self.text_len)[:self.text_len])
 
     def decode_text(self, codes):
         """The text of one row of codes, without padding, halves of characters and spare codes."""
@@ -192,16 +216,48 @@ def check_at_least(config, least, *fields):
 
 # ---------------------------------------------------------------- SigLIP: patches of pictures become tokens
 
-def fit_images(images, size):
-    """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size) in [-1, 1]: as large as fits, the rest black. As in
-    openpi's PyTorch code: bilinear, no antialiasing, an odd row or column of black at the bottom or right."""
+def fit_images(images, size, antialias=False):
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size) in [-1, 1]: as large as fits, the rest black,
+    bilinear, an odd row or column of black at the bottom or right."""
     H, W = images.shape[-2:]
     ratio = max(H, W) / size
     h, w = max(1, int(H / ratio)), max(1, int(W / ratio))
     if (h, w) != (H, W):
-        images = F.interpolate(images, (h, w), mode="bilinear", align_corners=False)
+        images = F.interpolate(images, (h, w), mode="bilinear", align_corners=False, antialias=antialias)
     top, left = (size - h) // 2, (size - w) // 2
     return F.pad(images, (left, size - w - left, top, size - h - top)) * 2 - 1
+
+
+def move_images(images):
+    """Images (B, 3, H, W) with black = 0, as cameras would give them that were bumped: each is cropped to
+    95 % at its own random place, brought to its size again and turned by up to 5 degrees either way. One
+    resampling does all. What a turned corner misses is black."""
+    B = len(images)
+    draw = lambda most: most * (2 * torch.rand(B, device=images.device) - 1)
+    angle, x, y = draw(math.radians(5)), draw(0.05), draw(0.05)     # x, y: the crop's centre, edges are +-1
+    cos, sin = 0.95 * angle.cos(), 0.95 * angle.sin()
+    place = torch.stack([cos, -sin, x, sin, cos, y], dim=-1).view(B, 2, 3)      # new pixel -> where it was
+    grid = F.affine_grid(place, images.shape, align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+
+
+def recolour_images(images):
+    """Images (B, V, 3, H, W) in [0, 1] as another light would show them: each one's brightness times
+    0.7 .. 1.3, then its contrast times 0.6 .. 1.4, then its saturation times 0.5 .. 1.5."""
+    draw = lambda most: 1 + most * (2 * torch.rand(*images.shape[:2], 1, 1, 1, device=images.device) - 1)
+    images = images * draw(0.3)
+    mean = images.mean((2, 3, 4), keepdim=True)
+    images = mean + (images - mean) * draw(0.4)
+    grey = images.mean(2, keepdim=True)
+    return (grey + (images - grey) * draw(0.5)).clamp(0, 1)
+
+
+def augment_images(images, wrist_cameras):
+    """Images (B, V, 3, H, W) in [-1, 1] as another day would give them. Cameras of the robot's wrists are not
+    moved: they are fixed to the hand, and where things lie in their pictures says where the hand is."""
+    images = images / 2 + 0.5
+    images = [view if v in wrist_cameras else move_images(view) for v, view in enumerate(images.unbind(1))]
+    return recolour_images(torch.stack(images, dim=1)) * 2 - 1
 
 
 def checkpointed(layer, on, *inputs):
@@ -278,7 +334,8 @@ def product_dtype(x):
 
 
 class GemmaNorm(nn.Module):
-    """x / sqrt(mean x^2) * (1 + weight), computed in float32. Stored as in Gemma: 0 changes nothing."""
+    """x / sqrt(mean x^2) * (1 + weight), computed in float32. Stored as in Gemma: 0 changes nothing. Files
+    differ in what comes with it: pi05.py has gates."""
 
     def __init__(self, width):
         super().__init__()
@@ -302,7 +359,8 @@ def rotate(x, cos, sin):
 
 
 class GemmaLayer(nn.Module):
-    """One layer of one set of weights. (B, N, D) -> (B, N, D), and keys and values for later tokens."""
+    """One layer of one set of weights. (B, N, D) -> (B, N, D), and keys and values for later tokens. Norms
+    differ by file."""
 
     def __init__(self, width, mlp, config):
         super().__init__()
@@ -337,7 +395,7 @@ class GemmaLayer(nn.Module):
 
 
 class Gemma(nn.Module):
-    """A stack of layers: PaliGemma's language model or, narrower, the action expert."""
+    """A stack of layers: PaliGemma's language model or, narrower, the action expert. Norms differ by file."""
 
     def __init__(self, width, mlp, config):
         super().__init__()
@@ -348,7 +406,7 @@ class Gemma(nn.Module):
 
     def forward(self, x, mask, positions, past=None, cache_only=False):
         """x (B, N, D); mask (B, N, M) bool, True = query may see key; positions (B, N); past: keys and values
-        of every layer, which stand before x's own. cache_only: nobody reads the output, only the cache.
+        of every layer, which stand before x's own. cache_only: only the cache is wanted.
         -> ((B, N, D) or None, keys and values of every layer, `past` included)"""
         rope = rope_angles(positions, self.head_dim)
         bias = torch.where(mask, 0.0, MASKED).to(product_dtype(x))              # (B, N, M)
@@ -446,6 +504,10 @@ class Pi0(nn.Module):
             elif m is self:
                 m.projector.weight.mul_(self.config.image_init ** 0.5)
 
+    def fit(self, images):
+        """Pictures (B, 3, H, W) uint8, as the network sees them: (B, 3, vit_size, vit_size) float."""
+        return fit_images(images.float() / 255, self.config.vit_size, self.config.antialias)
+
     def embed_images(self, batch):
         """-> tokens of all cameras (B, V patches, D), which of them are real (B, V patches)."""
         c, images = self.config, batch["images"]                                # (B, To, V, 3, H, W)
@@ -456,7 +518,9 @@ class Pi0(nn.Module):
                              f"(B, To, V) = {grid} with V = n_cameras = {c.n_cameras} expected")
         images = images[:, -1].flatten(0, 1)                                    # (B V, 3, H, W)
         if not images.is_floating_point():
-            images = fit_images(images.float() / 255, c.vit_size)
+            images = self.fit(images)
+        if c.augment and self.training:
+            images = augment_images(images.unflatten(0, (-1, c.n_cameras)), c.wrist_cameras).flatten(0, 1)
         x = self.vision(images.to(self.projector.weight.dtype))                 # (B V, patches, D_vit)
         x = self.projector(x).unflatten(0, (-1, c.n_cameras))                   # (B, V, patches, D)
         return x.flatten(1, 2), seen[:, -1].bool().repeat_interleave(x.shape[2], dim=1)
@@ -502,10 +566,10 @@ class Pi0(nn.Module):
         mask = block_mask(F.pad(valid, (0, N), value=True), starts, first=P)    # (B, N, P + N)
         positions = valid.sum(1, keepdim=True) + torch.arange(N, device=x.device)
         x, _ = self.expert(x, mask, positions, past=cache)
-        return self.action_out_proj(x[:, 1:]).float()
+        return self.action_out_proj(x[:, -x_t.shape[1]:]).float()
 
     def pad(self, x):
-        """State or actions with the zeros that a shared action space needs."""
+        """A vector with the zeros that a shared action space needs."""
         return F.pad(x, (0, max(0, self.config.padded_dim - x.shape[-1])))
 
     def loss(self, batch, noise=None, t=None):
@@ -583,11 +647,11 @@ class Pi0(nn.Module):
             raise ValueError(f"sampler steps {steps} must be at least 1")
         cache, valid = self.encode(batch, *self.embed_images(batch))
         state = self.pad(batch["state"][:, -1])
-        shape = (len(state), c.horizon, c.padded_dim or c.action_dim)
-        x_t = randn(shape, generator, state.device) if noise is None else noise.float()
+        shape = (len(valid), c.horizon, c.padded_dim or c.action_dim)
+        x_t = randn(shape, generator, valid.device) if noise is None else noise.float()
         for i in range(steps):
             # Not t - dt again and again: rounding errors add up, and the short periods of [9] show them.
-            t = torch.full((len(state),), 1 - i / steps, device=state.device)
+            t = torch.full((len(valid),), 1 - i / steps, device=valid.device)
             net = lambda x: self.velocity(cache, valid, state, x, t)
             if guide is not None:
                 net = guide(net, i / steps, 1 - i / steps, "v")
@@ -602,10 +666,12 @@ class Pi0(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config):
-        """A policy with released weights: pi0 in openpi's PyTorch layout or LeRobot's (now or early 2025), or
-        PaliGemma alone, beside which the action expert starts fresh. config must describe it
-        (PRESETS["pi0"]). The tensors become the parameters as they are, nothing is copied."""
+        """A policy with released weights in openpi's PyTorch layout or LeRobot's (now or early 2025), or with
+        those of PaliGemma alone, beside which the action expert starts fresh. config must describe it
+        (PRESETS). The tensors become the parameters as they are, nothing is copied."""
         weights = convert_official(state_dict)
+        if any(".dense." in key for key in weights):
+            raise ValueError("these are weights of pi0.5: take pi05.py, or --model pi05")
         with torch.device("meta"):
             model = cls(config)
         if "embed.weight" in weights and not any(k.startswith(ACTION_PARTS) for k in weights):
@@ -635,7 +701,7 @@ RENAMES = [
     (r"\.mlp\.(gate|up|down)_proj\.", r".\1."), (r"\.input_layernorm\.", ".norm1."),
     (r"\.post_attention_layernorm\.", ".norm2."), (r"^time_mlp_", "action_time_mlp_"),
 ]
-# Not read: the expert's unused text head, and normalisers that early LeRobot files carry.
+# Not read: the expert's unused text head, and what early LeRobot files carry besides.
 NOT_WEIGHTS = re.compile(r"^expert\.lm_head\.|^(un)?normalize_")
 
 
@@ -669,13 +735,14 @@ Model = Pi0
 
 PRESETS = {
     "tiny": {},  # learns the built-in task on two CPU cores
-    # The released size: 3,238,048,528 parameters, of which 311,464,960 in the expert
-    "pi0": {"horizon": 50, "n_action_steps": 50, "padded_dim": 32, "action_dim": 32, "state_dim": 32,
-            "n_cameras": 3, "image_size": (224, 224), "text_len": 48, "vocab_size": 257152,
-            "vit_size": 224, "patch_size": 14, "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304,
-            "vit_heads": 16, "depth": 18, "n_heads": 8, "n_kv_heads": 1, "head_dim": 256, "width": 2048,
-            "mlp": 16384, "expert_width": 1024, "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0,
-            "n_draws": 1, "text_weight": 0.0, "train_on_padding": True},
+    # The released size
+    "pi0": {"text_len": 48, "horizon": 50, "n_action_steps": 50,
+        "padded_dim": 32, "action_dim": 32, "state_dim": 32,
+        "n_cameras": 3, "image_size": (224, 224), "vocab_size": 257152, "vit_size": 224, "patch_size": 14,
+        "vit_width": 1152, "vit_depth": 27, "vit_mlp": 4304, "vit_heads": 16, "depth": 18, "n_heads": 8,
+        "n_kv_heads": 1, "head_dim": 256, "width": 2048, "mlp": 16384, "expert_width": 1024,
+        "expert_mlp": 4096, "qk_init": 1.0, "image_init": 1.0, "n_draws": 1, "text_weight": 0.0,
+        "train_on_padding": True, "antialias": True, "augment": True},
 }
 # ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
 # ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
@@ -683,8 +750,9 @@ RECIPES = {
     "tiny": {"steps": 4000, "batch_size": 32, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
              "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16"},
     # openpi's fine-tuning
-    "pi0": {"steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
-            "betas": (0.9, 0.95), "weight_decay": 1e-10, "ema_max": 0.99, "normalizer": "meanstd"},
+    "pi0": {"normalizer": "meanstd",
+        "steps": 30000, "batch_size": 32, "lr": 2.5e-5, "lr_schedule": "pi0", "warmup": 1000, "clip": 1.0,
+        "betas": (0.9, 0.95), "weight_decay": 1e-10, "ema_max": 0.99},
 }
 
 
@@ -713,7 +781,7 @@ def main(steps=500):
     config = Config(action_dim=2, state_dim=1, n_cameras=1, image_size=(16, 16), horizon=8, text_len=2,
                     vit_size=16, patch_size=8, vit_width=48, vit_depth=1, vit_mlp=96, depth=2, width=64,
                     mlp=128, expert_width=64, expert_mlp=128)
-    model = Pi0(config)
+    model = Model(config)
     optimizer = torch.optim.AdamW(model.param_groups(1e-3), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(1)

@@ -29,11 +29,12 @@ class Demos:
     Of the set: state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
     action_names and state_names ([] where the file has none), image_size (H, W) or None, camera_sizes {key:
     (H, W)} before resizing, fps (of the first episode), processing, notes (what a user should know).
-    Of each episode: lengths, instructions, episode_names, episode_fps. train_episodes, valid_episodes:
-    numbers. Of each step: actions (N, action_dim), state (N, state_dim): float32, all episodes in a row;
-    episode e begins at starts[e]. They are in the units of the file, or what the steps of `processing` make
-    of these; but they are not yet relative, which depends on the window. The state keys stand side by side in
-    their order. So do the labels: labels (N, sum of their dims).
+    Of each episode: lengths, instructions, episode_names, episode_fps, shown (episodes, V) bool: whether a
+    camera fills this place of the network. train_episodes, valid_episodes: numbers. Of each step: actions (N,
+    action_dim), state (N, state_dim): float32, all episodes in a row; episode e begins at starts[e]. They are
+    in the units of the file, or what the steps of `processing` make of these; but they are not yet relative,
+    which depends on the window. The state keys stand side by side in their order. So do the labels: labels
+    (N, sum of their dims).
     """
 
     def __init__(self, source, episodes, keys, label_keys, split, memory_gb, image_size=None, colour="bgr",
@@ -43,7 +44,10 @@ class Demos:
         self.reader, self.notes = Reader(colour), keys.lines(label_keys)
         self.train_episodes, self.valid_episodes = split
         for episode in episodes:
-            for fault in faults(episode, first, keys.state, keys.cameras, resized=bool(image_size)):
+            cameras = keys.cameras
+            if isinstance(processing, dict) and processing.get("cameras"):      # a place may be empty
+                cameras = [key for key in cameras if key in episode.obs] or cameras
+            for fault in faults(episode, first, keys.state, cameras, resized=bool(image_size)):
                 raise UserError(fault)
         self.lengths = np.array([e.length for e in episodes])
         self.starts = np.cumsum(self.lengths) - self.lengths
@@ -55,6 +59,8 @@ class Demos:
         self.camera_keys, self.action_names = list(keys.cameras), first.action_names
         self.label_keys = label_keys
         self.processing = Processing(processing, self.state_keys, self.camera_keys)
+        self.shown = np.array([[key in e.obs for _, key in self.processing.places] for e in episodes],
+                              bool)
         self.raw_action_dim = first.actions.shape[1]
         self.action_dim = self.processing.action_dim(self.raw_action_dim)
         self.state_dim = self.processing.state_dim
@@ -112,10 +118,10 @@ class Demos:
 
     def images(self, e, lo, hi):
         """Steps lo .. hi-1 of episode e at all V places of the network: (hi - lo, V, 3, H, W) uint8, RGB. A
-        place without a camera is black."""
+        place without a camera (`shown` is False) is black."""
         places = self.processing.places
         out = np.zeros((hi - lo, len(places), 3, *self.image_size), np.uint8)
-        for v, key in [(v, key) for v, (_, key) in enumerate(places) if key]:
+        for v, key in [(v, places[v][1]) for v in np.flatnonzero(self.shown[e])]:
             for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
                 frames = self.reader.frames(self.episodes[e], key, at, min(at + 16, hi))    # (T, H, W, 3)
                 if frames.shape[1:3] != self.image_size and not self.resizing:
@@ -168,6 +174,11 @@ def remarks(demos):
         yield f"{silent[0]} does not say its rate, {usual:g} Hz assumed: set attribute 'fps'"
     if not len(demos.valid_episodes):
         yield f"no episode of {demos.source} is held out, {len(demos.train_episodes)} trained on"
+    for v, (place, key) in enumerate(demos.processing.places):
+        without = [name for name, has in zip(demos.episode_names, demos.shown[:, v]) if key and not has]
+        if without:
+            more = f" and {len(without) - 1} more" if without[1:] else ""
+            yield f"{without[0]}{more}: no camera '{key}', the place '{place}' is hidden there (image_mask)"
     said = collections.Counter(note for e in demos.episodes for note in e.notes)
     for note, count in said.items():
         name = next(e.name for e in demos.episodes if note in e.notes)

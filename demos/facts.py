@@ -1,4 +1,6 @@
 """What a set of demonstrations says about a policy's Config, so that a file in a known form needs no flag."""
+import torch
+
 from robot import tabletop
 from robot.errors import few, one_line, say
 
@@ -14,6 +16,9 @@ def facts_of(demos, module, options):
              "n_cameras": len(demos.processing.places)}
     if demos.image_size:
         facts["image_size"] = tuple(demos.image_size)
+    if "wrist_cameras" in fields and "wrist_cameras" not in options.set:    # by their names, as in openpi
+        facts["wrist_cameras"] = tuple(v for v, (place, _) in enumerate(demos.processing.places)
+                                       if "wrist" in place or "eye_in_hand" in place)
     if not demos.camera_keys and fields.get("obs") == "image" and "obs" not in given:
         facts["obs"] = "lowdim"
     facts |= text_facts(demos, module, given, "obs" in facts, options.set)
@@ -33,9 +38,13 @@ def text_facts(demos, module, given, blind, chosen):
         say("there is no camera: the states are taken, and no instruction is read, since dit_policy reads "
             "it with the pictures")
         return {"text_len": 0}
-    longest = max(len(text.encode()) for text in demos.instructions)
+    longest, what = max(len(text.encode()) for text in demos.instructions), "instruction has"
+    if given.get("state_in_text", getattr(module.Config, "state_in_text", False)):
+        reader = module.Config(text_len=8 + 4 * demos.state_dim)
+        state = reader.encode_text("", torch.zeros(demos.state_dim))
+        longest, what = longest + int((state > 0).sum()), "instruction and the state have"
     if length < longest <= LONGEST_TEXT:
-        say(f"text_len is {longest} instead of {length}: the longest instruction has so many bytes")
+        say(f"text_len is {longest} instead of {length}: the longest {what} so many bytes")
         return {"text_len": longest}
     return {}
 

@@ -53,6 +53,7 @@ class MixedDemos(Demos):
                 x[:, at] = getattr(demos, kind)
             setattr(self, kind, np.concatenate(packed))
             setattr(self, f"{kind.rstrip('s')}_valid", np.stack([np.isin(np.arange(dim), p) for p in places]))
+        self.shown = np.ones((len(self.lengths), len(self.camera_keys)), bool)
         self.fingerprint = fingerprint(self.actions, self.state)
 
     def images(self, e, lo, hi):

@@ -5,5 +5,6 @@ under any name: its imports are relative, and the model file is looked for besid
 """
 from .errors import UserError
 from .policy import Policy
+from .realtime import InThread, RealTime
 
-__all__ = ["Policy", "UserError"]
+__all__ = ["InThread", "Policy", "RealTime", "UserError"]

@@ -58,6 +58,7 @@ class Release:
     notes: list               # what was not used, for the user
     loading: dict = field(default_factory=dict)  # more arguments of the model's from_official
     recipe: dict = field(default_factory=dict)   # options of train.py that its authors trained it with
+    free: tuple = ()          # fields of the Config that a further training may change: in no weight's shape
 
 
 def open_download(path):

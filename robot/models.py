@@ -9,7 +9,7 @@ import torch
 from .cli import environ_number
 from .errors import UserError, hint, one_line
 
-MODELS = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0")
+MODELS = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0", "pi05")
 # Fields of the Configs that may be changed after training; the others decide what the weights are.
 SAMPLER_FIELDS = ("sampler", "sampler_steps", "spacing", "eta", "clip_x0", "solver", "tolerance", "guidance",
                   "guidance_channels")

@@ -74,7 +74,7 @@ class Normalizer:
                 pairs.append(scale_and_centre(one, *[given[name][d].item() for name in NEEDED[one]],
                                               margin=margin, floor=floor))
             scale, centre = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
-            self.scale[key], self.centre[key], self.near_constant[key] = scale.float(), centre, []
+            self.scale[key], self.centre[key], self.near_constant[key] = scale, centre, []
             self.stats[key] = {name: x.float() for name, x in filled(given).items()}
         return self
 
@@ -158,7 +158,10 @@ def scale_and_centre(mode, first=0.0, second=1.0, margin=0.0, floor=1e-8):
     if mode == "maxabs":
         return 1 / ((max(abs(first), abs(second)) + margin) or floor), 0.0
     width = (second - first + margin) or floor
-    return 2 / width, first + width / 2
+    centre = first + width / 2
+    # From the centre as it is rounded, and kept in float64: what lies at `first` becomes exactly -1, in a
+    # range of 1e-8 too. A policy whose text holds the state (pi05.py) reads another number below it.
+    return 1 / ((centre - first) or width / 2), centre
 
 
 def filled(given):

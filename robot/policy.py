@@ -18,8 +18,9 @@ from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
 from .processing import Processing
+from .realtime import guidance
 from .released import build_model
-from .text import codes
+from .text import prompts
 from .transforms import same_shape
 
 BACKGROUND = 127          # grey level, 0..255, of a camera that is covered or that a robot does not have
@@ -136,7 +137,7 @@ class Policy:
             if not shown.all():
                 step["image_mask"] = shown.expand(n, -1)
         if getattr(self.model.config, "text_len", 0):
-            step["text"] = self.prepare_text(observation.get("instruction"), n, step["state"])
+            step["text"] = self.prepare_text(observation.get("instruction"), step["state"])
         return step, single
 
     def hidden(self, key, observation):
@@ -201,7 +202,7 @@ class Policy:
         stretched = self.processing.rule.get("fit", "stretch") == "stretch"     # else any proportions will do
         for place, key in self.processing.places:
             if key not in values:                               # hidden: a place without a camera is black
-                images.append(np.zeros((n, *size, 3), np.uint8))
+                images.append(self.fit(np.zeros((n, *size, 3), np.uint8)))
                 continue
             image = values[key]
             seen = tuple(self.description.get("camera_sizes", {}).get(key, size))   # by the data set's camera
@@ -214,12 +215,20 @@ class Policy:
             if has not in (size, seen):
                 say_once(f"observation {key!r} is {has[0]} x {has[1]} and is resized to {size[0]} x "
                          f"{size[1]}")
-            image = self.processing.image(image, size)
-            images.append(np.full_like(image, BACKGROUND) if key in self.without else image)
+            image = image if self.processing.by_model else self.processing.image(image, size)
+            images.append(self.fit(np.full_like(image, BACKGROUND) if key in self.without else image))
         return torch.from_numpy(np.stack(images, axis=1))                       # (n, V, H, W, 3)
 
-    def prepare_text(self, told, n, state):
-        known = self.description.get("instructions")
+    def fit(self, image):
+        """Pictures (n, H, W, 3) as the network's own `fit` makes them, where that is asked for: cameras of
+        different sizes have to be fitted before they can stand side by side."""
+        if not self.processing.by_model:
+            return image
+        return self.model.fit(torch.from_numpy(image).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+
+    def prepare_text(self, told, state):
+        n, known = len(state), self.description.get("instructions")
+        told = self.description.get("default_instruction") or None if told is None else told
         if told is None and known:
             raise UserError(f"the policy reads: add 'instruction' to the observation (env: instruction: in "
                             f"YAML), for example {known[0]!r}")
@@ -229,13 +238,7 @@ class Policy:
             raise UserError(f"'instruction' must be a text, or {n} of them, not {str(told)[:80]!r}")
         for a, b in self.swap:
             texts = [re.sub(rf"\b(?:{a}|{b})\b", lambda m: b if m[0] == a else a, t) for t in texts]
-        config = self.model.config
-        encode = getattr(config, "encode_text", None)
-        try:
-            return torch.stack([torch.as_tensor(codes(text, x, encode, config.text_len))
-                                for text, x in zip(texts, state)])
-        except ValueError as e:  # an instruction that is too long, a tokenizer that is not there
-            raise UserError(str(e)) from None
+        return prompts(self.model.config, texts, state)
 
     def valid(self, kind, n):
         """Which numbers of the unified vector the robot has: (n, dim) bool."""
@@ -243,10 +246,11 @@ class Policy:
         has[:, self.places["actions" if kind == "action" else "state"]] = True
         return has
 
-    def sample_chunk(self, copies=1, trace=None):
+    def sample_chunk(self, copies=1, trace=None, plan=None):
         """From the observations so far, `copies` chunks for each episode: (n copies, Tp, A), raw units.
-        trace: receives the chunks at every state of the sampler, normalised."""
-        return self.to_robot(self.sample(copies, trace)).numpy()
+        trace: receives the chunks at every state of the sampler, normalised. plan: (target (n, Tp, A raw),
+        weight (Tp,)), what the chunks have to agree with, see realtime.py."""
+        return self.to_robot(self.sample(copies, trace, plan)).numpy()
 
     def to_robot(self, chunk):
         """Actions in the network's form (n copies, Tp, A), not normalised -> the robot's, (n copies, Tp,
@@ -260,7 +264,7 @@ class Policy:
         chunks = self.normalizer.unnormalize("actions", trace.float().cpu())
         return torch.stack([self.to_robot(x) for x in chunks]).numpy()
 
-    def sample(self, copies=1, trace=None):
+    def sample(self, copies=1, trace=None, plan=None):
         """The chunk as the network gives it, not normalised: (n copies, Tp, A)."""
         missing = self.model.config.n_obs_steps - len(self.history)
         history = self.history[:1] * missing + self.history  # the first one stands for the time before it
@@ -277,5 +281,24 @@ class Policy:
             batch |= {f"{kind}_valid": self.valid(kind, len(state)) for kind in ("action", "state")}
         batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}
         more = {} if trace is None else {"trace": trace}
+        if plan is not None:
+            more["guide"] = self.guide(*plan)
         chunk = self.model.sample(batch, steps=self.steps, generator=self.generator, **more)
         return self.normalizer.unnormalize("actions", chunk.float().cpu())
+
+    def guide(self, target, weight):
+        """What draws a sampler towards `target` (n, Tp, A raw); weight (Tp,)."""
+        target, weight = torch.as_tensor(target), torch.as_tensor(weight)
+        if self.places:
+            packed = target.new_zeros(*target.shape[:-1], self.description["action_dim"])
+            packed[..., self.places["actions"]] = target
+            target = packed
+        target = self.processing.actions(target, self.history[-1]["now"])
+        target = self.normalizer.normalize("actions", target)
+        if self.places:
+            places = self.places["actions"]
+            target = target[..., places]
+        else:  # a model with one robot in its unified vector knows the places itself
+            places = getattr(self.model, "places", {}).get("action") or range(target.shape[-1])
+        return guidance(target.to(self.device), weight.to(self.device), places,
+                        getattr(self.model.config, "clip_x0", 0.0))

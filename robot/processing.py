@@ -12,7 +12,7 @@ They are applied to the data in training, and applied and undone by the policy:
         - rotation: {at: 3, from: axis_angle, to: rotation_6d}
         - delta: {to: qpos, except: [6, 13]}
       normalize: {robot0_eef_quat: none, actions: {minmax: [0, 1, 2]}}
-      images: {fit: pad, filter: bilinear, fill: 0}
+      images: {fit: pad, filter: bilinear, fill: 0}     # fit: model, as the network itself does
       cameras: {base: cam_high, left_wrist: cam_left_wrist, right_wrist: null}
 
 The steps themselves: steps.py. `at` counts the numbers as the steps before have left them. docs/data.md has
@@ -33,8 +33,9 @@ class Processing:
     state_keys   {key: numbers in the robot's form}; camera_keys: cameras of the data or of the robot
 
     state_dims: {key: numbers in the network's form}, state_dim their sum. places: [(place of the network,
-    camera key or None)]. relative: whether the actions end with a delta. Raises UserError for what does not
-    fit; whether the steps fit the actions is for action_dim to say.
+    camera key or None)]. relative: whether the actions end with a delta. by_model: the network's own `fit`
+    resizes a robot's pictures, as floats. Raises UserError for what does not fit; whether the steps fit the
+    actions is for action_dim to say.
     """
     KEYS = ("obs", "actions", "normalize", "images", "cameras")
 
@@ -57,6 +58,7 @@ class Processing:
         self.rule = part(spec, "images")
         fields(self.rule, "processing: images", (), ("fit", "filter", "fill"))
         transforms.check_rule(self.rule, "processing: images")
+        self.by_model = self.rule.get("fit") == "model"
         self.places = self.parse_cameras(list(camera_keys))
         self.normalize = {key: self.parse_modes(key, mode) for key, mode in part(spec, "normalize").items()}
 
@@ -67,9 +69,11 @@ class Processing:
     def parse_delta(self, spec):
         where = "processing: actions: delta"
         fields(spec, where, ("to",), ("except",))
-        self.known(spec["to"], f"{where}: to: {one_line(spec['to'], 40)}")
+        keys = spec["to"] if isinstance(spec["to"], list) else [spec["to"]]
+        for key in keys or [""]:
+            self.known(key, f"{where}: to: {one_line(key, 40)}")
         none = spec.get("except") in (None, [])
-        return spec["to"], [] if none else places(spec["except"], f"{where}: except")
+        return keys, [] if none else places(spec["except"], f"{where}: except")
 
     def parse_cameras(self, camera_keys):
         where, cameras = "processing: cameras", part(self.spec, "cameras")
@@ -116,11 +120,12 @@ class Processing:
             dim = step.width(dim, where)
         if self.relative:
             within(self.absolute or [0], dim, "processing: actions: delta: except")
-            has = self.state_dims[self.delta_to]
+            has = sum(self.state_dims[key] for key in self.delta_to)
             for d in self.moving(dim):
                 if d >= has:
-                    raise UserError(f"processing: actions: delta: {self.delta_to!r} has {has} numbers, none "
-                                    f"for number {d} of the actions: if that is absolute, name it in except")
+                    keys = " and ".join(map(repr, self.delta_to))
+                    raise UserError(f"processing: actions: delta: {keys} has {has} numbers, none for number "
+                                    f"{d} of the actions: if that is absolute, name it in except")
         if isinstance(self.normalize.get("actions"), dict):
             within(list(self.normalize["actions"]), dim, "processing: normalize: actions")
         return dim
@@ -165,8 +170,8 @@ class Processing:
         where an action is absolute."""
         base = state.new_zeros(*state.shape[:-1], dim, dtype=torch.float64)
         if self.relative:
-            at = list(self.state_dims).index(self.delta_to)
-            own, moving = state.split(list(self.state_dims.values()), -1)[at], self.moving(dim)
+            parts = dict(zip(self.state_dims, state.split(list(self.state_dims.values()), -1)))
+            own, moving = torch.cat([parts[key] for key in self.delta_to], -1), self.moving(dim)
             base[..., moving] = own[..., moving].double()
         return base
 
@@ -187,4 +192,4 @@ class Processing:
 
     def image(self, frames, size):
         """(N, H, W, 3) uint8 -> (N, *size, 3) uint8, by the rule of images:."""
-        return transforms.resize(frames, size, **self.rule)
+        return transforms.resize(frames, size, **({"fit": "pad"} if self.by_model else self.rule))

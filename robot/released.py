@@ -9,6 +9,7 @@ import re
 
 import torch
 
+from . import released_pi0
 from .downloads import Release, open_download
 from .errors import UserError, few, one_line
 from .models import load_module, model_config
@@ -42,7 +43,8 @@ def bare(download, model, hints):
 
 
 # Tried in this order: function(download, model or None, hints) -> Release or None.
-READERS = [lerobot_diffusion, original, bare]
+READERS = [lerobot_diffusion, original, released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma,
+           bare]
 
 
 def open_release(path, model=None, **hints):

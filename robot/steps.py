@@ -117,7 +117,37 @@ class Rotation:
         return self.replace(x, self.target, self.source)
 
 
-STEPS = {"linear": Linear, "rotation": Rotation, "aloha_gripper": AlohaGripper}
+@dataclass
+class RobosuiteAxisAngle:
+    """A quaternion (x, y, z, w) that begins at number `at`, as angle times axis. As robosuite's
+    quat2axisangle, on which LIBERO's policies are trained: w keeps its sign, so that the angle is 0 to 2 pi,
+    and the two quaternions of a rotation give two vectors. (`rotation` gives one.)"""
+    at: int
+
+    @classmethod
+    def parse(cls, spec, where):
+        fields(spec, where, ("at",))
+        return cls(places(spec["at"], f"{where}: at")[0])
+
+    def width(self, dim, where):
+        within([self.at + 3], dim, where)
+        return dim - 1
+
+    def do(self, x):
+        before, axis, w, after = x.split([self.at, 3, 1, x.shape[-1] - self.at - 4], -1)
+        w = w.clamp(-1, 1)
+        length = (1 - w * w).sqrt()                 # 0: no turn, whatever the axis
+        turn = torch.where(length == 0, 0.0, axis * 2 * w.acos() / length)
+        return torch.cat([before, turn, after], -1)
+
+    def undo(self, x):
+        before, turn, after = x.split([self.at, 3, x.shape[-1] - self.at - 3], -1)
+        half = turn.norm(dim=-1, keepdim=True) / 2
+        return torch.cat([before, turn / 2 * torch.sinc(half / torch.pi), half.cos(), after], -1)
+
+
+STEPS = {"linear": Linear, "rotation": Rotation, "aloha_gripper": AlohaGripper,
+         "robosuite_axis_angle": RobosuiteAxisAngle}
 
 
 def changed(x, at, function):

@@ -8,7 +8,7 @@ from .errors import UserError, hint
 
 ONCE = 2**26                    # bytes of int32 in work at a time
 BITS = 22                       # of the weights, as Pillow has them
-FITS = ("stretch", "pad", "square")
+FITS = ("stretch", "pad", "square", "model")    # model: not done here, see processing.Processing
 
 
 def triangle(x):

@@ -194,9 +194,10 @@ def read_json(path):
 
 
 def refuse_not_finite(weights):
-    """One line for the first weight that is NaN or infinite. All are read for it."""
+    """One line for the first weight that is NaN or infinite. All are read for it. Masks of attention, which
+    some save among their weights, hold -inf by their nature."""
     for name, x in weights.items():
-        if x.is_floating_point() and x.numel():
+        if x.is_floating_point() and x.numel() and not name.endswith("mask"):
             low, high = (x.float() if x.element_size() < 2 else x).aminmax()
             if not (low.isfinite() and high.isfinite()):
                 raise UserError(f"{one_line(name, 120)} holds numbers that are not finite: the file is "

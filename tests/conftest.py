@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-pytest.register_assert_rewrite("helpers", "golden_cases")
+pytest.register_assert_rewrite("helpers", "golden_cases", "pipeline_cases")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # must stand before torch starts its threads
 
 

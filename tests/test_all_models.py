@@ -1,4 +1,4 @@
-"""What holds for all eight model files alike: no preset waits for the device, bfloat16 works, no value of a
+"""What holds for all nine model files alike: no preset waits for the device, bfloat16 works, no value of a
 field ends in a traceback, a batch is its items, every draw has its generator.
 
 Needs the model files, torch, numpy and pytest. The files are those beside this folder, or in MODELS_ROOT.
@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(os.environ.get("MODELS_ROOT") or Path(__file__).parent.parent).resolve()
-FILES = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0")
-POLICIES = ("dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0")
+FILES = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0", "pi05")
+POLICIES = ("dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0", "pi05")
 aten = torch.ops.aten
 
 
@@ -93,6 +93,8 @@ CASES = {
     "rdt-embeddings": RDT | dict(encoders="none"),
     "pi0-images": PI0,
     "pi0-padded": PI0 | dict(padded_dim=5, n_draws=1, text_weight=0.0),
+    "pi05-images": PI0,
+    "pi05-padded": PI0 | dict(padded_dim=5, n_draws=1, text_weight=0.0),
 }
 FIRST = {name: next(case for case in CASES if case.split("-")[0] == name) for name in FILES}
 each_file = pytest.mark.parametrize("name", FILES)
@@ -305,7 +307,7 @@ def presets():
 
 
 # They draw or embed a time in float64 where the device has it.
-WIDE = ("rdt", "pi0")
+WIDE = ("rdt", "pi0", "pi05")
 each_preset = pytest.mark.parametrize("name, preset", list(presets()))
 
 
@@ -416,7 +418,8 @@ def test_bfloat16(case, how):
 
 # ---------------------------------------------------------------- fields of Config
 SWEPT = ("ddpm-points", "ddpm-images", "flow_matching-points", "flow_matching-images", "dp_cnn-images",
-         "dp_transformer-images", "dit-latents", "dit_policy-images", "rdt-images", "pi0-images")
+         "dp_transformer-images", "dit-latents", "dit_policy-images", "rdt-images", "pi0-images",
+         "pi05-images")
 # Probabilities and other parts of a whole.
 SHARES = ("label_dropout", "dropout", "embed_dropout", "state_dropout", "token_dropout", "mask_prob", "eta",
           "text_share")
@@ -536,7 +539,8 @@ def test_every_input_counts_for_its_own_item(case):
     for key in batch:
         after = model.sample(batch | {key: batch[key][[0, 2, 1]]}, **noise)
         torch.testing.assert_close(after[0], before[0], rtol=1e-3, atol=1e-3)
-        assert all((after[i] - before[i]).abs().max() > 1e-6 for i in (1, 2)), key
+        counts = key != "state" or not case.startswith("pi05")  # which reads it in the text
+        assert all(((after[i] - before[i]).abs().max() > 1e-6) == counts for i in (1, 2)), key
     places = itertools.product(*map(range, batch["images"].shape[1:3])) if "images" in batch else []
     for step, camera in places:
         images = batch["images"].clone()
@@ -580,9 +584,9 @@ def test_pictures_reach_the_encoder_scaled(case):
 
 @pytest.mark.parametrize("case", PICTURES)
 def test_pictures_of_bytes_and_of_floats_are_the_same(case):
-    """Floats are taken as scaled already; by rdt and pi0 as fitted to the encoder's square, too."""
+    """Floats are taken as scaled already; by rdt, pi0 and pi05 as fitted to the encoder's square, too."""
     name = case.split("-")[0]
-    changes = {"image_size": (16, 16)} if name in ("rdt", "pi0") else {}
+    changes = {"image_size": (16, 16)} if name in ("rdt", "pi0", "pi05") else {}
     model = make_model(case, **changes).eval()
     batch, draws = make_batch(model.config, 3), make_draws(model.config, 3)
     images = batch["images"]
@@ -684,7 +688,7 @@ def test_training_is_random_and_evaluation_is_not(case, field, changes):
 def decayed(name, model):
     """Which trainable parameters decay, by what their modules are."""
     everything = {key for key, p in model.named_parameters() if p.requires_grad}
-    if name in ("dp_cnn", "dit_policy", "rdt", "pi0"):
+    if name in ("dp_cnn", "dit_policy", "rdt", "pi0", "pi05"):
         return everything
     kernels = (nn.Linear,) if name == "dp_transformer" else (nn.Linear, nn.Conv2d)
     matrices = {f"{key}.weight" for key, m in model.named_modules() if isinstance(m, kernels)}
@@ -859,7 +863,7 @@ def test_one_thing_has_one_name(name):
     module = load(name)
     old = {was: now for was, now in OLD_NAMES.items() if was in vars(module)}
     assert not old, old
-    if name != "pi0":                           # it offers no choice
+    if name not in ("pi0", "pi05"):             # they offer no choice
         assert callable(vars(module).get("check_choice"))
     if name != "flow_matching":                 # it has no released weights
         assert callable(vars(module).get("load_strictly"))

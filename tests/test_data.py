@@ -1,4 +1,5 @@
 """data.py: what a batch means."""
+import functools
 import gc
 import itertools
 import pickle
@@ -16,7 +17,7 @@ from demos.images import open_samples
 from demos.mixed import MixedDemos
 from robot.errors import UserError
 from robot.normalizer import Normalizer
-from robot.text import decode_text
+from robot.text import decode_text, prompts
 from tools.options import parse_options
 
 
@@ -197,15 +198,16 @@ def test_a_place_is_normalised_over_the_robots_that_have_it(tmp_path, mode):
 
 def test_a_model_file_may_make_its_own_codes(tmp_path):
     demos = open_demos(write(tmp_path / "a.hdf5"), text=True)
-    encode = lambda text: torch.tensor([7, 8, int(text[-1])])
+    encode = lambda texts, states: torch.tensor([[7, 8, int(text[-1])] for text in texts])
     windows = data.Windows(demos, None, 4, 1, 0, text_len=3, encode=encode)
     codes = windows.batch(torch.arange(len(windows)))["text"].tolist()
     assert all(code[:2] == [7, 8] and code[2] in range(3) for code in codes)
 
-    def refuses(text):
-        raise ValueError("too long, shorten it")
+    class Refuses:
+        def encode_text(text):
+            raise ValueError("too long, shorten it")
     with pytest.raises(UserError, match="too long, shorten it"):
-        data.Windows(demos, None, 4, 1, 0, text_len=3, encode=refuses)
+        data.Windows(demos, None, 4, 1, 0, text_len=3, encode=functools.partial(prompts, Refuses))
 
 
 # ---- labels per step

@@ -19,7 +19,7 @@ from pi0 import PRESETS, Config, Pi0, block_mask, convert_official
 # -- the official implementation ---------------------------------------------------------------------------
 
 
-def official_config(case):
+def official_config(case, config=Config):
     """The case's description of PI0Pytorch -> ours."""
     c = {k: v for k, v in case.config.items() if not k.startswith("_")}
     unknown = set(c) - {
@@ -38,7 +38,7 @@ def official_config(case):
     assert not unknown, f"arguments that this file cannot build: {unknown}"
     (width, depth, mlp, *heads), (expert_width, *_), vit = c["vlm"], c["expert"], c["vit"]
     assert c["expert"][1] == depth and c["expert"][3:] == heads, "the two models meet in every layer"
-    return Config(
+    return config(
         action_dim=c["dim"],
         state_dim=c["dim"],
         padded_dim=c["dim"],
@@ -619,8 +619,8 @@ def test_sentencepiece_text_has_paligemmas_form(tmp_path):
         minloglevel=2,
     )
     path = str(tmp_path / "words.model")
-    config = Config(tokenizer_path=path, vocab_size=60, text_len=40)
     pieces = pi0.tokenizer(path)
+    config = Config(tokenizer_path=path, vocab_size=pieces.vocab_size(), text_len=40)
     codes = config.encode_text("  put_the red block\n").tolist()
     assert codes[0] == 2 and len(codes) == 40
     real = [c for c in codes if c]
@@ -745,7 +745,8 @@ class HostCopies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("changes", [{}, {"padded_dim": 4, "text_weight": 0.0}, {"checkpointing": True}])
+@pytest.mark.parametrize("changes", [{}, {"padded_dim": 4, "text_weight": 0.0}, {"checkpointing": True},
+                                     {"augment": True, "wrist_cameras": (1,)}])
 def test_loss_and_sample_never_wait_for_the_device(changes, monkeypatch):
     config = Config(**SMALL | {"n_draws": 2} | changes)
     batch = {k: v.to("meta") for k, v in small_batch(config).items()}
@@ -1000,6 +1001,8 @@ def test_no_number_ends_in_a_traceback(field, value):
     ({"image_size": (0, 64)}, r"image_size \(0, 64\) must be at least 1"),
     ({"expert_width": 25}, "expert_width 25 must be even"),
     ({"text_share": 1.5}, "text_share 1.5"),
+    ({"wrist_cameras": (0, 2)}, r"wrist_cameras \(0, 2\) must be numbers below n_cameras = 2"),
+    ({"wrist_cameras": (-1,)}, r"wrist_cameras \(-1,\) must be at least 0"),
     ({"n_heads": 2, "n_kv_heads": 4}, "n_heads 2 must be a multiple of n_kv_heads 4"),
 ])
 def test_ranges(change, words):
@@ -1066,3 +1069,91 @@ def test_the_full_size_samples_a_chunk_on_a_cpu():
         print(f"images {images_s:.2f} s, prefix {prefix_s:.2f} s, 10 steps {steps_s:.2f} s, {all_s:.2f} s")
     print(f"largest memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     assert chunk.shape == (1, 50, 32) and torch.isfinite(chunk).all() and chunk.std() > 0
+
+
+# -- pictures ----------------------------------------------------------------------------------------------
+
+
+def test_shrunk_pictures_count_every_pixel_with_antialiasing_only():
+    """Of one white column of eight, a picture an eighth as wide holds an eighth; without it, nothing."""
+    image = torch.zeros(1, 3, 32, 32)
+    image[..., 0::8] = 1
+    smooth, coarse = (pi0.fit_images(image, 4, antialias) / 2 + 0.5 for antialias in (True, False))
+    assert smooth.mean().item() == pytest.approx(1 / 8, abs=0.03) and coarse.max().item() == 0
+    assert torch.equal(small(antialias=True).embed_images(small_batch(Config(**SMALL)))[0],
+                       small().embed_images(small_batch(Config(**SMALL)))[0])  # nothing to shrink: the same
+
+
+def test_released_pictures_shrink_as_openpi_has_them():
+    assert Config(**PRESETS["pi0"]).antialias and Config(**PRESETS["pi0"]).augment
+    assert not Config().augment
+
+
+def test_moved_pictures_are_cropped_shifted_and_turned_within_the_published_ranges():
+    """The brightness of every pixel says where it was: two ramps give each new pixel's old place."""
+    B, side = 400, 64
+    edge = (torch.arange(side) + 0.5) / side * 2 - 1                    # centres of pixels, -1 .. 1
+    y, x = torch.meshgrid(edge, edge, indexing="ij")
+    torch.manual_seed(0)
+    moved = pi0.move_images(torch.stack([2 + x, 2 + y, torch.ones_like(x)]).expand(B, 3, side, side))
+    old = moved[:, :2, 8:-8, 8:-8] - 2                                  # (B, 2, 48, 48), away from the edges
+    flat = torch.stack([x, y, torch.ones_like(x)])[:, 8:-8, 8:-8].flatten(1).T
+    place = torch.linalg.lstsq(flat.expand(B, -1, -1), old.flatten(2).mT).solution.mT       # (B, 2, 3)
+    torch.testing.assert_close(place @ flat.T, old.flatten(2), atol=1e-4, rtol=0)  # nothing but such a map
+    scale = place[:, :, :2].det().sqrt()
+    torch.testing.assert_close(scale, torch.full((B,), 0.95), atol=1e-3, rtol=0)
+    degrees = torch.atan2(place[:, 1, 0], place[:, 0, 0]).rad2deg()
+    shift = place[:, :, 2]
+    for values, most in ((degrees, 5), (shift[:, 0], 0.05), (shift[:, 1], 0.05)):
+        assert values.abs().max() < most * 1.01 and values.max() > 0.95 * most and values.min() < -0.95 * most
+        assert abs(values.std().item() / most - 3 ** -0.5) < 0.05       # uniform
+    assert abs(torch.corrcoef(torch.stack([degrees, *shift.T])).triu(1)).max() < 0.15  # three draws, not one
+    assert moved[:, 2].min() == 0 and (moved[:, 2] > 0.99).float().mean() > 0.98  # corners only are black
+
+
+def test_recoloured_pictures_keep_to_the_published_ranges():
+    B = 500
+    torch.manual_seed(0)
+    grey = pi0.recolour_images(torch.full((B, 1, 3, 2, 2), 0.5)) / 0.5   # no contrast, no colour: brightness
+    assert 0.7 < grey.min() < 0.72 and 1.28 < grey.max() < 1.3 and abs(grey.mean() - 1) < 0.02
+    assert (grey.std((1, 2, 3, 4)) < 1e-6).all()                        # one factor for the whole picture
+    image = torch.full((1, 1, 3, 2, 2), 0.4)
+    image[..., 0] = 0.5                                                 # a lighter column, still grey
+    both = pi0.recolour_images(image.expand(B, 1, 3, 2, 2))
+    ratio = (both[..., 0] - both[..., 1]).mean((1, 2, 3)) / both.mean((1, 2, 3, 4)) * 0.45 / 0.1
+    assert 0.6 < ratio.min() < 0.62 and 1.38 < ratio.max() < 1.4
+    image = torch.tensor([0.5, 0.45, 0.4]).view(1, 1, 3, 1, 1).expand(B, 1, 3, 2, 2)
+    red = pi0.recolour_images(image)
+    ratio = (red[:, 0, 0] - red[:, 0, 2]).mean((1, 2)) / red.mean((1, 2, 3, 4)) * 0.45 / 0.1
+    # Contrast stretches the distance of colours too, about the picture's mean: 0.6 * 0.5 .. 1.4 * 1.5.
+    assert 0.3 < ratio.min() < 0.4 and 1.9 < ratio.max() < 2.1
+    assert 0 <= both.min() and pi0.recolour_images(torch.ones(50, 1, 3, 1, 1)).max() == 1
+
+
+def test_wrist_cameras_are_recoloured_and_never_moved():
+    """Columns of dark and light: a moved picture mixes them, a recoloured one keeps the border sharp."""
+    image = torch.full((40, 2, 3, 16, 16), -0.2)
+    image[..., 8:] = 0.2
+    torch.manual_seed(0)
+    out = pi0.augment_images(image, (1,))
+    shades = lambda x: len(x[0].mul(1e4).round().unique())
+    assert all(shades(out[b, 1]) == 2 for b in range(40)) and all(shades(out[b, 0]) > 2 for b in range(40))
+    assert (out[:, 1, :, :, 8:].std((1, 2, 3)) < 1e-6).all()
+    assert len(out[:, 1, 0, 0, 0].mul(1e6).round().unique()) == 40      # each by draws of its own
+
+
+def test_pictures_are_augmented_in_training_only_and_by_the_seed():
+    model, plain = small(augment=True, wrist_cameras=(1,)), small()
+    batch, seen = small_batch(model.config), []
+    model.vision.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    want = plain.embed_images(batch)[0]
+    assert torch.equal(model.embed_images(batch)[0], want)              # in evaluation
+    noise, t = torch.randn(3, 5, 2), torch.rand(3)
+    losses = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        losses.append(model.train().loss(batch, noise=noise, t=t)["loss"])
+    assert torch.equal(losses[0], losses[2]) and not torch.equal(losses[0], losses[1])
+    given, used = seen[0].view(3, 2, 3, 16, 16), seen[1].view(3, 2, 3, 16, 16)
+    torch.manual_seed(0)
+    assert torch.equal(used, pi0.augment_images(given, (1,)))

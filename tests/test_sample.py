@@ -116,7 +116,7 @@ def test_set_reaches_the_sampler_of_every_model():
                 "dp_transformer": {"sampler", "sampler_steps", "spacing", "clip_x0"},
                 "dit": {"sampler", "sampler_steps", "eta", "clip_x0", "guidance", "guidance_channels"},
                 "dit_policy": {"sampler_steps", "spacing", "clip_x0"}, "rdt": {"sampler_steps"},
-                "pi0": {"sampler_steps"}}
+                "pi0": {"sampler_steps"}, "pi05": {"sampler_steps"}}
     for name in MODELS:
         module = load_module(name)
         config = dataclasses.asdict(module.Config())

@@ -52,6 +52,11 @@ def random_demos(config, folder):
     return path
 
 
+def random_codes(config, n):
+    """Texts of full length, in any vocabulary, without its tokenizer."""
+    return torch.randint(1, getattr(config, "vocab_size", 257), (n, config.text_len))
+
+
 def random_items(config, device, folder):
     """Items as train.py sees them, for the shapes of `config`."""
     if hasattr(config, "data_shape"):
@@ -62,7 +67,7 @@ def random_items(config, device, folder):
                             text=hasattr(config, "text_len"))
     return data.Windows(demos, data.fit_normalizer(demos), config.pred_horizon, config.n_obs_steps,
                         config.first_action, config.n_obs_loaded, getattr(config, "text_len", 0),
-                        device=device, encode=getattr(config, "encode_text", None))
+                        device=device, encode=lambda texts, _: random_codes(config, len(texts)))
 
 
 def median_ms(function, device, repeat):

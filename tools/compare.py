@@ -213,7 +213,8 @@ def compare_generative(members, where, args):
 METAWORLD = ("assembly", "basketball", "button-press-topdown", "door-open", "drawer-close", "peg-insert-side",
              "pick-place", "push", "stick-push", "window-open")
 TASKS = {
-    "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0")},
+    "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0",
+                                       "pi05")},
     "metaworld": {"regression": "configs/metaworld_cnn.yaml", "dp_cnn": "configs/metaworld_cnn.yaml",
                   "dp_transformer": "configs/metaworld_transformer.yaml"},
     "pusht": {"regression": "configs/pusht_lowdim_cnn_cpu.yaml",

@@ -107,6 +107,8 @@ class Options:
     shape_meta: dict = field(default_factory=dict)
     # labels of a step that the loss reads beside the actions: {name in the file: dimensions} (YAML only)
     extra: dict = field(default_factory=dict)
+    # with --init of openpi's weights: whose statistics and units, a name in robot/openpi_robots.py
+    robot: str = ""
     # several robots in one run: {name: {data, action_names, state_names}}, for rdt (YAML only)
     robots: dict = field(default_factory=dict)
     # steps between the robot's numbers and pictures and the network's, see docs/data.md (YAML only)

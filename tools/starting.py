@@ -28,6 +28,7 @@ def one_model(name):
 
 
 # Fields of a Config that may differ from the release's: the weights mean the same with them.
+FACTS = ("action_dim", "state_dim", "n_cameras", "image_size")  # what the data decide
 FREE = (*SAMPLER_FIELDS, "n_action_steps", "train_on_padding", "random_crop", "checkpointing", "freeze_vlm")
 
 
@@ -49,19 +50,22 @@ def with_release(options, explicit):
                if name in vars(options) and name not in explicit | {"resume"}}
         was |= {"set": checkpoint["options"].get("set", {}) | options.set, "model": checkpoint["model"]}
         return dataclasses.replace(options, **was), explicit | set(was), None
-    release = open_release(options.init, options.model or None)
+    release = open_release(options.init, options.model or None, robot=options.robot,
+                           tokenizer_path=options.set.get("tokenizer_path", ""))
     preset = load_module(release.model).PRESETS.get(options.preset, {}) if "preset" in explicit else {}
     for where, given in (("--set", options.set), (f"--preset {options.preset}", preset)):
         for key, value in given.items():
             its = release.config.get(key, value)
-            if key not in FREE and tuple_of(value) != tuple_of(its):
+            if key not in FREE + release.free and tuple_of(value) != tuple_of(its):
                 raise UserError(f"{where}: {key} = {one_line(value, 60)}, the weights of --init were made "
                                 f"with {one_line(its, 60)}: leave it out")
-    found = {"model": release.model, "set": release.config | options.set} | release.recipe
-    if release.description.get("image_size"):
-        found["image_size"] = tuple(release.description["image_size"])
+    said = {key: x for key, x in release.config.items() if key not in FACTS or key not in release.free}
+    found = {"model": release.model, "set": said | options.set} | release.recipe
     if release.description.get("processing"):
         found["processing"] = release.description["processing"]
+    fit = (options.processing or found.get("processing") or {}).get("images", {}).get("fit")
+    if release.description.get("image_size") and fit != "model":    # which takes pictures of any size
+        found["image_size"] = tuple(release.description["image_size"])
     found = {name: value for name, value in found.items() if name in vars(options) and (
         name not in explicit or name == "set")}
     options = dataclasses.replace(options, **found)
@@ -72,9 +76,11 @@ def with_release(options, explicit):
 def released_policy(args):
     """sample.py --init: (model, what a run's checkpoint would say, Policy) of downloaded weights."""
     device, dtype = pick_device(args.device, args.dtype)
-    if args.robot or args.without or args.swap or args.no_replay:
-        raise UserError("--init: --robot, --without, --swap and --no_replay are for runs of train.py")
-    release, changes = open_release(args.init, args.model or None), parse_set(args.set)
+    if args.without or args.swap or args.no_replay:
+        raise UserError("--init: --without, --swap and --no_replay are for runs of train.py")
+    changes = parse_set(args.set)
+    release = open_release(args.init, args.model or None, robot=args.robot,
+                           tokenizer_path=changes.pop("tokenizer_path", ""))
     if changes:
         sampler_config(load_module(release.model), release.config, changes)
     release.config |= changes
@@ -112,7 +118,7 @@ def fits(release, facts, description):
         return
     for key, fact in facts.items():
         its = release.config.get(key, fact)
-        if key in ("action_dim", "state_dim", "n_cameras", "image_size") and tuple_of(its) != tuple_of(fact):
+        if key in FACTS and key not in release.free and tuple_of(its) != tuple_of(fact):
             keys = few(f"{name} {dim}" for name, dim in description["state_keys"].items())
             raise UserError(f"the weights of --init have {key} {its}, the data {fact} (state: {keys}; "
                             f"cameras: {few(description['camera_keys'])}): choose among them with shape_meta")

@@ -313,21 +313,3 @@ def test_a_camera_that_an_observation_lacks_is_hidden_where_places_have_names(ca
         policy.act(observed(3))                                     # blind altogether
     with pytest.raises(UserError, match="the observation lacks 'hand'"):
         recorder(cameras | {"processing": {}}).act(observed(0) | {"front": picture})
-
-
-def test_an_instruction_may_say_what_the_state_is(tmp_path):
-    """A Config whose encode_text takes state= is given the normalised state of now, also in training."""
-    def encode_text(text, state):
-        return torch.cat([torch.tensor([len(text)]), (1000 * state).round().long()])
-    demos = open_demos(write_demos(tmp_path / "a.hdf5"))
-    normalizer = data.fit_normalizer(demos)
-    windows = data.Windows(demos, normalizer, 4, 2, -1, text_len=6, encode=encode_text)
-    batch = windows.batch(torch.tensor([0, 3, 20]))
-    assert torch.equal(batch["text"][:, 1:], (1000 * batch["state"][:, 1]).round().long())
-    policy = recorder(text_len=4)
-    policy.model.config.encode_text = encode_text
-    for t in range(2):
-        policy.act(observed(t) | {"instruction": "go"})
-    policy.queue = []
-    policy.act(observed(4) | {"instruction": "go"})
-    assert policy.model.batches[-1]["text"].tolist() == [[2, 3000, 21000, 1250]]       # raw / 2 + 1

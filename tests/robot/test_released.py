@@ -41,7 +41,8 @@ def legacy(folder, weights=None, **changes):
 def today(folder, modes=None, spoil=None, steps=(), **changes):
     """The same in today's layout: statistics in the files of two processors. spoil(stats) changes them."""
     weights = legacy_weights()
-    stats = {"observation.image": {"mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.2)}}
+    stats = {"observation.image": {name: torch.full((3, 1, 1), x) for name, x in (
+        ("mean", 0.4), ("std", 0.2), ("min", 0.1), ("max", 0.9))}}
     for name, key in (("observation.state", "normalize_inputs.buffer_observation_state"),
                       ("action", "normalize_targets.buffer_action")):
         low, high = weights[f"{key}.min"], weights[f"{key}.max"]
@@ -101,6 +102,11 @@ def test_modes_that_do_nothing_and_ranges_that_are_zero(tmp_path):
     assert release.config["image_mean"] == [0.0] * 3 and release.config["image_std"] == [1.0] * 3
     low = legacy_weights()["unnormalize_outputs.buffer_action.min"]
     assert torch.allclose(release.normalizer.normalize("actions", low[None]), torch.tensor([[-1.0, -1.0]]))
+    top = release.normalizer.unnormalize("actions", torch.ones(1, 2))[0]
+    assert top[1] == low[1] and top[0] > low[0], "a range of zero is 1e-8"
+    release = open_release(today(tmp_path / "pixels", {"VISUAL": "MIN_MAX"}))
+    assert release.config["image_mean"] == pytest.approx([0.5] * 3)             # 0.1 .. 0.9 to -1 .. 1
+    assert release.config["image_std"] == pytest.approx([0.4] * 3)
 
 
 def test_a_robots_own_names_by_the_rename_map(tmp_path):

@@ -161,6 +161,6 @@ def test_several_files_of_one_model_and_a_name_that_two_of_them_hold(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_named(bad, dtype):
     refuse_not_finite({"whole": torch.full((3,), 60_000.0, dtype=dtype), "n": torch.tensor(3),
-                       "empty": torch.zeros(0)})
+                       "empty": torch.zeros(0), "model.mask": torch.tensor([0.0, -torch.inf])})
     with pytest.raises(UserError, match="unet.bias holds numbers that are not finite"):
         refuse_not_finite({"fine": torch.zeros(2), "unet.bias": torch.tensor([0.0, bad], dtype=dtype)})

@@ -9,6 +9,7 @@ import data
 import train
 from demos.dataset import open_demos
 from robot.checkpoint import read_checkpoint
+from robot.errors import UserError
 from robot.policy import Policy
 
 DELTA = {"obs": {"agent_pos": [{"linear": {"at": [1], "factor": -2, "offset": 1}}]},
@@ -157,6 +158,27 @@ def test_weights_of_absolute_actions_do_not_start_relative_ones(three, tmp_path,
     config = yaml_of(tmp_path, "processing: {actions: [{delta: {to: agent_pos, except: 2}}]}")
     argv = command(three, tmp_path / "next", *config, steps=2, init=tmp_path / "run")
     refused(capsys, lambda: train.main(argv), "its actions are not relative to the state")
+
+
+@pytest.mark.parametrize("memory_gb", [4.0, 0.0])
+def test_an_episode_that_lacks_a_camera_is_masked_where_places_have_names(tmp_path, memory_gb, capsys):
+    def change(i, actions, obs):
+        cameras = ("high", "hand") if i != 2 else ("high",)
+        return actions, obs | {key: np.full((len(actions), 4, 4, 3), 50 + i, np.uint8) for key in cameras}
+    path = write_demos(tmp_path / "cameras.hdf5", change=change)
+    named = {"cameras": {"wrist": "hand", "base": "high"}}
+    demos = open_demos(path, obs="image", val_ratio=0, processing=named, memory_gb=memory_gb)
+    windows = data.Windows(demos, None, 4, 2, -1)
+    batch = windows.batch(torch.arange(len(windows)))
+    numbers = np.repeat(np.arange(6), demos.lengths)
+    lacks = torch.from_numpy(numbers == 2)
+    assert batch["image_mask"].shape == (len(windows), 2, 2) and lacks.any() and not lacks.all()
+    assert torch.equal(batch["image_mask"][:, 0, 0], ~lacks) and batch["image_mask"][:, :, 1].all()
+    assert (batch["images"][lacks][:, :, 0] == 0).all() and (batch["images"][lacks][:, :, 1] == 52).all()
+    assert (batch["images"][~lacks][:, :, 0] >= 50).all()
+    assert "demo_2: no camera 'hand', the place 'wrist' is hidden there" in capsys.readouterr().err
+    with pytest.raises(UserError, match="demo_2 has observations .* but no 'hand'"):
+        open_demos(path, obs="image", val_ratio=0)
 
 
 @pytest.mark.parametrize("text, named", [
