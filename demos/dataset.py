@@ -19,6 +19,7 @@ from demos.limits import refuse_beyond_memory
 from demos.reading import Reader
 from demos.split import split_episodes
 from demos.still import leave_out
+from demos.usual import usual_of
 from robot import tabletop
 from robot.errors import UserError, fingerprint, say
 from robot.processing import Processing
@@ -160,7 +161,12 @@ class Demos:
                 "instructions": sorted(set(self.instructions) - {""}), "episode_names": self.episode_names,
                 "fingerprint": self.fingerprint, "lengths": self.lengths.tolist(),
                 "train_episodes": self.train_episodes.tolist(),
-                "valid_episodes": self.valid_episodes.tolist()}
+                "valid_episodes": self.valid_episodes.tolist(), "usual": self.usual()}
+
+    def usual(self):
+        """How the episodes trained on usually are, for robot/preflight.py."""
+        return usual_of([self.episodes[e] for e in self.train_episodes], list(self.state_keys),
+                        self.camera_keys, self.fps, self.colour)
 
 
 def rates(episodes):

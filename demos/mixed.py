@@ -67,12 +67,15 @@ class MixedDemos(Demos):
         for demos in self.parts:
             demos.close()
 
+    def usual(self):
+        return {}                               # of a mixture nothing is; each robot has its own
+
     def description(self):
         each = {}
         for name, demos in zip(self.robots, self.parts):
             part = demos.description()
             keys = ("source", "fps", "state_keys", "camera_keys", "image_size", "camera_sizes",
-                    "action_names")
+                    "action_names", "usual")
             each[name] = {key: part[key] for key in keys} | {"places": self.places[name]}
         whole = super().description()
         return whole | {"state_dim": self.state_dim, "robots": each}
