@@ -7,17 +7,18 @@ Numbers (actions, state) are read once and stay in memory: five million steps of
 Images stay in the files until they are asked for.
 """
 import collections
-import os
 
 import numpy as np
 
 from demos.episodes import coarse, faults, label_of, nonfinite
-from demos.files import find_files, open_file, read_episodes, unreadable
+from demos.files import find_files, read_episodes
 from demos.generated import tabletop_file
-from demos.jpeg import check_colour, decode_jpeg
+from demos.jpeg import check_colour
 from demos.keys import check_extra, choose_keys, width
 from demos.limits import refuse_beyond_memory
+from demos.reading import Reader
 from demos.split import split_episodes
+from demos.still import leave_out
 from demos.usual import usual_of
 from robot import tabletop
 from robot.errors import UserError, fingerprint, say
@@ -28,8 +29,8 @@ class Demos:
     """A checked set of demonstrations, see open_demos.
 
     Of the set: state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
-    action_names, image_size (H, W) or None, camera_sizes {key: (H, W)} before resizing, fps (of the first
-    episode), processing, notes (what a user should know).
+    action_names and state_names ([] where the file has none), image_size (H, W) or None, camera_sizes {key:
+    (H, W)} before resizing, fps (of the first episode), processing, notes (what a user should know).
     Of each episode: lengths, instructions, episode_names, episode_fps, shown (episodes, V) bool: whether a
     camera fills this place of the network. train_episodes, valid_episodes: numbers. Of each step: actions (N,
     action_dim), state (N, state_dim): float32, all episodes in a row; episode e begins at starts[e]. They are
@@ -42,7 +43,8 @@ class Demos:
                  processing=None):
         first = episodes[0]
         self.source, self.episodes, self.memory_gb = str(source), episodes, memory_gb
-        self.colour, self.notes, self.files = colour, keys.lines(label_keys), {}
+        self.reader, self.notes = Reader(colour), keys.lines(label_keys)
+        self.embeddings = None                  # demos.embeddings.Embeddings, instead of pictures and texts
         self.train_episodes, self.valid_episodes = split
         for episode in episodes:
             cameras = keys.cameras
@@ -59,12 +61,12 @@ class Demos:
         self.state_keys = {key: width(first.obs[key]) for key in keys.state}
         self.camera_keys, self.action_names = list(keys.cameras), first.action_names
         self.label_keys = label_keys
-        self.processing = Processing(processing, self.state_keys, self.camera_keys)
-        self.shown = np.array([[key in e.obs for _, key in self.processing.places] for e in episodes],
-                              bool)
+        self.process(Processing(processing, self.state_keys, self.camera_keys))
         self.raw_action_dim = first.actions.shape[1]
         self.action_dim = self.processing.action_dim(self.raw_action_dim)
         self.state_dim = self.processing.state_dim
+        names = [name for key in keys.state for name in first.obs[key].names]
+        self.state_names = names if len(names) == self.state_dim else []
         check_numbers(source, episodes, self.action_dim + self.state_dim + sum(label_keys.values()))
 
         raw = np.concatenate([self._numbers(e, "actions", e.actions) for e in episodes])
@@ -86,29 +88,24 @@ class Demos:
         self.notes += remarks(self)
         self.close()
 
+    def process(self, processing):
+        self.processing = processing
+        self.shown = np.array([[key in e.obs for _, key in processing.places] for e in self.episodes], bool)
+
     def _size(self, episode, key):
         """(H, W) of a camera; a compressed one is decoded for it."""
         array = episode.obs[key]
         if array.kind == "camera":
             return array.shape[1:3]
-        return self._frames(episode, key, 0, 1).shape[1:3]
+        return self.reader.frames(episode, key, 0, 1).shape[1:3]
 
-    def _read(self, episode, array, lo=None, hi=None):
-        # Handles belong to the process that opened them: after a fork, HDF5 would share the file position.
-        # Few are kept, because a folder can hold more episode files than a process may open.
-        key = (os.getpid(), episode.file)
-        if key not in self.files:
-            if len(self.files) >= 64:
-                self.files.pop(next(iter(self.files))).close()
-            self.files[key] = open_file(episode.file)
-        try:
-            return self.files[key][array.path][lo:hi]
-        except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(f"{episode.name}: {array.path} {unreadable(error)}") from None
+    def raw_actions(self, e):
+        """Of episode e, as the file has them: (T, A) float32, with the steps that are left out."""
+        return self.reader.read(self.episodes[e], self.episodes[e].actions).astype(np.float32)
 
     def _numbers(self, episode, key, array):
         with np.errstate(over="ignore"):                # what float32 cannot hold becomes infinite, see below
-            x = self._read(episode, array).reshape(episode.length, -1).astype(np.float32)
+            x = self.reader.read(episode, array).reshape(episode.steps, -1).astype(np.float32)[episode.begin:]
         for fault in nonfinite(episode.name, key, x):
             raise UserError(fault)
         return x
@@ -128,15 +125,6 @@ class Demos:
                 raise UserError(f"{name}: {error}") from None
         return actions, state
 
-    def _frames(self, episode, key, lo, hi):
-        frames = self._read(episode, episode.obs[key], lo, hi)
-        if episode.obs[key].kind == "camera":
-            return frames
-        try:
-            return np.stack([decode_jpeg(frame, self.colour) for frame in frames])
-        except (UserError, ValueError) as error:        # ValueError: frames of different size
-            raise UserError(f"{episode.name}: '{key}', steps {lo} to {hi - 1}: {error}") from None
-
     def images(self, e, lo, hi):
         """Steps lo .. hi-1 of episode e at all V places of the network: (hi - lo, V, 3, H, W) uint8, RGB. A
         place without a camera (`shown` is False) is black."""
@@ -144,7 +132,8 @@ class Demos:
         out = np.zeros((hi - lo, len(places), 3, *self.image_size), np.uint8)
         for v, key in [(v, places[v][1]) for v in np.flatnonzero(self.shown[e])]:
             for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
-                frames = self._frames(self.episodes[e], key, at, min(at + 16, hi))      # (T, H, W, 3)
+                begin = self.episodes[e].begin
+                frames = self.reader.frames(self.episodes[e], key, begin + at, begin + min(at + 16, hi))
                 if frames.shape[1:3] != self.image_size and not self.resizing:
                     raise UserError(f"{self.episode_names[e]}: '{key}' is {frames.shape[1:3]}, others are "
                                     f"{self.image_size}: --image_size H W brings pictures to one size")
@@ -159,12 +148,7 @@ class Demos:
 
     def close(self):
         """Close the files, so that others can write them; what is read next opens them again."""
-        for file in self.files.values():
-            file.close()
-        self.files = {}
-
-    def __getstate__(self):                             # a process that is spawned opens files of its own
-        return self.__dict__ | {"files": {}}
+        self.reader.close()
 
     def description(self):
         """What a checkpoint keeps of the data: plain values only."""
@@ -186,10 +170,8 @@ class Demos:
 
 
 def rates(episodes):
-    """Control steps per second of each. Neither robosuite (20 Hz unless told otherwise) nor ALOHA (50 Hz)
-    writes its rate down."""
-    usual = 50.0 if episodes[0].actions.path == "/action" else 20.0
-    return np.array([e.fps or usual for e in episodes])
+    """Control steps per second of each. Neither robosuite nor ALOHA nor a replay buffer writes it down."""
+    return np.array([e.fps or e.usual_fps for e in episodes])
 
 
 def check_numbers(source, episodes, per_step):
@@ -232,10 +214,11 @@ def remarks(demos):
 
 def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, episodes=None, val_ratio=None,
                max_train_episodes=None, seed=0, cache=None, memory_gb=4.0, image_size=None, colour="bgr",
-               processing=None):
+               processing=None, still=0.0, shortest=0):
     """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
 
-    source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of HDF5
+    source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of files in a
+                 layout that demos/files.py knows
     obs          "lowdim": all float observations, no cameras. "image": cameras, and all float observations
                  but `object` (with text=True also without `goal`). "auto": as "image" where there are
                  cameras, else as "lowdim". Not looked at if shape_meta is given
@@ -255,6 +238,8 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
                  stay as they are, and all have to have one size
     colour       order of the colours in JPEG frames, see demos/jpeg.py: "bgr" (OpenCV's recorders) or "rgb"
     processing   what is done to numbers and pictures before the normaliser, see robot/processing.py
+    still        steps are left out before the state has moved so far, see demos/still.py
+    shortest     episodes of less steps are left out
     """
     if source in tabletop.ROBOTS:
         files = [tabletop_file(obs != "lowdim", episodes, seed, cache, source)]
@@ -265,13 +250,14 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
     check_colour(colour)
     found = [episode for path in files for episode in read_episodes(path)]
     keys = choose_keys(found, obs, text, shape_meta, extra)
+    found, left_out = leave_out(found, keys.state, still, shortest)
     split, notes = split_episodes(found, val_ratio, max_train_episodes, seed)
     demos = Demos(source, found, keys, extra, split, memory_gb, image_size, colour, processing)
     for key in keys.cameras if shape_meta else []:
         if tuple(shape_meta["obs"][key]["shape"]) != (3, *demos.image_size):
             raise UserError(f"shape_meta: '{key}' is {shape_meta['obs'][key]['shape']}, but the pictures of "
                             f"{source} are {[3, *demos.image_size]}: correct it, or resize: --image_size H W")
-    demos.notes += notes
+    demos.notes += notes + left_out
     missing = sum(not text for text in demos.instructions)
     if text and missing:
         demos.notes.append(f"{source} has no instructions, texts are empty: set 'language_instruction'"
