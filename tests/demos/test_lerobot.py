@@ -170,8 +170,8 @@ def test_training_on_videos_that_do_not_fit_into_memory(sets, tmp_path):
     stays, fits = (data.Windows(open_demos(folder, "image", memory_gb=gb), None, 8, 2, -1) for gb in (0, 4))
     items = torch.tensor([20, 3, 11])
     assert stays.images is None and torch.equal(stays.batch(items)["images"], fits.batch(items)["images"])
-    train.main(command(folder, tmp_path / "run", "--set", "obs=image", "--memory_gb", "0", steps=1, batch_size=2,
-                       eval_every=0))
+    train.main(command(folder, tmp_path / "run", "--set", "obs=image", "--memory_gb", "0", steps=1,
+                       batch_size=2, eval_every=0))
     assert read_rows(tmp_path / "run")[-1]["step"] == 1
 
 
