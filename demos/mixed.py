@@ -31,7 +31,7 @@ class MixedDemos(Demos):
                                     f"names {len(places)}: name each, in their order")
         chain = lambda name: [x for demos in self.parts for x in getattr(demos, name)]
         self.source, self.memory_gb = " + ".join(d.source for d in self.parts), first.memory_gb
-        self.notes, self.files, self.episodes = [], {}, chain("episodes")
+        self.notes, self.files, self.episodes, self.embeddings = [], {}, chain("episodes"), None
         self.state_keys, self.camera_keys, self.action_names = {}, first.camera_keys, []
         self.image_size, self.state_dim, self.action_dim = first.image_size, dim, dim
         self.raw_action_dim, self.processing = dim, Processing({}, {}, self.camera_keys)
