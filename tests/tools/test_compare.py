@@ -205,7 +205,7 @@ def tiny_budget(monkeypatch):
 def test_budget(tiny_budget, tmp_path, monkeypatch, capsys):
     argv = ["--minutes", "0.001", "--only", "dp_cnn", "--only", "regression", "--seeds", "0", "1",
             "--episodes", "2", "--demos", "6", "--out", str(tmp_path / "out"), "--device", "cpu"]
-    rows = compare.main(argv)
+    rows = compare.main(argv)["tabletop"]
     assert [row["model"] for row in rows] == ["dp_cnn", "regression"]
     kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(row["name"], row["seed"]) for row in kept] == [("dp_cnn", 0), ("regression", 0), ("dp_cnn", 1),
@@ -216,8 +216,8 @@ def test_budget(tiny_budget, tmp_path, monkeypatch, capsys):
         assert row["success"] == f"{round(sum(2 * k['success'] for k in mine))} of 4" and row["steps"] == "6"
         assert row["sees"] == "numbers"
     assert tiny_budget["measured"] == 4
-    assert compare.main(argv) == rows and tiny_budget["measured"] == 4      # nothing is done again
-    assert compare.main([*argv, "--seeds", "0"]) != rows and tiny_budget["measured"] == 4
+    assert compare.main(argv) == {"tabletop": rows} and tiny_budget["measured"] == 4      # nothing is done again
+    assert compare.main([*argv, "--seeds", "0"]) != {"tabletop": rows} and tiny_budget["measured"] == 4
     first = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_dp_cnn_seed0")
     other = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_regression_seed0")
     assert first["data"] == other["data"] and first["options"]["demos"] == 6    # the same demonstrations
@@ -233,7 +233,7 @@ def test_an_interrupted_budget_goes_on(tiny_budget, tmp_path, monkeypatch):
         patch.setattr(train, "write_json", stop)                   # trained, not yet evaluated
         compare.main(argv)
     tiny_budget["seconds"] = 0.001                                  # another time of a step, the same run
-    row, = compare.main(argv)
+    row, = compare.main(argv)["tabletop"]
     assert row["steps"] == "6" and tiny_budget["measured"] == 1
 
 
