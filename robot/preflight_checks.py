@@ -38,8 +38,8 @@ def instruction(flight):
         yield ("reason", "instruction", f"nothing is asked of a policy that reads: --instruction "
                f"{one_line(known[0], 60)!r}")
     elif told not in known:
-        yield ("reason", "instruction", f"{one_line(told, 60)!r} is unknown, {len(known)} others were trained "
-               f"on{nearest(told, known) or f', such as {one_line(known[0], 60)!r}'}")
+        yield ("reason", "instruction", f"{one_line(told, 60)!r} is unknown, {len(known)} others were "
+               f"trained on{nearest(told, known) or f', such as {one_line(known[0], 60)!r}'}")
 
 
 def rate(flight):
