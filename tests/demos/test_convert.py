@@ -69,7 +69,7 @@ def test_to_lerobot_and_back(tmp_path, to):
 
 @lerobot
 @pytest.mark.skipif("DEMO_DATA" not in os.environ, reason="DEMO_DATA names no folder of real data")
-@pytest.mark.parametrize("name, to", [("g1_bottle_image", "lerobot"), ("lift_scripted_lowdim", "lerobot2.1")])
+@pytest.mark.parametrize("name, to", [("g1_bottle_image", "lerobot"), ("lift_scripted_lowdim", "lerobot")])
 def test_real_sets_go_there_and_back_without_a_changed_number(tmp_path, name, to):
     first = Path(os.environ["DEMO_DATA"]) / f"{name}.hdf5"
     convert.convert(first, tmp_path / "set", to=to)
@@ -244,14 +244,14 @@ def test_episodes_of_two_precisions_lose_nothing(tmp_path):
 @lerobot
 def test_large_files_of_version_3_are_followed_by_others(tmp_path, monkeypatch):
     monkeypatch.setattr(to_lerobot, "DATA_MB", 1e-3)
-    monkeypatch.setattr(to_lerobot, "VIDEO_MB", 1e-3)
+    monkeypatch.setattr(to_lerobot, "VIDEO_MB", -1)         # FFmpeg writes late: the file is still empty
     monkeypatch.setattr(to_lerobot, "PER_CHUNK", 2)
     source = write(tmp_path / "a.hdf5", [5, 4, 6, 3, 7])
     convert.convert(source, tmp_path / "set", to="lerobot")
     tables = tmp_path / "set/data"
     found = sorted(str(p.relative_to(tables)) for p in tables.rglob("*.parquet"))
     assert "chunk-001/file-000.parquet" in found and len(found) >= 3
-    assert len(list((tmp_path / "set/videos").rglob("*.mp4"))) > 2
+    assert len(list((tmp_path / "set/videos").rglob("*.mp4"))) == 10
     same(source, tmp_path / "set", val_ratio=0)
 
 
