@@ -46,7 +46,7 @@ def look_at(file, array, steps, colour):
     if array.kind == "camera":
         refuse_beyond_memory(f"a picture of {array.path}", 2 * int(np.prod(array.shape[1:])), "resize them")
     for t in steps:
-        frame = file[array.path][int(t)]
+        frame = file[array.path][int(t):int(t) + 1][0]       # of a video, only slices can be had
         frame = decode_jpeg(frame, colour) if array.kind == "jpeg" else np.asarray(frame)
         marks.append(zlib.crc32(np.ascontiguousarray(frame)))
         looks.append(look_of(frame[None])[0])

@@ -15,7 +15,7 @@ FINDINGS = {
                                 "large as its motion", "check its unit, or leave it out"),
     "spikes": ("scaled from end to end, all other values look alike to a policy",
                "cut the spikes, or train with --normalizer quantile"),
-    "idle start": ("a policy learns to stand still", "cut these steps"),
+    "idle start": ("a policy learns to stand still", "cut these steps, or train with --still"),
     "angle wrap": ("angles that are nearly equal are far apart as numbers, and their mean points elsewhere",
                    "unwrap it in every episode, or write sine and cosine"),
     "late action": ("a policy learns to command where it is, and stands still",

@@ -57,7 +57,8 @@ def looks_of(episodes, cameras, colour):
     looks = {key: [] for key in cameras}
     for i, number in enumerate(some):
         e = episodes[number]
-        steps = sorted({i * (e.length - 1) // max(1, len(some) - 1), (e.length - 1) // 2})
+        last = e.length - 1
+        steps = sorted({e.begin + i * last // max(1, len(some) - 1), e.begin + last // 2})
         with contextlib.closing(open_file(e.file)) as file:
             for key in cameras:
                 looks[key] += list(look_at(file, e.obs[key], steps, colour).looks)

@@ -30,15 +30,16 @@ def finite(flight):
 
 
 def instruction(flight):
-    known = flight.policy.description.get("instructions") or []
+    d = flight.policy.description
+    known, told = d.get("instructions") or [], flight.told or d.get("default_instruction")
     if not getattr(flight.policy.model.config, "text_len", 0) or not known:
         return
-    if not flight.told:
+    if not told:
         yield ("reason", "instruction", f"nothing is asked of a policy that reads: --instruction "
                f"{one_line(known[0], 60)!r}")
-    elif flight.told not in known:
-        yield ("reason", "instruction", f"{one_line(flight.told, 60)!r} is unknown, {len(known)} others were "
-               f"trained on{nearest(flight.told, known) or f', such as {one_line(known[0], 60)!r}'}")
+    elif told not in known:
+        yield ("reason", "instruction", f"{one_line(told, 60)!r} is unknown, {len(known)} others were "
+               f"trained on{nearest(told, known) or f', such as {one_line(known[0], 60)!r}'}")
 
 
 def rate(flight):

@@ -71,8 +71,7 @@ def fly(trained, capsys, monkeypatch, change=lambda chunk: chunk, seconds=0.0, e
         policy.model = Follower(policy.model, change, seconds)
         policy.description = description(policy.description) if description else policy.description
         if reads:
-            policy.prepare_text = lambda told, n, *_: torch.zeros(n, 4, dtype=torch.long)
-            policy.model.config = type("Reads", (), {"text_len": 4})()
+            policy.model.config = type("Reads", (), {"text_len": 16})()
             for name in ("n_obs_steps", "first_action", "n_action_steps", "pred_horizon"):
                 setattr(policy.model.config, name, getattr(policy.model.model.config, name))
         return policy
@@ -180,7 +179,7 @@ def test_instructions_and_rates_that_are_not_those_of_the_data(trained, capsys, 
     assert fly(trained, capsys, monkeypatch, reads=True)["go"]                  # as the episode says
     silent = spoiled(tmp_path / "new.hdf5", lambda obs: None)
     said = fly(trained, capsys, monkeypatch, reads=True, episode=silent)
-    assert names(said) == ["instruction"] and "nothing is asked" in said["reasons"][0]["what"]
+    assert names(said) == ["refused", "instruction"] and "nothing is asked" in said["reasons"][1]["what"]
     with h5py.File(silent, "r+") as file:
         file["data"].attrs["fps"] = 30.0
     said = fly(trained, capsys, monkeypatch, episode=silent)
