@@ -19,7 +19,7 @@ def matches(file):
 def episodes(path, file):
     """The one episode of an open file, see demos/files.py."""
     return [make_episode(path, Path(path).name, "", file, "action", "observations", [file],
-                         rollout=str(path), instruction=annotation(path))]
+                         rollout=str(path), instruction=annotation(path), usual_fps=50.0)]
 
 
 def annotation(path):

@@ -7,18 +7,19 @@ Numbers (actions, state) are read once and stay in memory: five million steps of
 Images stay in the files until they are asked for.
 """
 import collections
-import os
 
 import numpy as np
 
 from demos.episodes import coarse, faults, label_of, nonfinite
-from demos.files import find_files, open_file, read_episodes, unreadable
+from demos.files import find_files, read_episodes
 from demos.generated import tabletop_file
-from demos.jpeg import check_colour, decode_jpeg
+from demos.jpeg import check_colour
 from demos.keys import check_extra, choose_keys, width
 from demos.limits import refuse_beyond_memory
+from demos.reading import Reader
 from demos.split import split_episodes
 from demos.still import leave_out
+from demos.usual import usual_of
 from robot import tabletop
 from robot.errors import UserError, fingerprint, say
 from robot.processing import Processing
@@ -28,8 +29,8 @@ class Demos:
     """A checked set of demonstrations, see open_demos.
 
     Of the set: state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
-    action_names, image_size (H, W) or None, camera_sizes {key: (H, W)} before resizing, fps (of the first
-    episode), processing, notes (what a user should know).
+    action_names and state_names ([] where the file has none), image_size (H, W) or None, camera_sizes {key:
+    (H, W)} before resizing, fps (of the first episode), processing, notes (what a user should know).
     Of each episode: lengths, instructions, episode_names, episode_fps, shown (episodes, V) bool: whether a
     camera fills this place of the network. train_episodes, valid_episodes: numbers. Of each step: actions (N,
     action_dim), state (N, state_dim): float32, all episodes in a row; episode e begins at starts[e]. They are
@@ -42,7 +43,7 @@ class Demos:
                  processing=None):
         first = episodes[0]
         self.source, self.episodes, self.memory_gb = str(source), episodes, memory_gb
-        self.colour, self.notes, self.files = colour, keys.lines(label_keys), {}
+        self.reader, self.notes = Reader(colour), keys.lines(label_keys)
         self.embeddings = None                  # demos.embeddings.Embeddings, instead of pictures and texts
         self.train_episodes, self.valid_episodes = split
         for episode in episodes:
@@ -64,6 +65,8 @@ class Demos:
         self.raw_action_dim = first.actions.shape[1]
         self.action_dim = self.processing.action_dim(self.raw_action_dim)
         self.state_dim = self.processing.state_dim
+        names = [name for key in keys.state for name in first.obs[key].names]
+        self.state_names = names if len(names) == self.state_dim else []
         check_numbers(source, episodes, self.action_dim + self.state_dim + sum(label_keys.values()))
 
         raw = np.concatenate([self._numbers(e, "actions", e.actions) for e in episodes])
@@ -94,28 +97,15 @@ class Demos:
         array = episode.obs[key]
         if array.kind == "camera":
             return array.shape[1:3]
-        return self._frames(episode, key, 0, 1).shape[1:3]
+        return self.reader.frames(episode, key, 0, 1).shape[1:3]
 
     def raw_actions(self, e):
         """Of episode e, as the file has them: (T, A) float32, with the steps that are left out."""
-        return self._read(self.episodes[e], self.episodes[e].actions).astype(np.float32)
-
-    def _read(self, episode, array, lo=None, hi=None):
-        # Handles belong to the process that opened them: after a fork, HDF5 would share the file position.
-        # Few are kept, because a folder can hold more episode files than a process may open.
-        key = (os.getpid(), episode.file)
-        if key not in self.files:
-            if len(self.files) >= 64:
-                self.files.pop(next(iter(self.files))).close()
-            self.files[key] = open_file(episode.file)
-        try:
-            return self.files[key][array.path][lo:hi]
-        except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(f"{episode.name}: {array.path} {unreadable(error)}") from None
+        return self.reader.read(self.episodes[e], self.episodes[e].actions).astype(np.float32)
 
     def _numbers(self, episode, key, array):
         with np.errstate(over="ignore"):                # what float32 cannot hold becomes infinite, see below
-            x = self._read(episode, array).reshape(episode.steps, -1).astype(np.float32)[episode.begin:]
+            x = self.reader.read(episode, array).reshape(episode.steps, -1).astype(np.float32)[episode.begin:]
         for fault in nonfinite(episode.name, key, x):
             raise UserError(fault)
         return x
@@ -135,15 +125,6 @@ class Demos:
                 raise UserError(f"{name}: {error}") from None
         return actions, state
 
-    def _frames(self, episode, key, lo, hi):
-        frames = self._read(episode, episode.obs[key], lo, hi)
-        if episode.obs[key].kind == "camera":
-            return frames
-        try:
-            return np.stack([decode_jpeg(frame, self.colour) for frame in frames])
-        except (UserError, ValueError) as error:        # ValueError: frames of different size
-            raise UserError(f"{episode.name}: '{key}', steps {lo} to {hi - 1}: {error}") from None
-
     def images(self, e, lo, hi):
         """Steps lo .. hi-1 of episode e at all V places of the network: (hi - lo, V, 3, H, W) uint8, RGB. A
         place without a camera (`shown` is False) is black."""
@@ -152,7 +133,7 @@ class Demos:
         for v, key in [(v, places[v][1]) for v in np.flatnonzero(self.shown[e])]:
             for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
                 begin = self.episodes[e].begin
-                frames = self._frames(self.episodes[e], key, begin + at, begin + min(at + 16, hi))
+                frames = self.reader.frames(self.episodes[e], key, begin + at, begin + min(at + 16, hi))
                 if frames.shape[1:3] != self.image_size and not self.resizing:
                     raise UserError(f"{self.episode_names[e]}: '{key}' is {frames.shape[1:3]}, others are "
                                     f"{self.image_size}: --image_size H W brings pictures to one size")
@@ -167,12 +148,7 @@ class Demos:
 
     def close(self):
         """Close the files, so that others can write them; what is read next opens them again."""
-        for file in self.files.values():
-            file.close()
-        self.files = {}
-
-    def __getstate__(self):                             # a process that is spawned opens files of its own
-        return self.__dict__ | {"files": {}}
+        self.reader.close()
 
     def description(self):
         """What a checkpoint keeps of the data: plain values only."""
@@ -185,14 +161,17 @@ class Demos:
                 "instructions": sorted(set(self.instructions) - {""}), "episode_names": self.episode_names,
                 "fingerprint": self.fingerprint, "lengths": self.lengths.tolist(),
                 "train_episodes": self.train_episodes.tolist(),
-                "valid_episodes": self.valid_episodes.tolist()}
+                "valid_episodes": self.valid_episodes.tolist(), "usual": self.usual()}
+
+    def usual(self):
+        """How the episodes trained on usually are, for robot/preflight.py."""
+        return usual_of([self.episodes[e] for e in self.train_episodes], list(self.state_keys),
+                        self.camera_keys, self.fps, self.reader.colour)
 
 
 def rates(episodes):
-    """Control steps per second of each. Neither robosuite (20 Hz unless told otherwise) nor ALOHA (50 Hz)
-    writes its rate down."""
-    usual = 50.0 if episodes[0].actions.path == "/action" else 20.0
-    return np.array([e.fps or usual for e in episodes])
+    """Control steps per second of each. Neither robosuite nor ALOHA nor a replay buffer writes it down."""
+    return np.array([e.fps or e.usual_fps for e in episodes])
 
 
 def check_numbers(source, episodes, per_step):
@@ -238,7 +217,8 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
                processing=None, still=0.0, shortest=0):
     """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
 
-    source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of HDF5
+    source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of files in a
+                 layout that demos/files.py knows
     obs          "lowdim": all float observations, no cameras. "image": cameras, and all float observations
                  but `object` (with text=True also without `goal`). "auto": as "image" where there are
                  cameras, else as "lowdim". Not looked at if shape_meta is given

@@ -16,6 +16,20 @@ class Array:
     dtype: np.dtype
     kind: str = "state"         # or "camera", "jpeg" (a compressed camera), "other" (used if asked for)
     why: str = ""               # it is neither a state nor a camera
+    names: list = field(default_factory=list)       # of its numbers, where the file says them
+
+
+class Rows:
+    """The rows of an array that is put together as it is read, by [i] or [lo:hi]; read(lo, hi) -> array."""
+
+    def __init__(self, length, read):
+        self.length, self.read = length, read
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            lo, hi, _ = at.indices(self.length)
+            return self.read(lo, hi)
+        return self.read(at, at + 1)[0]
 
 
 @dataclass
@@ -28,6 +42,7 @@ class Episode:
     unread: dict = field(default_factory=dict)      # name -> why: what lies there and is no array of steps
     num_samples: float = None   # as the file claims; None if it does not
     fps: float = None           # None if the file does not say
+    usual_fps: float = 20.0     # then: what sets of this layout mostly have; robosuite, unless told otherwise
     instruction: str = ""       # "" if there is none
     action_names: list = field(default_factory=list)
     rollout: object = None      # episodes of one rollout are held out together; by default each is its own

@@ -78,7 +78,8 @@ def place_names(demos, module, given):
     first places, in the order of the file."""
     known = {place: name for name, place in module.UNIFIED.items() if name.startswith(("right_", "left_"))}
     facts = {}
-    for kind, dim, said in (("action", demos.action_dim, demos.action_names), ("state", demos.state_dim, ())):
+    for kind, dim, said in (("action", demos.action_dim, demos.action_names),
+                            ("state", demos.state_dim, demos.state_names)):
         field = f"{kind}_names"
         built_in = demos.source in tabletop.ROBOTS and dim == len(getattr(module.Config, field))
         if field in given or built_in:

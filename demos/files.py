@@ -5,8 +5,8 @@ A layout is a module with two functions, and one entry in LAYOUTS:
     matches(file)          whether an open file has this layout
     episodes(path, file)   its episodes, a list of demos.episodes.Episode, from shapes and attributes alone
 
-`file` is what OPENERS makes of a path by its suffix: a mapping from names to arrays that can be sliced, with
-close(). docs/extending.md adds a layout in ten lines.
+`file` is what OPENERS makes of a path by its suffix, or SETS of a folder that is one set: a mapping from
+names to arrays that can be sliced, with close(). docs/extending.md adds a layout in ten lines.
 """
 import contextlib
 import glob
@@ -15,22 +15,23 @@ from pathlib import Path
 
 import h5py
 
-from demos import aloha, robomimic
+from demos import aloha, lerobot, robomimic, zarr
 from robot.errors import UserError, few, input_file, nearest, one_line, user_path
 
 
 def find_files(source):
-    """Files of a path, a folder (searched to the bottom) or a glob; episode_10 comes after episode_9."""
+    """Files of a path, a folder (searched to the bottom) or a glob; episode_10 comes after episode_9. A
+    folder that is one set counts as a file."""
     source, path = str(source), user_path(source)
-    if path.is_dir():
+    if path.is_dir() and not set_opener(path):
         found = [p for p in path.rglob("*") if p.suffix in OPENERS]
+        found += [p.parent.parent for p in path.rglob("meta/info.json")]
     else:
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
     if not found:
-        if ".zarr" in source or any(path.glob("*.zarr*")):
-            reason = ": turn the zarr replay buffer into HDF5: python -m demos.convert"
-        elif (path / "meta" / "info.json").exists():
-            reason = ": a LeRobot data set, write its columns into HDF5 (docs/data.md)"
+        if path.is_dir() and any(path.glob("*.zarr*")):
+            buffers = sorted(p.name for p in path.glob("*.zarr*"))
+            reason = f": name the replay buffer itself, {few(buffers)}"
         elif path.is_dir():
             reason = f": the folder holds no {' or '.join('*' + suffix for suffix in OPENERS)}"
         else:
@@ -51,7 +52,13 @@ def open_hdf5(path):
 
 
 OPENERS = {".hdf5": open_hdf5, ".h5": open_hdf5}
-LAYOUTS = [aloha, robomimic]
+SETS = [(lerobot.is_lerobot, lerobot.open_lerobot), (zarr.is_zarr, zarr.ReplayBuffer)]
+LAYOUTS = [lerobot, zarr, aloha, robomimic]
+
+
+def set_opener(path):
+    """What opens a folder that is one set; None if it is none."""
+    return next((opener for is_one, opener in SETS if is_one(path)), None)
 
 
 def unreadable(error):
@@ -63,7 +70,7 @@ def unreadable(error):
 
 def open_file(path):
     """The file for reading, by its suffix; HDF5 where no opener knows it. Raises UserError."""
-    return OPENERS.get(Path(path).suffix, open_hdf5)(path)
+    return (set_opener(path) or OPENERS.get(Path(path).suffix, open_hdf5))(path)
 
 
 def read_episodes(path):

@@ -46,7 +46,7 @@ def make_episode(path, name, inside, node, actions, obs, nodes, instruction="", 
         num_samples=None if samples is None else number(samples, f"{name}: num_samples"),
         fps=None if rate is None else number(rate, f"{name}: fps"),
         instruction=instruction_of(nodes, name, notes) or instruction,
-        action_names=action_names(nodes, name), notes=notes, **more)
+        action_names=names_of(nodes, name, "action_names", "joint_names"), notes=notes, **more)
 
 
 # ---- arrays
@@ -95,9 +95,10 @@ def describe(path, dataset, where):
     if "/images/" in path and shape and (dtype.kind in "SO" or dtype == np.uint8 and len(shape) == 2):
         return Array(path, shape, dtype, "jpeg")
     kind, why = kind_of(shape, dtype)
+    names = names_of([dataset], f"{where}: {path}", "names")
     if kind == "camera" and "/observations/" in path and "/images/" not in path:
         kind, why = "other", "not in observations/images"      # depth in false colours, a segmentation
-    return Array(path, shape, dtype, kind, why)
+    return Array(path, shape, dtype, kind, why, names)
 
 
 def check_sources(dataset, where, depth=0):
@@ -210,13 +211,14 @@ def instruction_of(nodes, where, notes):
     return ""
 
 
-def action_names(nodes, where):
-    value = attribute(nodes, "action_names", "joint_names")
-    found = [] if value is None else texts(value, f"{where}: action_names")
+def names_of(nodes, where, *attributes):
+    """Names of numbers: an attribute that is a list of texts, or one text in JSON; [] if there is none."""
+    value = attribute(nodes, *attributes)
+    found = [] if value is None else texts(value, f"{where}: {attributes[0]}")
     if len(found) == 1 and found[0].lstrip().startswith("["):
         try:
             found = [str(name) for name in json.loads(found[0])]
         except (ValueError, RecursionError):
             text = one_line(found[0], 60)
-            raise UserError(f"{where}: action_names is {text!r}, no list of names") from None
+            raise UserError(f"{where}: {attributes[0]} is {text!r}, no list of names") from None
     return found

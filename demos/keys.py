@@ -7,6 +7,9 @@ from robot.errors import UserError, nearest, one_line
 # What a batch holds already, see data.Windows.
 TAKEN = ("actions", "action_mask", "state", "images", "text", "control_hz", "action_valid", "state_valid")
 
+# What no camera and no joint tells: robomimic's name of it, and LeRobot's.
+SIMULATED = ("object", "observation.environment_state")
+
 LINE = 380                      # characters of a line that is meant to be read
 
 
@@ -58,7 +61,7 @@ def sort_keys(episodes, obs, text=False, extra=()):
             why = "" if obs == "image" else "a camera: obs=image sees it"
         elif key in extra:          # a policy that was shown what it has to tell would learn nothing
             why = "a label"
-        elif key == "object" and obs == "image":
+        elif key in SIMULATED and obs == "image":
             why = "only a simulator knows it"
         elif key == "goal" and obs == "image" and text:     # which says in numbers what that says in words
             why = "the instruction says it"

@@ -249,7 +249,8 @@ FLAGS = {train.main: tuple(name for name in vars(options.Options()) if name != "
          sample.main: LOOK,
          compare.main: (*LOOK, "minutes", "task", "only", "seeds", "demos", "preset", "data"),
          bench.main: ("model", "preset", "device", "dtype", "out", "batch_size", "repeat", "set", "steps"),
-         check.main: ("help", "path"), convert.main: ("images", "fps", "instruction", "help")}
+         check.main: ("help", "path"), convert.main: (
+             "images", "fps", "instruction", "to", "image_size", "missing_zeros", "colour", "help")}
 
 
 def flags(rng, base, folder):

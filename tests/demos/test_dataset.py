@@ -243,7 +243,7 @@ def test_paths_that_lead_nowhere(tmp_path):
     (tmp_path / "lerobot" / "meta" / "info.json").write_text("{}")
     for name, words in [("whola.hdf5", "did you mean 'whole.hdf5'"), ("empty", "holds no"),
                         ("no*.h5", "check the path"), ("text.hdf5", "cannot be opened as HDF5"),
-                        ("cut.hdf5", "cut short"), ("lerobot", "LeRobot"), ("buffer.zarr", "demos.convert")]:
+                        ("cut.hdf5", "cut short"), ("lerobot", "LeRobot"), ("buffer.zarr", "replay buffer")]:
         with pytest.raises(UserError, match=words) as error:
             open_demos(tmp_path / name)
         assert "\n" not in str(error.value) and name.split(".")[0] in str(error.value)
