@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from demos.dataset import open_demos
-from demos.facts import facts_of
+from demos.embeddings import embed
+from demos.facts import facts_of, place_cameras
 from demos.images import open_samples
 from demos.limits import refuse_beyond_memory
 from demos.mixed import MixedDemos
-from demos.statistics import fit_normalizer, largest
+from demos.statistics import fit_normalizer, largest, state_spread
 from robot.errors import UserError, say
 from robot.models import model_config
 from robot.text import encode_text, prompts
@@ -64,17 +65,19 @@ def open_data(options, module, cache=None, normalizer=None):
         val_ratio=options.val_ratio or None, max_train_episodes=options.max_train_episodes or None,
         seed=options.seed, cache=cache, memory_gb=options.memory_gb,
         image_size=options.image_size if any(options.image_size) else None, colour=options.colour,
-        processing=options.processing)
+        processing=options.processing, still=options.still, shortest=options.shortest)
     if options.robots:
         if options.processing:
             raise UserError("processing: is for one robot: write the sets of robots: in one form instead")
         demos = mix_robots(options.robots, module, opened)
     else:
         demos = opened(options.data or "tabletop")
+    if not options.robots:
+        place_cameras(demos, module, given)
     if "max_cameras" not in fields and not demos.shown.all():
         raise UserError(f"{demos.source}: {module.__name__} has no image_mask, so that no camera may be "
                         f"missing: leave out empty places of processing: cameras, and episodes without one")
-    facts, steps = facts_of(demos, module, options), None
+    facts, steps = facts_of(demos, module, options) | embed(demos, module, given, options), None
     if demos.processing.relative:               # statistics of all windows, whose length the Config knows
         config = model_config(module, module.PRESETS.get(options.preset, {}) | facts | options.set, "--set")
         steps = range(config.first_action, config.first_action + config.pred_horizon)
@@ -86,11 +89,12 @@ def open_data(options, module, cache=None, normalizer=None):
             raise UserError(f"{demos.source} has {has} numbers of {key} a step, the run to start from "
                             f"{len(normalizer.scale[key])}: its normaliser and weights do not fit")
 
+    facts |= state_spread(demos, normalizer)
     if "clip_x0" not in given:
         facts["clip_x0"] = largest(demos, normalizer, steps)
 
     def windows(config, device):
-        if demos.camera_keys:
+        if demos.camera_keys and not demos.embeddings:
             items = min(options.batch_size, int(demos.lengths[demos.train_episodes].sum()))
             frames = items * config.n_obs_steps * len(demos.processing.places)
             refuse_beyond_memory(f"a batch of {frames:,} pictures of {demos.image_size}",
@@ -99,7 +103,8 @@ def open_data(options, module, cache=None, normalizer=None):
         return [Windows(demos, normalizer, config.pred_horizon, config.n_obs_steps, config.first_action,
                         n_state_steps=config.n_obs_loaded, text_len=getattr(config, "text_len", 0),
                         split=split, device=device, encode=functools.partial(prompts, config),
-                        state_in_text=getattr(config, "state_in_text", False))
+                        state_in_text=getattr(config, "state_in_text", False),
+                        hide_before_start=getattr(config, "hide_before_start", False))
                 for split in ("train", "valid")]
 
     return facts, windows, demos.description(), normalizer
@@ -135,13 +140,16 @@ class Windows:
     text_len                 bytes of the instruction; 0 leaves the text out
     encode                   function that makes codes of n instructions and present states (n, S) instead,
                              int64 (n, text_len); with state_in_text it is called for every batch
+    hide_before_start        pictures before an episode's first step are masked, not only repeated
     device                   where batches come out. The data are held there too if it is a GPU and they take
                              less than a quarter of what is free on it
     """
 
     def __init__(self, demos, normalizer, horizon, n_obs_steps, first_action, n_state_steps=None, text_len=0,
-                 split="train", device="cpu", encode=None, state_in_text=False):
+                 split="train", device="cpu", encode=None, state_in_text=False, hide_before_start=False):
         self.demos, self.device, self.held_on = demos, torch.device(device), torch.device("cpu")
+        self.hide_before_start = hide_before_start
+        text_len = 0 if demos.embeddings else text_len
         self.episodes = {"train": demos.train_episodes, "valid": demos.valid_episodes}[split]
         self.action_steps = torch.arange(first_action, first_action + horizon)
         self.state_steps = torch.arange(n_state_steps or n_obs_steps) - (n_obs_steps - 1)
@@ -177,7 +185,7 @@ class Windows:
         self.written = (encode, self.item_episode.numpy(), self.state.numpy()) if state_in_text else None
 
         self.images = None
-        if demos.camera_keys:
+        if demos.camera_keys and not demos.embeddings:
             shape = (len(demos.processing.places), 3, *demos.image_size)
             used = np.concatenate([demos.train_episodes, demos.valid_episodes])     # both splits have to fit
             if demos.lengths[used].sum() * np.prod(shape) <= demos.memory_gb * 1e9:
@@ -206,7 +214,8 @@ class Windows:
         acted = i[:, None] + self.action_steps                              # (B, Tp) rows, not yet clamped
         real = (acted >= first) & (acted <= last)
         acted = acted.clamp(first, last)
-        seen = (i[:, None] + self.state_steps).clamp(first, last)           # (B, To) rows
+        seen = i[:, None] + self.state_steps                                # (B, To) rows
+        before, seen = seen < first, seen.clamp(first, last)
         labels = gather(self.labels, acted).split([*self.label_keys.values()], dim=-1)
         actions = gather(self.actions, acted)
         if self.base is not None:
@@ -218,11 +227,13 @@ class Windows:
                  **{key: x[episode.to(x.device)] for key, x in self.valid.items()}}
         if self.images is not None:
             batch["images"] = gather(self.images, seen)
+        elif self.demos.embeddings:
+            batch |= self.demos.embeddings.batch(self.episodes[episode.numpy()], seen - first)
         elif self.demos.camera_keys:
             batch["images"] = self._images_from_files(self.episodes[episode.numpy()], seen - first)
-        if not self.demos.shown.all():
-            shown = torch.from_numpy(self.demos.shown[self.episodes[episode.cpu().numpy()]])    # (B, V)
-            batch["image_mask"] = shown[:, None].expand(*batch["images"].shape[:3])
+        if len(self.demos.processing.places) and (self.hide_before_start or not self.demos.shown.all()):
+            has = torch.from_numpy(self.demos.shown[self.episodes[episode.cpu().numpy()]])      # (B, V)
+            batch["image_mask"] = has[:, None] & ~(before.cpu() & self.hide_before_start)[..., None]
         if self.text is not None and self.written:
             encode, *rows = self.written
             episodes, states = (x[indices.numpy()] for x in rows)

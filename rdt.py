@@ -45,11 +45,9 @@ Differs from the original:
  2. `masked` (tiny): places that a robot lacks are 0 in the network's input and left out of the loss. The
     original feeds noise to all 128 and trains all 128. A sample has only the robot's own in both.
  3. Steps past an episode's end are left out of the loss. The original trains on them (`train_on_padding`).
- 4. Keys and values of language and pictures are computed once per chunk, and once for n draws of noise.
- 5. A hidden state is 0. That is the data's mean, as in the original, if states are normalised by mean and
-    deviation. At an episode's start the older picture repeats the first; the original shows the background.
- 6. Colour jitter, image corruption and the exchange of instructions for paraphrases are left out.
- 7. "tiny" has other sizes, bytes for text, initial weights that let attention choose and content outweigh
+ 4. Noise on the state is a share of the deviation over all episodes, not over the one at hand.
+ 5. Colour jitter, image corruption and the exchange of instructions for paraphrases are left out.
+ 6. "tiny" has other sizes, bytes for text, initial weights that let attention choose and content outweigh
     position, times nearer to noise [3], and encoders that learn with the rest, as they are not pretrained.
 
 Run alone: `python rdt.py` trains two robots on one set of weights, in a quarter of a minute on two CPU cores.
@@ -66,6 +64,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+END = 1  # T5's end mark, all that an empty instruction has
 say_once = functools.lru_cache(print)  # the same words are printed only once
 
 
@@ -75,12 +74,14 @@ class Config:
     obs: str = "image"          # "image": cameras and state; "lowdim": no camera, the background is seen
     action_dim: int = 3         # A, numbers of one action
     state_dim: int = 3          # S, numbers of the state; only the present one is read
-    n_cameras: int = 2          # V; one encoder; released order: external, right wrist, left wrist
+    n_cameras: int = 2          # V; one encoder; released weights have the order CAMERA_PLACES
     image_size: tuple = (64, 64)  # H, W of every camera image, pixels
     unified_dim: int = 128      # U, length of the unified vector
     # names in UNIFIED of an action's numbers, in order; () = all U come, packed, and action_valid with them
     action_names: tuple = ("right_eef_pos_x", "right_eef_pos_y", "right_gripper_open")
     state_names: tuple = ("right_eef_pos_x", "right_eef_pos_y", "right_gripper_open")  # ... of a state's
+    state_mean: tuple = ()      # of the training states, in the network's units: what a hidden one shows
+    state_std: tuple = ()       # ... their deviation; () = 0 and 1
     # -- the timeline, in control steps: the chunk starts now
     horizon: int = 16           # Tp, predicted steps
     n_obs_steps: int = 2        # To, steps whose pictures are seen
@@ -91,7 +92,8 @@ class Config:
     text_len: int = 24          # L, longest instruction in codes; what is longer is cut
     vocab_size: int = 257       # number of codes; 257 = bytes + 1, 0 is padding
     tokenizer_path: str = ""    # SentencePiece model file of T5; "" = bytes
-    encoders: str = "train"     # "train": with the rest; "frozen": as given; "none": batches bring embeddings
+    # "train": with the rest; "frozen": as given; "images": SigLIP alone; "none": batches bring all tokens
+    encoders: str = "train"
     vit_size: int = 48          # SigLIP: side of the square that images are fitted into, pixels
     patch_size: int = 12        # side of a patch, pixels; released (14 in 384): a rim stays unread
     vit_width: int = 128        # width of its tokens
@@ -121,15 +123,16 @@ class Config:
     # see [3]; 1 = uniform, as released. 5: half of all t above 0.87 K, where x_t does not tell what is meant
     time_alpha: float = 5.0
     mask_prob: float = 0.05     # probability with which training hides each modality (released: 0.1)
-    state_noise: float = 0.0    # deviation of noise on the normalised state in training (released: 0.01)
+    state_noise: float = 0.0    # noise on the state in training, a share of state_std (released: 0.01)
     train_on_padding: bool = False  # True: steps past an episode's end are trained on, which teaches to stay
+    hide_before_start: bool = False  # True: pictures before an episode's first are hidden, as released
     checkpointing: bool = False  # True: each layer is computed again in the backward pass instead of kept
     n_diffusion_steps: int = 1000  # K, noise levels in training
     sampler_steps: int = 5      # steps of DPM-Solver++
 
     def __post_init__(self):
         check_choice("obs", self.obs, ("image", "lowdim"))
-        check_choice("encoders", self.encoders, ("train", "frozen", "none"))
+        check_choice("encoders", self.encoders, ("train", "frozen", "images", "none"))
         check_choice("norm", self.norm, ("true", "released"))
         may_be_0 = ("n_cameras", "max_cameras", "image_tokens", "n_fourier")
         sizes = [f.name for f in fields(self) if f.type is int and f.name not in may_be_0]
@@ -145,8 +148,10 @@ class Config:
                                  f"as UNIFIED in rdt.py does; packed {kind}s have {self.unified_dim}")
             if max(slots(names), default=0) >= self.unified_dim:
                 raise ValueError(f"unified_dim {self.unified_dim} has no room for the names given: use 128")
+        if {len(self.state_mean), len(self.state_std)} - {0, self.state_dim}:
+            raise ValueError(f"state_mean, state_std must have {self.state_dim} numbers, as a state, or none")
         parts = [("width", "n_heads"), ("vit_width", "vit_heads"), ("vit_size", "patch_size")]
-        n_checked = {"none": 1, "frozen": 2, "train": 3}[self.encoders]  # frozen: a rim may stay unread
+        n_checked = {"none": 1, "train": 3}.get(self.encoders, 2)  # released SigLIP: a rim may stay unread
         for name, part in parts[:n_checked]:
             if (a := getattr(self, name)) % (b := getattr(self, part)):
                 raise ValueError(f"{name} {a} must be a multiple of {part} {b}")
@@ -155,8 +160,9 @@ class Config:
         if 0 < self.max_cameras < self.n_cameras:
             raise ValueError(f"{self.n_cameras} cameras, but there is room for {self.max_cameras}: name "
                              "those to use in shape_meta, or raise max_cameras")
-        if not self.tokenizer_path and self.vocab_size < 257 and self.encoders != "none":
-            raise ValueError(f"vocab_size {self.vocab_size} must be at least 257 for bytes")
+        if not self.tokenizer_path and self.vocab_size != 257 and self.encoders in ("train", "frozen"):
+            raise ValueError(f"vocab_size {self.vocab_size} is not that of bytes, 257, which mean something "
+                             "else: name T5's spiece.model, --set tokenizer_path=FILE")
         patches = (self.vit_size // self.patch_size) ** 2
         if not patches or self.encoders != "none" and self.image_tokens not in (0, patches):
             raise ValueError(f"image_tokens {self.image_tokens}, but vit_size and patch_size make {patches}")
@@ -181,7 +187,10 @@ class Config:
         tokenizer_path and T5's end mark. What is too long is cut (not the end mark), which is said once."""
         codes, end = [byte + 1 for byte in text.encode()], []
         if self.tokenizer_path:
-            codes, end = tokenizer(self.tokenizer_path).encode(text), [1]
+            pieces = tokenizer(self.tokenizer_path)
+            if (size := pieces.vocab_size()) > self.vocab_size:
+                raise ValueError(f"{self.tokenizer_path} has {size} pieces, vocab_size is {self.vocab_size}")
+            codes, end = pieces.encode(text), [END]
         room = self.text_len - len(end)
         if len(codes) > room:
             say_once(f"note: an instruction has {len(codes + end)} codes and is cut to text_len = "
@@ -214,6 +223,12 @@ def check_at_least(config, least, *fields):
             raise ValueError(f"{field} {value} must be at least {least}")
 
 
+def check_axes(name, x, want, axes):
+    """The first axes of x are as long as `want` says."""
+    if x.shape[:len(want)] != want:
+        raise ValueError(f"{name} {tuple(x.shape)} given, {want} = {axes} expected")
+
+
 # ---------------------------------------------------------------- the unified vector
 
 # One arm: {pattern: (first place, parts)}. Units: m, rad, m/s, rad/s; grippers 0 closed .. 1 open. The angles
@@ -229,11 +244,15 @@ UNIFIED = {side + pattern.format(part): base + first + i
 UNIFIED |= {"base_vel_x": 100, "base_vel_y": 101, "base_angular_vel": 102}
 
 
+# The places of cameras in released weights, in their order. A single arm's wrist is the right one.
+CAMERA_PLACES = ("external", "right_wrist", "left_wrist")
+
+
 @functools.lru_cache
 @torch.compiler.assume_constant_result
-def index_of(places, device):
-    """Places as a tensor. Kept: a copy from the host in every step would make the host wait."""
-    return torch.tensor(places, device=device)
+def constants(numbers, device):
+    """A tuple as a tensor. Kept: a copy from the host in every step would make the host wait."""
+    return torch.tensor(numbers, device=device)
 
 
 def slots(names):
@@ -252,12 +271,12 @@ def slots(names):
 
 def pack(x, places, dim=128):
     """(..., A) -> (..., dim): every number to its place, 0 elsewhere."""
-    return x.new_zeros(*x.shape[:-1], dim).index_copy(-1, index_of(tuple(places), x.device), x)
+    return x.new_zeros(*x.shape[:-1], dim).index_copy(-1, constants(tuple(places), x.device), x)
 
 
 def unpack(x, places):
     """(..., dim) -> (..., A): the inverse of `pack`."""
-    return x.index_select(-1, index_of(tuple(places), x.device))
+    return x.index_select(-1, constants(tuple(places), x.device))
 
 
 # ---------------------------------------------------------------- SigLIP: patches of pictures become tokens
@@ -561,9 +580,12 @@ class RDT(nn.Module):
         super().__init__()
         c = self.config = config
         self.places = {"action": slots(c.action_names), "state": slots(c.state_names)}
+        self.kept = {}  # tokens that encoders which do not learn made of an instruction, of the background
+        self.register_load_state_dict_post_hook(lambda model, _: model.kept.clear())
         if c.encoders != "none":
             self.vision = Siglip(c.vit_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_mlp, c.vit_heads,
                                  c.checkpointing).requires_grad_(c.encoders == "train")
+        if c.encoders in ("train", "frozen"):
             self.t5 = T5Encoder(c.vocab_size, c.t5_width, c.t5_depth, c.t5_heads, c.t5_head_dim, c.t5_mlp,
                                 c.t5_buckets, c.t5_distance, c.checkpointing)
             self.t5.requires_grad_(c.encoders == "train")
@@ -614,6 +636,7 @@ class RDT(nn.Module):
                     m.reset_parameters()
             self.vision.position.normal_(std=c.image_init * c.vit_width ** -0.5)
             self.vision.patch.weight.mul_(c.image_init)
+        if c.encoders in ("train", "frozen"):
             for m in self.t5.modules():
                 if isinstance(m, nn.Linear):
                     m.weight.normal_(std=m.in_features ** -0.5)
@@ -636,80 +659,102 @@ class RDT(nn.Module):
         return batch[f"{kind}_valid"].float()
 
     def hide(self, batch):
-        """[12], each with its own draw: state (hidden: 0, the mean; shown: with noise), masks of state and
+        """[12], each with its own draw: state (hidden: the mean; shown: with noise), masks of state and
         actions (0), control frequency (0), every picture (the background), instruction (empty)."""
-        B, device = len(batch["state"]), batch["state"].device
-        shown = lambda *shape: torch.rand(B, *shape, device=device) >= self.config.mask_prob
-        noise = self.config.state_noise * torch.randn_like(batch["state"])
-        if not self.places["state"]:  # packed: none on places that the robot lacks
-            noise = noise * self.valid("state", batch)[:, None]
-        hidden = batch | {"state": (batch["state"] + noise) * shown(1, 1), "masks_shown": shown(1, 1)}  # [12]
-        if "control_hz" in batch:
-            hidden["control_hz"] = batch["control_hz"] * shown()
-        if "images" in batch:
-            hidden["image_mask"] = shown(*batch["images"].shape[1:3]) & (batch.get("image_mask", 1) > 0)
+        c, state, device = self.config, batch["state"], batch["state"].device
+        shown = lambda *shape: torch.rand(len(state), *shape, device=device) >= c.mask_prob
+        mean, std = constants(c.state_mean or (0.0,), device), constants(c.state_std or (1.0,), device)
+        noise = c.state_noise * std * torch.randn_like(state)
+        if not self.places["state"]:  # packed: nothing on places that the robot lacks
+            mean, noise = (x * self.valid("state", batch)[:, None] for x in (mean, noise))
+        if not c.mask_prob:
+            return batch | {"state": state + noise}
+        hidden = batch | {"state": torch.where(shown(1, 1), state + noise, mean), "masks_shown": shown(1, 1)}
+        hidden["control_hz"] = batch.get("control_hz", 0.0) * shown()           # [12]
+        if V := c.cameras if "image_embeds" in batch else c.n_cameras:
+            hidden["image_mask"] = shown(c.n_obs_steps, V) & (batch.get("image_mask", 1) > 0)
         told = shown(1)
-        if "lang_embeds" in batch:  # as an empty text: the first word alone, and that one without meaning
-            hidden["lang_embeds"] = batch["lang_embeds"] * told[..., None]
-            hidden["lang_mask"] = self.lang_mask(batch) & told
+        if "lang_embeds" in batch:
+            if "empty_embeds" not in batch:
+                raise ValueError("hidden instructions (mask_prob) take empty_embeds (B, n, D_t5)")
+            lang, empty = batch["lang_embeds"], batch["empty_embeds"]
+            L, n = lang.shape[1], empty.shape[1]
+            hidden["lang_embeds"] = torch.where(told[..., None], lang, F.pad(empty, (0, 0, 0, L - n)))
+            mask = batch.get("lang_mask", torch.ones_like(lang[..., 0])) > 0
+            hidden["lang_mask"] = torch.where(told, mask, torch.arange(L, device=device) < n)
         elif "text" in batch:
             hidden["text"] = batch["text"] * told
+            hidden["text"][:, :1] += ~told * (END if c.tokenizer_path else 0)
         return hidden
 
+    def background(self, batch):
+        """SigLIP's tokens of a picture without content, (B or 1, 1, 1, N, D_vit): given, or made here; once
+        if SigLIP does not learn."""
+        if "background_embeds" in batch:
+            return batch["background_embeds"][:, None, None]
+        if self.config.encoders == "none":
+            raise ValueError("hidden pictures (mask_prob, image_mask) take background_embeds (B, N, D_vit)")
+        tokens, size = self.kept.get("background"), self.vision.size
+        if tokens is None:
+            tokens = self.vision(self.img_pos.new_full((1, 3, size, size), BACKGROUND / 127.5 - 1))
+        if self.config.encoders != "train":
+            self.kept["background"] = tokens
+        return tokens[:, None, None]
+
     def encode_images(self, batch):
-        """SigLIP's tokens of all pictures, the older step first, then camera by camera: (B, To V patches,
-        D_vit). What image_mask hides, and cameras that the robot lacks, show the background."""
-        c, dtype, tokens = self.config, self.vision.position.dtype, []
-        grid = len(batch["state"]), c.n_obs_steps, c.n_cameras                  # (B, To, V)
-        if c.n_cameras:
-            images = batch["images"]                                            # (B, To, V, 3, H, W)
-            mask = batch.get("image_mask", images.new_ones(images.shape[:3]))
-            if images.shape[:3] != grid or mask.shape != grid:
-                raise ValueError(f"images {tuple(images.shape[:3])}, image_mask {tuple(mask.shape)} given, "
-                                 f"{grid} = (B, n_obs_steps, n_cameras) expected; mask what is missing")
-            grey = BACKGROUND / 127.5 - 1 if images.is_floating_point() else BACKGROUND
-            images = images.masked_fill(~mask.bool()[..., None, None, None], grey).flatten(0, 2)
+        """Tokens of all pictures, the older step first, then place by place (B, To cameras N, D_vit): given,
+        or SigLIP's. What image_mask hides, and cameras that the robot lacks, show the background."""
+        c, x, mask = self.config, batch.get("image_embeds"), batch.get("image_mask")
+        grid = len(batch["state"]), c.n_obs_steps, c.n_cameras if x is None else c.cameras  # (B, To, V)
+        if x is not None:
+            check_axes("image_embeds", x, (len(x), self.img_pos.shape[1], c.vit_width), "(B, M, vit_width)")
+            x = x.unflatten(1, (*grid[1:], -1))                                 # (B, To, V, N, D_vit)
+        elif c.encoders == "none":
+            raise ValueError("encoders='none' takes image_embeds, 'images' and 'frozen' pictures")
+        elif c.n_cameras:
+            check_axes("images", batch["images"], grid, "(B, n_obs_steps, n_cameras)")
+            images = batch["images"].flatten(0, 2)                              # (B To V, 3, H, W)
             if not images.is_floating_point():
                 images = fit_square(images.float(), c.vit_size)                 # (B To V, 3, size, size)
-            tokens += [self.vision(images.to(dtype)).unflatten(0, grid)]        # (B, To, V, patches, D_vit)
-        if c.n_cameras < c.cameras:  # one picture of the background stands for every camera that is missing
-            blank = torch.full((1, 3, c.vit_size, c.vit_size), float(BACKGROUND), device=self.img_pos.device)
-            x = self.vision(fit_square(blank, c.vit_size).to(dtype))            # (1, patches, D_vit)
-            tokens += [x.expand(*grid[:2], c.cameras - c.n_cameras, -1, -1)]
-        return torch.cat(tokens, dim=2).flatten(1, 3)
+            x = self.vision(images.to(self.vision.position.dtype)).unflatten(0, grid)
+        if mask is not None and x is not None:
+            check_axes("image_mask", mask, grid, "(B, n_obs_steps, cameras)")
+            x = torch.where(mask[..., None, None] > 0, x, self.background(batch).to(x.dtype))
+        if grid[2] < c.cameras:
+            missing = self.background(batch).expand(*grid[:2], c.cameras - grid[2], -1, -1)
+            x = missing if x is None else torch.cat([x, missing], dim=2)
+        return x.flatten(1, 3)
 
-    def lang_mask(self, batch):
-        """Which tokens of the instruction are read, (B, L): real ones, and the first, all that "" has."""
-        if "lang_embeds" in batch:
-            mask = batch.get("lang_mask", torch.ones_like(batch["lang_embeds"][..., 0])).bool()
-        else:
-            mask = batch["text"] > 0
-        return mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
-
-    def read(self, batch):
-        """What the blocks read, brought by the batch or made by the encoders: tokens of the
-        instruction (B, L, D_t5), which of them are real (B, L), tokens of the pictures (B, M, D_vit)."""
-        c, mask = self.config, self.lang_mask(batch)
-        lang, images = batch.get("lang_embeds"), batch.get("image_embeds")
-        if c.encoders == "none" and (lang is None or images is None):
-            raise ValueError("encoders='none' takes image_embeds and lang_embeds, 'frozen' pictures and text")
+    def encode_text(self, batch):
+        """Tokens of the instruction (B, L, D_t5), given or T5's, and which of them are read (B, L): the real
+        ones and the first, all that "" has. A T5 that does not learn reads each instruction once, unpadded;
+        L is then that of the longest, and the host waits for the codes."""
+        c, lang, text = self.config, batch.get("lang_embeds"), batch.get("text")
+        if lang is None and c.encoders in ("none", "images"):
+            raise ValueError(f"encoders={c.encoders!r} takes lang_embeds, 'frozen' text")
+        mask = text > 0 if lang is None else batch.get("lang_mask", torch.ones_like(lang[..., 0])) > 0
+        mask = mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
         if mask.shape[1] > c.text_len:
             raise ValueError(f"text of {mask.shape[1]} codes given, at most text_len = {c.text_len} expected")
-        lang = self.t5(batch["text"], mask) if lang is None else lang
-        images = self.encode_images(batch) if images is None else images
-        for name, x, want in (("lang_embeds", lang, (mask.shape[1], c.t5_width)),
-                              ("image_embeds", images, (self.img_pos.shape[1], c.vit_width))):
-            if x.shape[1:] != want:
-                raise ValueError(f"{name} {tuple(x.shape[1:])} given, {want} expected: tokens, their width")
-        return lang, mask, images
+        if lang is None and c.encoders == "train":
+            lang = self.t5(text, mask)
+        elif lang is None:
+            texts = [tuple(codes[:n]) for codes, n in zip(text.tolist(), mask.sum(1).tolist())]
+            for codes in {*texts} - {*self.kept}:
+                real = torch.tensor([codes], device=text.device)
+                self.kept[codes] = self.t5(real, real >= 0)[0]
+            lang = nn.utils.rnn.pad_sequence([self.kept[codes] for codes in texts], batch_first=True)
+            mask = mask[:, :lang.shape[1]]
+        check_axes("lang_embeds", lang, (*mask.shape, c.t5_width), "(B, L, t5_width)")
+        return lang, mask
 
     def encode(self, batch):
         """Everything that does not change from one diffusion step to the next, once per observation: keys and
         values of each block's condition, the state's numbers, the masks, the control frequency."""
         c, dtype = self.config, self.x_pos.dtype
-        lang, mask, images = self.read(batch)
+        lang, mask = self.encode_text(batch)
         lang = self.lang_adaptor(lang.to(dtype)) + self.lang_pos[:, :lang.shape[1]]  # (B, L, D)
-        images = self.img_adaptor(images.to(dtype)) + self.img_pos              # (B, M, D)
+        images = self.img_adaptor(self.encode_images(batch).to(dtype)) + self.img_pos  # (B, M, D)
         bias = torch.where(mask, 0.0, MASKED)[:, None, None].to(dtype)          # (B, 1, 1, L)
         conditions = []
         for i, block in enumerate(self.blocks):
@@ -744,10 +789,11 @@ class RDT(nn.Module):
 
         batch: actions (B, Tp, A); action_mask (B, Tp), False past an episode's end, where the data repeat the
         last action; state (B, To, S); control_hz (B,), 0 or left out: not known; images (B, To, V, 3, H, W),
-        uint8, or floats already fitted to vit_size and scaled to [-1, 1], with image_mask (B, To, V) if some
-        are missing, or image_embeds (B, M, D_vit); text (B, L), or lang_embeds (B, L, D_t5) and lang_mask
-        (B, L); packed: action_valid, state_valid (B, U). Masks are bool or 0 and 1. noise (n B, Tp, U), t
-        (n B,), all items once, then again: drawn when not given. Time: t = 0 is almost data, t = K - 1 noise.
+        uint8, or floats already fitted to vit_size and scaled to [-1, 1], or image_embeds (B, M, D_vit), with
+        image_mask (B, To, cameras) if some are missing; text (B, L), or lang_embeds (B, L, D_t5) and
+        lang_mask (B, L); beside embeddings what hidden ones show, background_embeds (B, N, D_vit) and
+        empty_embeds (B, n, D_t5); packed: action_valid, state_valid (B, U). Masks are bool or 0 and 1. noise
+        (n B, Tp, U), t (n B,), all items once, then again: drawn when not given.
         -> {"loss": (), "per_sample": (n B,), "t": (n B,) in [0, 1]}"""
         c, x0, mask = self.config, self.unify("action", batch["actions"]), batch["action_mask"]
         mask = torch.ones_like(mask) if c.train_on_padding else mask            # (B, Tp); x0 (B, Tp, U)
@@ -866,7 +912,8 @@ RELEASED = {"action_dim": 14, "state_dim": 14, "action_names": ALOHA, "state_nam
             "vit_depth": 27, "vit_mlp": 4304, "vit_heads": 16, "t5_width": 4096, "t5_depth": 24,
             "t5_heads": 64, "t5_head_dim": 64, "t5_mlp": 10240, "norm": "released", "qk_init": 1.0,
             "adaptor_init": 1.0, "image_init": 1.0, "pos_init": 1.0, "masked": False, "n_draws": 1,
-            "time_alpha": 1.0, "mask_prob": 0.1, "train_on_padding": True}
+            "time_alpha": 1.0, "mask_prob": 0.1, "state_noise": 0.01, "train_on_padding": True,
+            "hide_before_start": True}
 PRESETS = {
     "tiny": {},  # learns the built-in task on two CPU cores
     # 166,229,888 and 1,228,319,872 parameters, adaptors included; SigLIP 412,987,248, T5-XXL 4,762,310,656
@@ -874,7 +921,8 @@ PRESETS = {
     "1B": RELEASED | {"width": 2048, "depth": 28, "n_heads": 32},
 }
 FINE_TUNING = {"steps": 200_000, "batch_size": 32, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
-               "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 1e-2, "normalizer": "meanstd"}
+               "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 1e-2,
+               "normalizer": "none"}  # rad and m as they are; grippers 0 .. 1, see configs/rdt_aloha.yaml
 # ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
 # ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {

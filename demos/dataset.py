@@ -18,6 +18,8 @@ from demos.keys import check_extra, choose_keys, width
 from demos.limits import refuse_beyond_memory
 from demos.reading import Reader
 from demos.split import split_episodes
+from demos.still import leave_out
+from demos.usual import usual_of
 from robot import tabletop
 from robot.errors import UserError, fingerprint, say
 from robot.processing import Processing
@@ -42,6 +44,7 @@ class Demos:
         first = episodes[0]
         self.source, self.episodes, self.memory_gb = str(source), episodes, memory_gb
         self.reader, self.notes = Reader(colour), keys.lines(label_keys)
+        self.embeddings = None                  # demos.embeddings.Embeddings, instead of pictures and texts
         self.train_episodes, self.valid_episodes = split
         for episode in episodes:
             cameras = keys.cameras
@@ -58,9 +61,7 @@ class Demos:
         self.state_keys = {key: width(first.obs[key]) for key in keys.state}
         self.camera_keys, self.action_names = list(keys.cameras), first.action_names
         self.label_keys = label_keys
-        self.processing = Processing(processing, self.state_keys, self.camera_keys)
-        self.shown = np.array([[key in e.obs for _, key in self.processing.places] for e in episodes],
-                              bool)
+        self.process(Processing(processing, self.state_keys, self.camera_keys))
         self.raw_action_dim = first.actions.shape[1]
         self.action_dim = self.processing.action_dim(self.raw_action_dim)
         self.state_dim = self.processing.state_dim
@@ -87,6 +88,10 @@ class Demos:
         self.notes += remarks(self)
         self.close()
 
+    def process(self, processing):
+        self.processing = processing
+        self.shown = np.array([[key in e.obs for _, key in processing.places] for e in self.episodes], bool)
+
     def _size(self, episode, key):
         """(H, W) of a camera; a compressed one is decoded for it."""
         array = episode.obs[key]
@@ -94,9 +99,13 @@ class Demos:
             return array.shape[1:3]
         return self.reader.frames(episode, key, 0, 1).shape[1:3]
 
+    def raw_actions(self, e):
+        """Of episode e, as the file has them: (T, A) float32, with the steps that are left out."""
+        return self.reader.read(self.episodes[e], self.episodes[e].actions).astype(np.float32)
+
     def _numbers(self, episode, key, array):
         with np.errstate(over="ignore"):                # what float32 cannot hold becomes infinite, see below
-            x = self.reader.read(episode, array).reshape(episode.length, -1).astype(np.float32)
+            x = self.reader.read(episode, array).reshape(episode.steps, -1).astype(np.float32)[episode.begin:]
         for fault in nonfinite(episode.name, key, x):
             raise UserError(fault)
         return x
@@ -123,7 +132,8 @@ class Demos:
         out = np.zeros((hi - lo, len(places), 3, *self.image_size), np.uint8)
         for v, key in [(v, places[v][1]) for v in np.flatnonzero(self.shown[e])]:
             for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
-                frames = self.reader.frames(self.episodes[e], key, at, min(at + 16, hi))    # (T, H, W, 3)
+                begin = self.episodes[e].begin
+                frames = self.reader.frames(self.episodes[e], key, begin + at, begin + min(at + 16, hi))
                 if frames.shape[1:3] != self.image_size and not self.resizing:
                     raise UserError(f"{self.episode_names[e]}: '{key}' is {frames.shape[1:3]}, others are "
                                     f"{self.image_size}: --image_size H W brings pictures to one size")
@@ -151,7 +161,12 @@ class Demos:
                 "instructions": sorted(set(self.instructions) - {""}), "episode_names": self.episode_names,
                 "fingerprint": self.fingerprint, "lengths": self.lengths.tolist(),
                 "train_episodes": self.train_episodes.tolist(),
-                "valid_episodes": self.valid_episodes.tolist()}
+                "valid_episodes": self.valid_episodes.tolist(), "usual": self.usual()}
+
+    def usual(self):
+        """How the episodes trained on usually are, for robot/preflight.py."""
+        return usual_of([self.episodes[e] for e in self.train_episodes], list(self.state_keys),
+                        self.camera_keys, self.fps, self.colour)
 
 
 def rates(episodes):
@@ -199,7 +214,7 @@ def remarks(demos):
 
 def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, episodes=None, val_ratio=None,
                max_train_episodes=None, seed=0, cache=None, memory_gb=4.0, image_size=None, colour="bgr",
-               processing=None):
+               processing=None, still=0.0, shortest=0):
     """Open and check demonstrations: -> Demos. Raises UserError for what is wrong, prints notes to stderr.
 
     source       "tabletop", "tabletop_velocity" (the other robot), or a path, folder or glob of files in a
@@ -223,6 +238,8 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
                  stay as they are, and all have to have one size
     colour       order of the colours in JPEG frames, see demos/jpeg.py: "bgr" (OpenCV's recorders) or "rgb"
     processing   what is done to numbers and pictures before the normaliser, see robot/processing.py
+    still        steps are left out before the state has moved so far, see demos/still.py
+    shortest     episodes of less steps are left out
     """
     if source in tabletop.ROBOTS:
         files = [tabletop_file(obs != "lowdim", episodes, seed, cache, source)]
@@ -233,13 +250,14 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
     check_colour(colour)
     found = [episode for path in files for episode in read_episodes(path)]
     keys = choose_keys(found, obs, text, shape_meta, extra)
+    found, left_out = leave_out(found, keys.state, still, shortest)
     split, notes = split_episodes(found, val_ratio, max_train_episodes, seed)
     demos = Demos(source, found, keys, extra, split, memory_gb, image_size, colour, processing)
     for key in keys.cameras if shape_meta else []:
         if tuple(shape_meta["obs"][key]["shape"]) != (3, *demos.image_size):
             raise UserError(f"shape_meta: '{key}' is {shape_meta['obs'][key]['shape']}, but the pictures of "
                             f"{source} are {[3, *demos.image_size]}: correct it, or resize: --image_size H W")
-    demos.notes += notes
+    demos.notes += notes + left_out
     missing = sum(not text for text in demos.instructions)
     if text and missing:
         demos.notes.append(f"{source} has no instructions, texts are empty: set 'language_instruction'"

@@ -49,13 +49,20 @@ class Episode:
     split: str = None           # "train", "valid", "" (in neither mask), None (the file has no masks)
     mask_fault: str = ""        # why the file's masks cannot be used
     notes: list = field(default_factory=list)       # what was guessed or passed over while reading it
+    begin: int = 0              # steps of the file before the first that is used, see demos/still.py
 
     def __post_init__(self):
         self.rollout = self.rollout or (self.file, self.name)
 
     @property
-    def length(self):
+    def steps(self):
+        """In the file."""
         return (*self.actions.shape, 0)[0]
+
+    @property
+    def length(self):
+        """Steps that are used."""
+        return self.steps - self.begin
 
 
 def kind_of(shape, dtype):
@@ -88,8 +95,8 @@ def faults(episode, first, state_keys, camera_keys, resized=False):
         yield f"{e.name} has {e.length} step, an episode needs at least 2: leave it out of the file"
     if e.fps is not None and not 0 < e.fps < float("inf"):
         yield f"{e.name}: the control frequency is {e.fps:g} Hz, it must be above 0: correct attribute 'fps'"
-    if e.num_samples not in (None, e.length):
-        yield f"{e.name}: num_samples says {e.num_samples:g}, actions have {e.length} steps: correct it"
+    if e.num_samples not in (None, e.steps):
+        yield f"{e.name}: num_samples says {e.num_samples:g}, actions have {e.steps} steps: correct it"
     if actions.shape[1:] != first.actions.shape[1:]:
         yield (f"{e.name}: actions have shape {actions.shape[1:]} per step, in {first.name} "
                f"{first.actions.shape[1:]}: keep different robots in different data sets")
@@ -98,8 +105,8 @@ def faults(episode, first, state_keys, camera_keys, resized=False):
             yield f"{e.name} has observations {few(e.obs)}, but no '{key}'{nearest(key, e.obs)}"
             continue
         array, like = e.obs[key], first.obs.get(key)
-        if array.shape[:1] != (e.length,):
-            yield f"{e.name}: actions have {e.length} steps, '{key}' is {array.shape}: cut the longer one"
+        if array.shape[:1] != (e.steps,):
+            yield f"{e.name}: actions have {e.steps} steps, '{key}' is {array.shape}: cut the longer one"
         if key in state_keys and array.dtype.kind not in "fiub":
             yield f"{e.name}: '{key}' is {one_line(array.dtype, 60)}, write a state as float (T, D)"
         if key in camera_keys and array.kind not in ("camera", "jpeg"):
@@ -120,7 +127,7 @@ def label_of(episode, name, dim):
     if name not in known:
         raise UserError(f"{e.name} has no label '{name}'{hint(name, known)}")
     array = known[name]
-    shapes = [(e.length, dim)] + [(e.length,)] * (dim == 1)
+    shapes = [(e.steps, dim)] + [(e.steps,)] * (dim == 1)
     if array.shape not in shapes or array.dtype.kind not in "fiub":
         raise UserError(f"{e.name}: label '{name}' is {one_line(array.dtype, 60)} {array.shape}, extra asks "
                         f"for numbers {' or '.join(map(str, shapes))}")

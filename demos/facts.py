@@ -2,7 +2,9 @@
 import torch
 
 from robot import tabletop
-from robot.errors import few, one_line, say
+from robot.errors import UserError, few, one_line, say
+from robot.processing import Processing
+from robot.released_rdt import camera_places
 
 LONGEST_TEXT = 1024             # bytes; text_len does not follow an instruction beyond that
 
@@ -27,6 +29,28 @@ def facts_of(demos, module, options):
     elif hasattr(module, "UNIFIED"):
         facts |= place_names(demos, module, given)
     return facts
+
+
+def place_cameras(demos, module, given):
+    """Released weights of rdt know their cameras by places. They are named in processing: cameras; where they
+    are not, names that leave no doubt do."""
+    if not hasattr(module, "CAMERA_PLACES") or not given.get("max_cameras") or not demos.camera_keys:
+        return
+    cameras = demos.processing.spec.get("cameras") or {}
+    if not cameras:
+        for key in demos.camera_keys:
+            has = lambda *words: any(word in key.lower() for word in words)
+            outside = has("front", "high", "top", "head", "side", "ext", "base", "agentview")
+            on_arm = has("wrist", "hand", "gripper", "left", "right") and not outside
+            place = "external" if not on_arm else "left_wrist" if has("left") else "right_wrist"
+            if place in cameras:
+                raise UserError(f"cameras {cameras[place]!r} and {key!r} would both be {place}: name them in "
+                                f"YAML, processing: cameras: {{external: KEY, right_wrist: KEY, ..}}")
+            cameras[place] = key
+        taken = ", ".join(f"{place}: {key}" for place, key in cameras.items())
+        say(f"cameras are taken for {taken}; to say it yourself: processing: cameras: in YAML")
+    spec = demos.processing.spec | {"cameras": camera_places(cameras, module)}
+    demos.process(Processing(spec, demos.state_keys, demos.camera_keys))
 
 
 def text_facts(demos, module, given, blind, chosen):

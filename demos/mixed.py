@@ -31,7 +31,7 @@ class MixedDemos(Demos):
                                     f"names {len(places)}: name each, in their order")
         chain = lambda name: [x for demos in self.parts for x in getattr(demos, name)]
         self.source, self.memory_gb = " + ".join(d.source for d in self.parts), first.memory_gb
-        self.notes, self.episodes = [], chain("episodes")
+        self.notes, self.episodes, self.embeddings = [], chain("episodes"), None
         self.state_keys, self.camera_keys, self.action_names, self.state_names = {}, first.camera_keys, [], []
         self.image_size, self.state_dim, self.action_dim = first.image_size, dim, dim
         self.raw_action_dim, self.processing = dim, Processing({}, {}, self.camera_keys)
@@ -67,12 +67,15 @@ class MixedDemos(Demos):
         for demos in self.parts:
             demos.close()
 
+    def usual(self):
+        return {}                               # of a mixture nothing is; each robot has its own
+
     def description(self):
         each = {}
         for name, demos in zip(self.robots, self.parts):
             part = demos.description()
             keys = ("source", "fps", "state_keys", "camera_keys", "image_size", "camera_sizes",
-                    "action_names")
+                    "action_names", "usual")
             each[name] = {key: part[key] for key in keys} | {"places": self.places[name]}
         whole = super().description()
         return whole | {"state_dim": self.state_dim, "robots": each}

@@ -40,6 +40,16 @@ def fit_normalizer(demos, mode="minmax", steps=None):
     return Normalizer.fit({kind: columns(demos, kind, steps) for kind in ("actions", "state")}, mode)
 
 
+def state_spread(demos, normalizer):
+    """{"state_mean", "state_std"}: of the training states, in the network's units. Facts of rdt's Config:
+    rounded, so that they read well."""
+    of = [(x.mean(), x.std()) if len(x) else (0.0, 0.0) for x in columns(demos, "state")]
+    mean, std = torch.tensor(of, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    mean, std = normalizer.normalize("state", mean), std * normalizer.scale["state"]
+    return {name: tuple(round(value, 6) + 0.0 for value in x.tolist())
+            for name, x in (("state_mean", mean), ("state_std", std))}
+
+
 def largest(demos, normalizer, steps=None):
     """The largest absolute value of the normalised actions that are trained on: what a sampler may cut x0 to.
     Exactly 1 where the normaliser brought them to [-1, 1]."""

@@ -21,7 +21,7 @@ from .processing import Processing
 from .realtime import guidance
 from .released import build_model
 from .text import prompts
-from .transforms import same_shape
+from .transforms import same_shape, through_jpeg
 
 BACKGROUND = 127          # grey level, 0..255, of a camera that is covered or that a robot does not have
 
@@ -136,7 +136,9 @@ class Policy:
             shown = torch.tensor([key in values for _, key in self.processing.places])
             if not shown.all():
                 step["image_mask"] = shown.expand(n, -1)
-        if getattr(self.model.config, "text_len", 0):
+        if getattr(self.model.config, "encoders", "") in ("images", "none"):
+            step["lang_embeds"] = self.prepare_embeds(observation.get("lang_embeds"), n)
+        elif getattr(self.model.config, "text_len", 0):
             step["text"] = self.prepare_text(observation.get("instruction"), step["state"])
         return step, single
 
@@ -215,6 +217,7 @@ class Policy:
             if has not in (size, seen):
                 say_once(f"observation {key!r} is {has[0]} x {has[1]} and is resized to {size[0]} x "
                          f"{size[1]}")
+            image = through_jpeg(image) if self.processing.jpeg else image
             image = image if self.processing.by_model else self.processing.image(image, size)
             images.append(self.fit(np.full_like(image, BACKGROUND) if key in self.without else image))
         return torch.from_numpy(np.stack(images, axis=1))                       # (n, V, H, W, 3)
@@ -225,6 +228,25 @@ class Policy:
         if not self.processing.by_model:
             return image
         return self.model.fit(torch.from_numpy(image).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+
+    def prepare_embeds(self, tokens, n):
+        """An instruction that arrives as T5's tokens, (L, D) or (n, L, D)."""
+        if self.model.config.encoders == "none":
+            raise UserError("the policy takes pictures as tokens of SigLIP, which its weights lack: name "
+                            "both folders, --init RDT,SIGLIP")
+        if tokens is None:
+            raise UserError("the policy reads T5's tokens: add 'lang_embeds' (L, D) to the observation, from "
+                            "python -m tools.embed --text")
+        try:
+            tokens = torch.as_tensor(np.asarray(tokens, np.float32))
+        except (TypeError, ValueError):
+            raise UserError("observation 'lang_embeds' is no array of numbers") from None
+        wanted = self.model.config.t5_width
+        tokens = tokens.expand(n, -1, -1) if tokens.ndim == 2 else tokens
+        if tokens.ndim != 3 or len(tokens) != n or tokens.shape[2] != wanted or not tokens.isfinite().all():
+            raise UserError(f"observation 'lang_embeds' has shape {tuple(tokens.shape)}, finite (tokens, "
+                            f"{wanted}) are expected")
+        return tokens
 
     def prepare_text(self, told, state):
         n, known = len(state), self.description.get("instructions")
@@ -275,8 +297,12 @@ class Policy:
         if any("image_mask" in h for h in history):
             shown = torch.ones(len(state), len(self.processing.places), dtype=torch.bool)
             batch["image_mask"] = torch.stack([h.get("image_mask", shown) for h in history], dim=1)
-        if "text" in history[0]:
-            batch["text"] = history[-1]["text"]
+        if missing and "images" in batch and getattr(self.model.config, "hide_before_start", False):
+            shown = batch.setdefault("image_mask", torch.ones(batch["images"].shape[:3], dtype=torch.bool))
+            batch["image_mask"] = shown & (torch.arange(shown.shape[1]) >= missing)[:, None]
+        for key in ("text", "lang_embeds"):
+            if key in history[0]:
+                batch[key] = history[-1][key]
         if self.places:
             batch |= {f"{kind}_valid": self.valid(kind, len(state)) for kind in ("action", "state")}
         batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}

@@ -55,9 +55,10 @@ class Processing:
         self.relative = isinstance(last, dict) and list(last) == ["delta"]
         self.steps = parse_steps(steps[:-1] if self.relative else steps, "processing: actions")
         self.delta_to, self.absolute = self.parse_delta(last["delta"]) if self.relative else (None, [])
-        self.rule = part(spec, "images")
-        fields(self.rule, "processing: images", (), ("fit", "filter", "fill"))
+        self.rule = dict(part(spec, "images"))
+        fields(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
         transforms.check_rule(self.rule, "processing: images")
+        self.jpeg = self.rule.pop("jpeg", False)    # on the robot; pictures of a data set stay as they are
         self.by_model = self.rule.get("fit") == "model"
         self.places = self.parse_cameras(list(camera_keys))
         self.normalize = {key: self.parse_modes(key, mode) for key, mode in part(spec, "normalize").items()}

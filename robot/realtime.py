@@ -18,26 +18,26 @@ chunk holds them. The new chunk is sampled under the condition that it begins wi
 drawn towards the rest of the old one, less and less. No training is needed: each step of the sampler is
 guided.
 
-    step     0 ..          8           8 + d              Tp
-    old      |  executed   |  executed |  not any more    |
-    new                    |  frozen   |  guided          |  free       |
-    weight W                  1           decays to 0        0
+    step        0              s               s + d               Tp              s + Tp
+    old chunk   |   executed   |   executed    |    not needed     |
+    new chunk                  | frozen, W = 1 | guided, W decays  | free, W = 0   |
+                               ^ observed       ^ there: the arm changes over
 
     [1]  v' = v + min(beta, (1 - tau) / (tau r^2)) (Y - A_hat)' diag(W) dA_hat/dA     tau = 1 is data
     [2]  A_hat = A + (1 - tau) v,   r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2)
     [3]  W_i = 1 for i < d;  c_i (e^c_i - 1) / (e - 1) for d <= i < end;  0 from there on
-         c_i = (end - i) / (end - d + 1)
+         c_i = (end - i) / (end - d + 1),   end = Tp - s
 
-Y: the old chunk, shifted. [1] is written for a flow. With x_t = alpha x0 + sigma eps and the scale divided
-out (tau = alpha / (alpha + sigma)) it reads, for flow and diffusion alike,
+Y: the old chunk, shifted by s. [1] is written for a flow. With x_t = alpha x0 + sigma eps and the scale
+divided out (tau = alpha / (alpha + sigma)) it reads, for flow and diffusion alike,
 
     [4]  x0' = x0 + sigma min(beta, sigma / (alpha r^2)) (Y - x0)' diag(W) dx0/dx_t
-    [5]  r^2 = s^2 sigma^2 / (s^2 alpha^2 + sigma^2)
+    [5]  r^2 = rho^2 sigma^2 / (rho^2 alpha^2 + sigma^2)
 
-r^2 is how uncertain x0 is, given x_t, if actions have the deviation s. Differs from the paper: there s = 1
-and beta = 5. But given an observation, normalised actions vary far less than over the whole data, and with s
-= 1 the guidance is too weak to keep a chunk from going round an obstacle on the other side. What the paper's
-numbers give is in docs/robots.md.
+r^2 is how uncertain x0 is, given x_t, if actions have the deviation rho. Differs from the paper: there
+rho = 1 and beta = 5. But given an observation, normalised actions vary far less than over the whole data, and
+with rho = 1 the guidance is too weak to keep a chunk from passing an obstacle on the other side. What the
+paper's numbers give is in docs/robots.md.
 
 Map: soft_mask, guidance -> strategies -> workers (who computes) -> RealTime (what a robot's program calls).
 A worker in another process or on another machine is in remote.py.
@@ -52,7 +52,7 @@ import torch
 from .errors import UserError, hint, say
 
 BETA = 20.0               # beta of [4], which bounds the guidance at the first steps, where alpha is near 0
-SPREAD = 0.3              # s of [5], in normalised units
+SPREAD = 0.3              # rho of [5], in normalised units
 RECENT = 10               # so many delays are remembered; the longest of them is expected next time
 DECAY = 0.01              # ACT's: a prediction that is one chunk older weighs e^0.01 times as much
 
@@ -71,7 +71,7 @@ def guidance(target, weight, places, clip=0.0, beta=BETA, spread=SPREAD):
     """The `guide` that a model's `sample` takes: it draws samples towards `target`.
 
     target (n, Tp, A), normalised; weight (Tp,); places: which numbers of x_t the A numbers are. clip: the
-    sampler's clip_x0, 0 where it does not clip. beta, spread: beta and s of [4] and [5]. The sampler runs
+    sampler's clip_x0, 0 where it does not clip. beta, spread: beta and rho of [4] and [5]. The sampler runs
     without gradients; here they are switched on for the product of a vector with the Jacobian, about two more
     passes through the network in every step.
     """

@@ -14,6 +14,7 @@ from .downloads import Release, open_download
 from .errors import UserError, few, one_line
 from .models import load_module, model_config
 from .released_dp import lerobot_diffusion, original
+from .released_rdt import read_rdt
 from .weight_files import refuse_not_finite
 
 # One line of the names of each model's official weights, by which a bare file is known.
@@ -44,7 +45,7 @@ def bare(download, model, hints):
 
 # Tried in this order: function(download, model or None, hints) -> Release or None.
 READERS = [lerobot_diffusion, original, released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma,
-           bare]
+           read_rdt, bare]
 
 
 def open_release(path, model=None, **hints):

@@ -51,12 +51,18 @@ def lerobot(download, model, hints):
     inputs, outputs = features(config)
     steps = known_steps(download)
     renames = steps["rename_observations_processor"].get("rename_map") or {}
+    if not isinstance(renames, dict) or not all(isinstance(name, str) for name in renames.values()):
+        raise UserError(f"{download.name}: rename_map is {one_line(renames, 60)}, no names of observations")
     renamed = {theirs: robots for robots, theirs in renames.items()}
     state_key = renamed.get(STATE, STATE)
     state_dim = inputs.get(STATE, ("STATE", [number(download, "max_state_dim", 32)]))[1][0]
     action_dim = outputs.get("action", ("ACTION", [number(download, "max_action_dim", 32)]))[1][0]
     cameras = places_of(download, [name for name, (what, _) in inputs.items() if what == "VISUAL"], renamed)
     fields = fields_of(download, kind)
+    square = [fields["vit_size"]] * 2
+    if config.get("image_resolution") not in (None, square):
+        raise UserError(f"{download.name}: config.json has image_resolution "
+                        f"{one_line(config['image_resolution'], 40)}, the weights see {square}")
     fields |= {"n_cameras": len(cameras), "max_cameras": max(3, len(cameras)), "antialias": False,
                "augment": False}
     own = {"horizon": "chunk_size", "n_action_steps": "n_action_steps", "text_len": "tokenizer_max_length"}
@@ -158,7 +164,7 @@ def openpi(download, model, hints):
                      f"{few(robots_of(kind), 20)}; or train it on data")
         return unnamed(kind, fields, download, notes)
     robot = ROBOTS[name]
-    horizon = download.config.get("action_horizon", robot.horizon)
+    horizon = number(download, "action_horizon", robot.horizon)
     fields |= {"horizon": horizon, "n_action_steps": min(robot.n_action_steps, horizon),
                "n_cameras": len(robot.cameras)}
     if kind == "pi05":

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import torch
 
-from .errors import UserError, hint
+from .errors import UserError, hint, one_line, say_once
 
 ONCE = 2**26                    # bytes of int32 in work at a time
 BITS = 22                       # of the weights, as Pillow has them
@@ -99,6 +99,18 @@ def pad(frames, size, fill):
     return out
 
 
+def through_jpeg(frames):
+    """Pictures (N, H, W, 3) uint8 as OpenCV's JPEG codec leaves them, at its usual quality of 95: RDT's
+    program on the robot sends its pictures through it, as its training data had been. Without OpenCV they
+    stay as they are, which is said once."""
+    try:
+        import cv2
+    except ImportError:
+        say_once("jpeg: pictures do not go through it, OpenCV is missing: pip install opencv-python-headless")
+        return frames
+    return np.stack([cv2.imdecode(cv2.imencode(".jpg", frame)[1], cv2.IMREAD_COLOR) for frame in frames])
+
+
 def check_rule(rule, where):
     """The `images:` of a processing description. Raises UserError."""
     for key, known in (("fit", FITS), ("filter", tuple(FILTERS))):
@@ -107,6 +119,8 @@ def check_rule(rule, where):
     fill = rule.get("fill", 0)
     if type(fill) is not int or not 0 <= fill <= 255:
         raise UserError(f"{where}: fill: {fill!r} should be a grey level, 0 to 255")
+    if type(rule.get("jpeg", False)) is not bool:
+        raise UserError(f"{where}: jpeg: {one_line(repr(rule['jpeg']), 40)} should be true or false")
 
 
 def same_shape(a, b):

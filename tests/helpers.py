@@ -12,6 +12,7 @@ import torch
 
 import data
 import dp_cnn
+import rdt
 from demos.dataset import open_demos
 from demos.mixed import MixedDemos
 from robot.errors import run_command
@@ -241,3 +242,31 @@ def rollout(env, obs, expert):
         obs, info = result[0], result[-1]
         if (info["outcome"] != "running").all():
             return result, {key: [h[key] for h in history] for key in history[0]}
+
+
+# RDT's own names, for what rdt.py calls otherwise.
+RDT_NAMES = {"t_embed.": "model.t_embedder.mlp.", "freq_embed.": "model.freq_embedder.mlp.",
+             "x_pos": "model.x_pos_embed", "lang_pos": "model.lang_cond_pos_embed",
+             "img_pos": "model.img_cond_pos_embed", "final_norm.": "model.final_layer.norm_final.",
+             "decoder.": "model.final_layer.ffn_final.", "blocks.": "model.blocks."}
+
+
+def write_rdt(folder, **sizes):
+    """A folder as RDT's authors publish theirs, with random weights. Two steps of three cameras."""
+    torch.manual_seed(0)
+    model = rdt.RDT(rdt.Config(**rdt.RELEASED | sizes))
+    torch.nn.init.normal_(model.decoder.fc2.weight)
+    weights = {}
+    for key, x in model.state_dict().items():
+        ours = next((name for name in RDT_NAMES if key.startswith(name)), "")
+        weights[RDT_NAMES.get(ours, "") + key[len(ours):]] = x
+    folder.mkdir(exist_ok=True)
+    torch.save(weights, folder / "pytorch_model.bin")
+    c = model.config
+    config = {"rdt": {"hidden_size": c.width, "depth": c.depth, "num_heads": c.n_heads},
+              "pred_horizon": c.horizon, "img_adaptor": "mlp2x_gelu",
+              "img_pos_embed_config": [["image", [2, 3, -c.image_tokens]]],
+              "noise_scheduler": {"num_train_timesteps": 500, "num_inference_timesteps": 4,
+                                  "beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -241,6 +241,9 @@ def test_golden_t5(case):
         case.check(f"grad/{key}", ours[name])
 
 
+FROZEN = {"encoders": "frozen", "tokenizer_path": "spiece.model"}
+
+
 def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -256,7 +259,7 @@ def test_published_sizes(preset, n):
         model = RDT(Config(**PRESETS[preset]))
     assert parameters(model) == n
     with torch.device("meta"):
-        whole = RDT(Config(**PRESETS[preset] | {"encoders": "frozen"}))
+        whole = RDT(Config(**PRESETS[preset] | FROZEN))
     assert [parameters(p) for p in (whole.vision, whole.t5)] == [412_987_248, 4_762_310_656]
     assert sum(p.numel() for p in whole.param_groups(0.0)[0]["params"]) == n  # the encoders stay
 
@@ -268,7 +271,7 @@ def test_released_weights_load_on_the_meta_device(preset, name):
     assert parameters(model) == n
     # Beside them SigLIP with its pooling head and T5, whose embedding has two names.
     whole = official | meta("siglip_so400m_patch14_384_vision")[0] | meta("t5_v1_1_xxl_encoder")[0]
-    config = Config(**PRESETS[preset] | {"encoders": "frozen"})
+    config = Config(**PRESETS[preset] | FROZEN)
     assert parameters(RDT.from_official(whole, config)) == n + 412_987_248 + 4_762_310_656
     del whole["encoder.embed_tokens.weight"]
     RDT.from_official(whole, config)
@@ -589,7 +592,7 @@ def test_a_fresh_network_predicts_zero_and_the_rest_is_initialised_as_released()
 def test_padded_words_cannot_change_the_output(masked):
     model = small(masked=masked)
     batch = small_batch(model.config)
-    tokens, mask = model.t5(batch["text"], model.lang_mask(batch)), model.lang_mask(batch)
+    tokens, mask = model.encode_text(batch)
     given = {k: v for k, v in batch.items() if k != "text"} | {"lang_embeds": tokens, "lang_mask": mask}
     base = predict(model, batch)
     assert torch.allclose(predict(model, given), base, atol=1e-5)  # embeddings instead of text
@@ -735,10 +738,6 @@ def test_training_hides_each_modality_with_its_own_draw():
     ).all()
     real = batch | {"image_mask": torch.zeros(B, 2, 2, dtype=torch.bool)}
     assert not model.hide(real)["image_mask"].any()  # what is missing stays missing
-    given = {"state": batch["state"], "lang_embeds": torch.ones(B, 4, 16)}
-    empty = model.hide(given)
-    without = empty["lang_embeds"][:, 0, 0] == 0
-    assert 0.08 < without.float().mean() < 0.12 and not empty["lang_mask"][without].any()
     assert not torch.equal(model.hide(batch)["state"], batch["state"])
     noisy = small(mask_prob=0.1, state_noise=0.01).hide(batch)["state"]
     kept = noisy[noisy.abs() > 0.5]
@@ -882,6 +881,9 @@ def test_two_robots_in_one_batch_are_each_alone():
         ({"n_action_steps": 6}, "n_action_steps 6"),
         ({"text_len": 0}, "text_len 0"),
         ({"vocab_size": 100}, "vocab_size 100"),
+        ({"vocab_size": 32128}, "vocab_size 32128 is not that of bytes.*spiece.model"),
+        ({"vocab_size": 32128, "encoders": "frozen"}, "vocab_size 32128 .*tokenizer_path"),
+        ({"state_mean": (0.0,)}, "state_mean, state_std must have 3 numbers"),
         ({"patch_size": 7}, "vit_size 16 must be a multiple of patch_size 7"),
         ({"n_heads": 3}, "width 32 must be a multiple of n_heads 3"),
         ({"width": 34}, "width 34 must be a multiple of 4"),
@@ -905,14 +907,14 @@ def test_batches_that_do_not_fit_are_refused():
     batch = small_batch(model.config)
     without = {k: v for k, v in batch.items() if k not in ("text", "images")}
     cases = [
-        (batch | {"images": batch["images"][:, :, :1]}, r"\(3, 2, 1\).*\(3, 2, 2\) = .*steps, n_cameras"),
-        (batch | {"images": batch["images"][:, :1]}, r"images \(3, 1, 2\).*\(3, 2, 2\)"),
+        (batch | {"images": batch["images"][:, :, :1]}, r"\(3, 2, 1, .*\(3, 2, 2\) = .*steps, n_cameras"),
+        (batch | {"images": batch["images"][:, :1]}, r"images \(3, 1, 2, .*\(3, 2, 2\)"),
         (batch | {"text": torch.ones(3, 10, dtype=torch.int64)}, "text_len = 9"),
         (
             without | {"images": batch["images"], "lang_embeds": torch.ones(3, 4, 20)},
-            r"lang_embeds \(4, 20\) given, \(4, 16\) expected",
+            r"lang_embeds \(3, 4, 20\) given, \(3, 4, 16\) = ",
         ),
-        (without | {"text": batch["text"], "image_embeds": torch.ones(3, 7, 16)}, r"\(16, 16\) expected"),
+        (without | {"text": batch["text"], "image_embeds": torch.ones(3, 7, 16)}, r"\(3, 16, 16\) = .* exp"),
     ]
     for wrong, words in cases:
         with pytest.raises(ValueError, match=words):
@@ -927,7 +929,7 @@ def test_batches_that_do_not_fit_are_refused():
         without | {"text": batch["text"], "image_embeds": torch.ones(3, 16, 16)},
         without | {"images": batch["images"], "lang_embeds": torch.ones(3, 4, 16)},
     ):
-        with pytest.raises(ValueError, match="encoders='none' takes"):
+        with pytest.raises(ValueError, match="encoders='none' takes (lang|image)_embeds"):
             bare.sample(wrong)
 
 
@@ -1064,6 +1066,8 @@ def embedded(config, batch):
     return rest | {
         "lang_embeds": torch.randn(3, 6, c.t5_width, generator=g),
         "lang_mask": torch.arange(6) < torch.tensor([[3], [6], [1]]),
+        "empty_embeds": torch.randn(1, 1, c.t5_width, generator=g).expand(3, -1, -1),
+        "background_embeds": torch.randn(1, c.tokens_per_image, c.vit_width, generator=g).expand(3, -1, -1),
         "image_embeds": torch.randn(
             3, c.n_obs_steps * c.cameras * c.tokens_per_image, c.vit_width, generator=g
         ),
@@ -1260,6 +1264,136 @@ def test_an_image_mask_of_another_shape_is_refused():
     assert "\n" not in str(e.value)
 
 
+# -- what the released weights were trained on
+
+
+def test_a_hidden_state_shows_the_mean_and_noise_is_a_share_of_the_deviation():
+    facts = {"state_mean": (0.5, -2.0, 30.0), "state_std": (1.0, 0.1, 10.0)}
+    batch = {"state": torch.zeros(4000, 2, 3), "text": torch.ones(4000, 9).long()}
+    torch.manual_seed(0)
+    state = small(mask_prob=0.5, state_noise=0.1, n_cameras=0, obs="lowdim", **facts).hide(batch)["state"]
+    gone = (state == torch.tensor(facts["state_mean"])).all(-1).all(-1)
+    assert 0.45 < gone.float().mean() < 0.55
+    noise = state[~gone].flatten(0, 1)
+    assert torch.allclose(noise.std(0), 0.1 * torch.tensor(facts["state_std"]), rtol=0.05)
+    unmasked = small(mask_prob=0.0, state_noise=0.1, n_cameras=0, obs="lowdim", **facts).hide(batch)
+    assert unmasked.keys() == batch.keys()
+    assert unmasked["state"].std(dim=(0, 1))[2].item() == pytest.approx(1, 0.05)
+    values = tuple(map(float, range(128)))  # of several robots: places that one lacks stay 0
+    packed = small(mask_prob=0.5, masked=False, state_mean=values, **PACKED)
+    batch = small_batch(packed.config)
+    batch["state"] = torch.full((3, 2, 128), -1.0) * batch["state_valid"][:, None]
+    has = batch["state_valid"][:, None].expand(3, 2, 128)
+    for _ in range(4):
+        state = packed.hide(batch)["state"]
+        assert (state[~has] == 0).all()
+        assert ((state == -1) | (state == torch.tensor(values)))[has].all()
+
+
+def test_hidden_and_masked_embeddings_are_the_backgrounds():
+    """As if the picture had been grey: for image_embeds as for images, in training as in acting."""
+    model = small(max_cameras=3)
+    batch = small_batch(model.config)
+    tokens = model.encode_images(batch).detach()                                # of three places
+    given = {k: v for k, v in batch.items() if k != "images"} | {"image_embeds": tokens}
+    mask = torch.tensor([[[1, 0, 1], [0, 1, 0]]]).bool().expand(3, -1, -1)
+    want = predict(model, batch | {"image_mask": mask[..., :2]})
+    assert torch.allclose(predict(model, given | {"image_mask": mask}), want, atol=1e-5)
+    assert (predict(model, given) - want).abs().max() > 1e-4
+    grey = model.background({})[0, 0].detach().expand(3, -1, -1)
+    bare = small(max_cameras=3, encoders="none")
+    encoders = ("vision.", "t5.")
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(encoders)})
+    lang, read = model.encode_text(batch)
+    given |= {"lang_embeds": lang.detach(), "lang_mask": read, "image_mask": mask}
+    with pytest.raises(ValueError, match=r"image_mask\) take background_embeds \(B, N"):
+        predict(bare, given)
+    assert torch.allclose(predict(bare, given | {"background_embeds": grey}), want, atol=1e-5)
+    with pytest.raises(ValueError, match=r"image_mask \(3, 2, 2\) given, \(3, 2, 3\)"):
+        predict(bare, given | {"background_embeds": grey, "image_mask": mask[..., :2]})
+    bare.config.mask_prob = 0.5
+    torch.manual_seed(0)
+    given |= {"empty_embeds": torch.zeros(3, 1, 16)}
+    hidden = torch.stack([bare.hide(given)["image_mask"] for _ in range(400)]).float().mean((0, 1))
+    assert torch.allclose(hidden, 0.5 * mask[0], atol=0.06) and ((hidden == 0) == ~mask[0]).all()
+
+
+def test_a_hidden_instruction_is_an_empty_one():
+    """Bytes: no code, and the first place is read. T5: its end mark. Embeddings: those of ""."""
+    B = 400
+    batch = {"state": torch.zeros(B, 2, 3), "text": torch.full((B, 9), 7)}
+    torch.manual_seed(0)
+    for end, more in ((0, {}), (1, {"tokenizer_path": "spiece.model", "vocab_size": 300})):
+        text = small(mask_prob=0.5, n_cameras=0, obs="lowdim", **more).hide(batch)["text"]
+        gone = text[:, 0] != 7
+        assert 0.4 < gone.float().mean() < 0.6
+        assert (text[gone] == torch.tensor([end] + [0] * 8)).all() and (text[~gone] == 7).all()
+    assert (batch["text"] == 7).all()
+    given = {"state": torch.zeros(B, 2, 3), "lang_embeds": torch.ones(B, 4, 16),
+             "lang_mask": torch.tensor([True, True, True, False]).expand(B, -1)}
+    model = small(mask_prob=0.5, n_cameras=0, obs="lowdim")
+    with pytest.raises(ValueError, match=r"instructions \(mask_prob\) take empty_embeds \(B, n"):
+        model.hide(given)
+    empty = torch.arange(32.0).view(1, 2, 16).expand(B, -1, -1)
+    hidden = model.hide(given | {"empty_embeds": empty})
+    gone = hidden["lang_mask"].sum(1) == 2
+    assert 0.4 < gone.float().mean() < 0.6 and torch.equal(hidden["lang_embeds"][gone][:, :2], empty[gone])
+    assert torch.equal(hidden["lang_embeds"][~gone], given["lang_embeds"][~gone])
+    assert torch.equal(hidden["lang_mask"][~gone], given["lang_mask"][~gone])
+
+
+def test_frozen_t5_reads_each_instruction_once_and_without_padding():
+    model, seen = small(encoders="frozen", text_len=9), []
+    learning = small(text_len=9)
+    learning.load_state_dict(model.state_dict())
+    model.t5.register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
+    batch = small_batch(model.config)  # "red", "the blue", ""
+    want = predict(learning, batch)
+    for _ in range(2):
+        assert torch.allclose(predict(model, batch), want, atol=1e-5)
+    assert sorted(seen) == [(1, 1), (1, 3), (1, 8)]
+    assert model.encode(batch)["conditions"][0][0].shape[2] == 8  # words: the longest, not text_len
+    model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()})
+    learning.load_state_dict(model.state_dict())  # what other weights read is read anew
+    assert torch.allclose(predict(model, batch), predict(learning, batch), atol=1e-4) and len(seen) == 6
+
+
+def test_frozen_siglip_looks_at_the_background_once():
+    model, seen = small(encoders="frozen", max_cameras=3), []
+    model.vision.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    batch = small_batch(model.config)
+    batch["image_mask"] = torch.tensor([[[True, False]] * 2] * 3)
+    for _ in range(3):
+        predict(model, batch)
+    assert sorted(seen) == [1, 12, 12, 12]
+
+
+def test_what_learning_encoders_made_is_not_kept():
+    """Neither by the model nor by its average, whose weights change although they ask for no gradient."""
+    model = small(max_cameras=3).requires_grad_(False)
+    batch = small_batch(model.config)
+    before = predict(model, batch)
+    with torch.no_grad():
+        model.vision.norm.bias += 1.0
+        model.t5.norm.weight *= 2.0
+    fresh = small(max_cameras=3)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(predict(model, batch), predict(fresh, batch)) and not model.kept
+    assert not torch.equal(predict(model, batch), before)
+
+
+def test_siglip_alone_beside_embedded_instructions():
+    model, whole = small(encoders="images"), small()
+    assert not hasattr(model, "t5") and not any(p.requires_grad for p in model.vision.parameters())
+    model.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("t5.")})
+    batch = small_batch(model.config)
+    with pytest.raises(ValueError, match="encoders='images' takes lang_embeds"):
+        predict(model, batch)
+    lang, mask = whole.encode_text(batch)
+    given = {k: v for k, v in batch.items() if k != "text"} | {"lang_embeds": lang, "lang_mask": mask}
+    assert torch.allclose(predict(model, given), predict(whole, batch), atol=1e-5)
+
+
 # -- pictures, generators, groups
 
 
@@ -1409,8 +1543,13 @@ def test_a_cut_instruction_keeps_its_end_mark(monkeypatch):
         def encode(self, text):
             return [10 + i for i in range(len(text.split()))]
 
+        def vocab_size(self):
+            return 40
+
     monkeypatch.setattr(rdt, "tokenizer", lambda path: Pieces())
-    config = Config(tokenizer_path="any", text_len=4)
+    config = Config(tokenizer_path="any", text_len=4, vocab_size=40)
+    with pytest.raises(ValueError, match="any has 40 pieces, vocab_size is 39"):
+        Config(tokenizer_path="any", vocab_size=39).encode_text("a")
     assert config.encode_text("a b c d e f").tolist() == [10, 11, 12, 1]
     assert config.encode_text("a b c").tolist() == [10, 11, 12, 1]
     assert config.encode_text("a").tolist() == [10, 1, 0, 0]

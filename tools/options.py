@@ -69,6 +69,12 @@ class Options:
     image_size: tuple = (0, 0)
     # order of the colours in JPEG frames: bgr (ALOHA's and RDT's recorders) | rgb, see demos/jpeg.py
     colour: str = "bgr"
+    # folder that python -m tools.embed wrote: pictures and instructions as tokens, for rdt
+    embeddings: str = ""
+    # leave out the steps before a number of the state has moved so far (RDT: 0.01); 0 = keep all
+    still: float = 0.0
+    # leave out episodes of less steps (RDT: 128)
+    shortest: int = 0
     # worker processes that read files (sets that fit into memory need none)
     workers: int = 0
     # a logged line every N steps
@@ -203,7 +209,7 @@ RANGES = {"seed": SEEDS, "ema_max": (0, 1), "workers": (0, 1000), "episodes": (0
     name: (1, math.inf) for name in ("batch_size", "grad_accum", "log_every", "checkpoint_every")} | {
     name: (0, math.inf) for name in ("steps", "warmup", "eval_every", "rollout_every", "clip", "lr",
                                      "weight_decay", "demos", "keep_every", "ema_power", "memory_gb",
-                                     "max_train_episodes", "val_ratio")}
+                                     "max_train_episodes", "val_ratio", "still", "shortest")}
 
 
 def check_options(options):

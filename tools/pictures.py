@@ -30,15 +30,29 @@ def step_labels(states):
     return [f"step {k + 1}" for k in range(len(states))]
 
 
+def sample(model, batch, generator, trace=None):
+    """As model.sample. Of tokens of pictures, thousands a row, 4 rows at a time."""
+    if "image_embeds" not in batch:
+        return model.sample(batch, generator=generator, trace=trace)
+    chunks, traces = [], []
+    for lo in range(0, len(batch["state"]), 4):
+        traces.append([])
+        part = {key: x[lo:lo + 4] for key, x in batch.items()}
+        chunks.append(model.sample(part, generator=generator, trace=traces[-1]))
+    if trace is not None:
+        trace += [torch.cat(states) for states in zip(*traces)]
+    return torch.cat(chunks)
+
+
 def chunks_of(model, windows, normalizer, description, generator, environments, n):
     # Of 16 observations the one whose chunks differ most: there the policy has to choose.
     items = torch.randint(len(windows), (16,), generator=generator)
     batch = windows.batch(items.repeat_interleave(4))
-    spread = model.sample(batch, generator=generator).unflatten(0, (16, 4)).std(1).flatten(1).mean(1)
+    spread = sample(model, batch, generator).unflatten(0, (16, 4)).std(1).flatten(1).mean(1)
     chosen = int(spread.argmax())
     batch = {k: v[4 * chosen].expand(n, *v.shape[1:]) for k, v in batch.items()}
     trace = []
-    model.sample(batch, generator=generator, trace=trace)
+    sample(model, batch, generator, trace)
 
     robot, instruction = whose(windows, items[chosen])
     body = description | description.get("robots", {}).get(robot, {})

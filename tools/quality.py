@@ -4,24 +4,27 @@ import torch
 import torch.nn.functional as F
 
 
+COMPARED = ("actions", "state", "action_mask", "action_valid")      # what action_errors reads of a batch
+
+
 @torch.no_grad()
 def validate(model, items, normalizer, seed, n=256):
     """Loss, loss per tenth of t, and mean absolute error of sampled actions over the executed steps, in
-    data units; on held-out episodes, always the same items, noise and t. Pictures come 32 at a time: 256 of
-    them at once take 241 GiB in the largest model."""
+    data units; on held-out episodes, always the same items, noise and t. Pictures come 32 at a time, tokens
+    of pictures, of which the largest models take thousands, 8: 256 at once take 241 GiB in rdt's 1B."""
     if not len(items):
         return {}
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:n]
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     generator, losses, chunks, batches = torch.Generator().manual_seed(seed), [], [], []
-    numbers_only = all(x.ndim <= 3 for x in items.batch(chosen[:1]).values())
-    for part in chosen.split(n if numbers_only else 32):
+    has = items.batch(chosen[:1])
+    for part in chosen.split(8 if "image_embeds" in has else 32 if "images" in has else n):
         batch = {k: v.to(device) for k, v in items.batch(part).items()}
         losses += [model.loss(batch) for _ in range(4)]
         if normalizer is not None:
             chunks.append(model.sample(batch, generator=generator).float())
-            batches.append({key: x for key, x in batch.items() if key != "images"})
+            batches.append({key: batch[key] for key in COMPARED if key in batch})
     t = torch.cat([x["t"] for x in losses]).cpu()
     per_sample = torch.cat([x["per_sample"] for x in losses]).float().cpu()
     bucket = (t * 10).long().clamp(max=9)

@@ -63,8 +63,9 @@ def with_release(options, explicit):
     found = {"model": release.model, "set": said | options.set} | release.recipe
     if release.description.get("processing"):
         found["processing"] = release.description["processing"]
-    fit = (options.processing or found.get("processing") or {}).get("images", {}).get("fit")
-    if release.description.get("image_size") and fit != "model":    # which takes pictures of any size
+    images = (options.processing or found.get("processing") or {}).get("images")
+    by_model = isinstance(images, dict) and images.get("fit") == "model"    # then pictures keep their size
+    if release.description.get("image_size") and not by_model:
         found["image_size"] = tuple(release.description["image_size"])
     found = {name: value for name, value in found.items() if name in vars(options) and (
         name not in explicit or name == "set")}
@@ -103,7 +104,7 @@ def units(options, earlier, release):
     if earlier:
         return Normalizer.from_state(earlier["normalizer"]) if earlier["normalizer"] else None
     if options.normalizer != "checkpoint":
-        if release and release.normalizer:
+        if release and release.normalizer and release.normalizer.mode != options.normalizer:
             say("the statistics that came with the weights of --init are not used, those of the data are: "
                 "--normalizer checkpoint takes them")
         return None
@@ -122,8 +123,8 @@ def fits(release, facts, description):
             keys = few(f"{name} {dim}" for name, dim in description["state_keys"].items())
             raise UserError(f"the weights of --init have {key} {its}, the data {fact} (state: {keys}; "
                             f"cameras: {few(description['camera_keys'])}): choose among them with shape_meta")
-    wanted = release.description.get("camera_keys", [])
-    has = list((description.get("processing") or {}).get("cameras") or description["camera_keys"])
+    places = lambda said: list((said.get("processing") or {}).get("cameras") or said.get("camera_keys", []))
+    wanted, has = places(release.description), places(description)
     short = lambda names: [name.rpartition(".")[2] for name in names]
     if len(wanted) > 1 and len(wanted) == len(has) and short(has) != short(wanted):
         raise UserError(f"the weights of --init look at the cameras {few(wanted)} in this order, the data "

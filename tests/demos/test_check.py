@@ -25,10 +25,11 @@ def test_inspector_names_what_was_planted(tmp_path, capsys):
     check.inspect(path)
     report = capsys.readouterr().out
     wrong, odd = report.split("must be mended:")[1].split("worth a look:")
+    odd, notes = odd.split("notes:")
     assert "demo_1: 'actions' is not finite at step 6 (1 of 30 steps)" in wrong
     assert "demo_2: num_samples says 99, actions have 30 steps" in wrong
-    assert "'dead' is near-constant in dimension 1:" in odd
-    assert "camera 'left' shows nothing but the value 0" in odd
+    assert "constant dimension: 'dead' is constant in dimension 1: it is shifted, not scaled" in notes
+    assert "black camera: 'left' shows nothing brighter than 16 in 3 of 3 episodes" in odd
     assert "33% of the episodes do not move in their first 5 steps (median 20, longest 20 in" in odd
     assert "4 episodes, 130 steps at 10 Hz" in report and "30 .. 40 steps, median 30" in report
     assert "1 x task 3" in report and "(4, 6, 3)" in report

@@ -85,6 +85,9 @@ def test_a_state_outside_is_said_once(capsys):
     said = capsys.readouterr().err
     assert said.count("outside of -1..1") == 1 and said.count("\n") == 1
     say_once.cache_clear()
+    prompts(config, ["a"], -outside)                        # on the other side as well
+    assert "outside of -1..1" in capsys.readouterr().err
+    say_once.cache_clear()
     config.state_in_text = False                            # then nothing is written, and nothing said
     prompts(config, ["a"], outside)
     assert not capsys.readouterr().err

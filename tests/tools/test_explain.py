@@ -12,7 +12,6 @@ from test_house import MODELS, ROOT, each_model, source
 
 from tools import explain
 import pi0
-import pi05
 import train
 from robot.models import load_module
 
@@ -122,19 +121,6 @@ def test_the_masks_of_pi0_are_those_of_its_docstring(printed):
     prefix = 2 * (config.vit_size // config.patch_size) ** 2 + config.text_len
     assert suffix == ["1", "16"] and int(real) + int(padding) == prefix
     assert state.split() == ["1", "x", ".", "x", "."] and actions.split() == ["16", "x", ".", "x", "x"]
-
-
-def test_the_masks_of_pi05_have_no_state(printed):
-    """Prefix and actions: two blocks, and the padding of the text is seen by nobody."""
-    text = printed("pi05")
-    (keys, actions), = re.findall(r"expert.layers.\*, .*\n +([\d ]+) +keys\n +(16 .*?) +\(", text)
-    real, padding, suffix = keys.split()
-    config = pi05.Config()
-    prefix = 2 * (config.vit_size // config.patch_size) ** 2 + config.text_len
-    assert suffix == "16" and int(real) + int(padding) == prefix
-    assert actions.split() == ["16", "x", ".", "x"]
-    told = re.search(r"the first reads '(\w+ block to the \w+);([0-9a-f-]{6})'", text)
-    assert told, "the instruction, and three numbers of the state"
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "causal", "none"])

@@ -1,0 +1,46 @@
+"""What RDT's programs leave out of a set: short episodes, and the steps before a robot moves.
+
+data/hdf5_vla_dataset.py of github.com/thu-ml/RoboticsDiffusionTransformer, `parse_hdf5_file`.
+"""
+import contextlib
+
+import numpy as np
+
+from demos.files import open_file, unreadable
+from robot.errors import UserError, few
+
+
+def leave_out(episodes, state_keys, still, shortest):
+    """-> (the episodes of at least `shortest` steps, [notes]). Of each, the steps are left out before the one
+    that precedes the first step at which a number of the state (of qpos, where there is one) differs by more
+    than `still` from step 0, in the units of the file; 0: none. Raises UserError where nothing is left."""
+    kept, notes = [e for e in episodes if e.steps >= shortest], []
+    short = [e.name for e in episodes if e.steps < shortest]
+    if not kept:
+        raise UserError(f"no episode has the {shortest} steps that --shortest asks for, the longest has "
+                        f"{max(e.steps for e in episodes)}: lower it")
+    if short:
+        notes.append(f"{len(short)} episodes of less than {shortest} steps are left out: {few(short, 3)}")
+    if still:
+        keys = ["qpos"] if "qpos" in state_keys else state_keys
+        for e in kept:
+            e.begin = begin_of(e, keys, still)
+        total = sum(e.begin for e in kept)
+        notes.append(f"{total} steps before the first move of more than {still:g} are left out")
+    return kept, notes
+
+
+def begin_of(episode, keys, still):
+    """The step before the first that has moved. Raises UserError for an episode that never moves."""
+    moved = np.zeros(episode.steps, bool)
+    with contextlib.closing(open_file(episode.file)) as file:
+        for key in keys:
+            try:
+                x = np.asarray(file[episode.obs[key].path][:], np.float32).reshape(episode.steps, -1)
+            except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+                raise UserError(f"{episode.name}: {key!r} {unreadable(error)}") from None
+            moved |= (np.abs(x - x[:1]) > still).any(1)
+    if not moved.any():
+        raise UserError(f"{episode.name}: no number of {few(keys)} moves by more than {still:g}: leave the "
+                        f"episode out, or lower --still")
+    return int(moved.argmax()) - 1
