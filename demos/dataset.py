@@ -166,7 +166,7 @@ class Demos:
     def usual(self):
         """How the episodes trained on usually are, for robot/preflight.py."""
         return usual_of([self.episodes[e] for e in self.train_episodes], list(self.state_keys),
-                        self.camera_keys, self.fps, self.colour)
+                        self.camera_keys, self.fps, self.reader.colour)
 
 
 def rates(episodes):
