@@ -128,7 +128,10 @@ def clipped(found):
 
 def at_least(k, n, p):
     """The chance of k or more of n, each with chance p."""
-    return sum(math.comb(n, i) * p**i * (1 - p)**(n - i) for i in range(k, n + 1))
+    if p >= 1:
+        return 1.0
+    ways = lambda i: math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)      # a logarithm
+    return sum(math.exp(ways(i) + i * math.log(p) + (n - i) * math.log(1 - p)) for i in range(k, n + 1))
 
 
 # ---- episodes

@@ -75,15 +75,14 @@ def changes(x, lengths, gap):
     """x (N, D) -> its changes over SPAN steps (N + gap E, D), about their mean. After every episode stand
     `gap` rows of zeros: shifted by up to that, no episode meets another. A number that changes evenly has
     none."""
-    parts = []
+    z = np.zeros((len(x) + gap * len(lengths), x.shape[1]))
+    real = np.zeros(len(z), bool)
+    at = 0
     for part in np.split(x, np.cumsum(lengths)[:-1]):
-        z = np.full((len(part) + gap, x.shape[1]), np.nan)
-        z[:max(0, len(part) - SPAN)] = part[SPAN:] - part[:-SPAN]
-        parts.append(z)
-    z = np.concatenate(parts)
-    real = ~np.isnan(z[:, :1])
-    z -= np.nansum(z, 0) / max(1, real.sum())
-    z[~real[:, 0]] = 0
+        n = max(0, len(part) - SPAN)
+        z[at:at + n], real[at:at + n] = part[SPAN:] - part[:-SPAN], True
+        at += len(part) + gap
+    z[real] -= z[real].sum(0) / max(1, real.sum())
     still = np.sqrt((z**2).mean(0)) < 1e-6 * np.maximum(np.ptp(x, axis=0), 1e-12)
     z[:, still] = 0
     return z

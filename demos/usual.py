@@ -47,7 +47,7 @@ def read_numbers(episodes, state_keys):
     for path, those in itertools.groupby(episodes, key=lambda e: e.file):
         with contextlib.closing(open_file(path)) as file:
             for e in those:
-                parts = [file[array.path][:].reshape(e.length, -1).astype(np.float32)
+                parts = [file[array.path][e.begin:].reshape(e.length, -1).astype(np.float32)
                          for array in (e.actions, *(e.obs[key] for key in state_keys))]
                 yield parts[0], np.concatenate([parts[0][:, :0], *parts[1:]], axis=1)
 

@@ -248,6 +248,7 @@ def test_a_few_held_out_actions_beyond_the_others_are_chance(tmp_path):
     report = check.examine(path)
     assert report.findings == [] and 0.1 < report.facts["clipped"] < 0.3
     assert at_least(1, 4, 2 / 21) == pytest.approx(1 - (19 / 21)**4)
+    assert at_least(1, 1, 1.0) == 1 and at_least(500, 5000, 0.01) < 1e-100 < at_least(50, 5000, 0.01)
 
 
 def test_velocities_go_with_the_change_of_a_state():
@@ -256,6 +257,12 @@ def test_velocities_go_with_the_change_of_a_state():
     place = 0.1 * (np.cumsum(velocity, 0) - velocity)           # at t: what has been done before t
     pair, = pairs_of(velocity, place, np.array([300, 300]), 10)
     assert (pair.state, pair.kind, pair.lag) == (0, "velocity", 1) and pair.r > 0.99
+
+
+def test_what_has_no_state_or_hardly_a_step_goes_with_nothing():
+    actions = np.random.default_rng(0).normal(size=(40, 2))
+    assert pairs_of(actions, np.zeros((40, 0)), np.array([40]), 10) == []
+    assert pairs_of(np.ones((4, 2)), np.ones((4, 2)), np.array([2, 2]), 10) == []
 
 
 def test_no_correlation_crosses_from_one_episode_to_the_next():

@@ -107,6 +107,9 @@ def test_statistics_of_a_release():
     constant = Normalizer.from_stats({"x": ["none", "minmax"]}, {"x": stats}, eps={"y": 1.0})
     assert constant.normalize("x", x)[:, 1].tolist() == pytest.approx([-1, -1])     # the floor, as LeRobot's
     assert constant.stats["x"]["max"].tolist() == [4, 5]
+    for mode, (low, high) in {"minmax": ("min", "max"), "quantile": ("q01", "q99")}.items():
+        wide = Normalizer.from_stats(mode, {"x": {low: [1.0], high: [2.5]}}, eps=0.5)   # range 1.5 + 0.5
+        assert wide.normalize("x", torch.tensor([[1.0], [2.0], [3.0]])).flatten().tolist() == [-1, 0, 1]
     few = Normalizer.from_stats("quantile", {"x": {"q01": [-1.0], "q99": [1.0]}})
     assert few.stats["x"]["min"].tolist() == [-1] and few.stats["x"]["mean"].tolist() == [0]
 

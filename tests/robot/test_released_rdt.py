@@ -142,6 +142,8 @@ def test_a_policy_without_eyes_says_what_it_lacks(release, capsys):
 def test_commands_between_commands():
     got = interpolate(np.zeros(2), np.array([0.3, -1.0]), np.array([0.1, 0.25]))
     assert np.allclose(got, np.linspace([0, 0], [0.3, -1.0], 5)[1:])
+    shorter = interpolate(np.zeros(2), np.array([0.25, 0.0]), 0.1)             # no step is longer than allowed
+    assert np.allclose(shorter[:, 0], [0.25 / 3, 0.5 / 3, 0.25])
     two_arms = interpolate(np.zeros(4), np.array([0, 0, 0.2, 0.0]), [0.1, 1.0])
     assert np.allclose(two_arms, [[0, 0, 0.1, 0], [0, 0, 0.2, 0]])
     assert np.allclose(interpolate(np.zeros(2), np.array([0.05, 0.0]), 0.1), [[0.05, 0.0]])
