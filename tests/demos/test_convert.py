@@ -246,7 +246,7 @@ def test_large_files_of_version_3_are_followed_by_others(tmp_path, monkeypatch):
     monkeypatch.setattr(to_lerobot, "DATA_MB", 1e-3)
     monkeypatch.setattr(to_lerobot, "VIDEO_MB", -1)         # FFmpeg writes late: the file is still empty
     monkeypatch.setattr(to_lerobot, "PER_CHUNK", 2)
-    source = write(tmp_path / "a.hdf5", [5, 4, 6, 3, 7])
+    source = write(tmp_path / "a.hdf5", [5, 4, 6, 3, 7], fps=10, action_names=["x", "y"])
     convert.convert(source, tmp_path / "set", to="lerobot")
     tables = tmp_path / "set/data"
     found = sorted(str(p.relative_to(tables)) for p in tables.rglob("*.parquet"))
