@@ -217,7 +217,7 @@ def test_budget(tiny_budget, tmp_path, monkeypatch, capsys):
         assert row["sees"] == "numbers"
     assert tiny_budget["measured"] == 4
     assert compare.main(argv) == {"tabletop": rows} and tiny_budget["measured"] == 4      # nothing is done again
-    assert compare.main([*argv, "--seeds", "0"]) != {"tabletop": rows} and tiny_budget["measured"] == 4
+    assert compare.main([*argv, "--seeds", "0"])["tabletop"] != rows and tiny_budget["measured"] == 4
     first = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_dp_cnn_seed0")
     other = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_regression_seed0")
     assert first["data"] == other["data"] and first["options"]["demos"] == 6    # the same demonstrations
