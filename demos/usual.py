@@ -60,8 +60,8 @@ def looks_of(episodes, cameras, colour):
         last = e.length - 1
         steps = sorted({e.begin + i * last // max(1, len(some) - 1), e.begin + last // 2})
         with contextlib.closing(open_file(e.file)) as file:
-            for key in cameras:
+            for key in [key for key in cameras if key in e.obs]:
                 looks[key] += list(look_at(file, e.obs[key], steps, colour).looks)
-    means = {key: np.mean(x, axis=0).round() for key, x in looks.items()}
+    means = {key: np.mean(x, axis=0).round() for key, x in looks.items() if x}
     return {key: {"mean": mean.astype(int).tolist(), "far": max(distance(x, mean) for x in looks[key])}
             for key, mean in means.items()}

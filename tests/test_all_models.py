@@ -146,7 +146,9 @@ def make_batch(config, B, seed=0, device="cpu"):
     if embedded:
         N = config.n_obs_steps * config.cameras * config.tokens_per_image
         batch["image_embeds"] = uniform(B, N, config.vit_width)
+        batch["background_embeds"] = uniform(B, config.tokens_per_image, config.vit_width)
         batch["lang_embeds"], batch["lang_mask"] = uniform(B, L, config.t5_width), written
+        batch["empty_embeds"] = uniform(B, 1, config.t5_width)
     if hasattr(config, "unified_dim"):
         batch["control_hz"] = 10.0 + 5 * items
         if not config.action_names:
@@ -539,7 +541,9 @@ def test_every_input_counts_for_its_own_item(case):
     for key in batch:
         after = model.sample(batch | {key: batch[key][[0, 2, 1]]}, **noise)
         torch.testing.assert_close(after[0], before[0], rtol=1e-3, atol=1e-3)
-        counts = key != "state" or not case.startswith("pi05")  # which reads it in the text
+        unread = {"background_embeds", "empty_embeds"}          # stand for what is hidden, and nothing is
+        unread |= {"state"} if case.startswith("pi05") else set()   # which reads it in the text
+        counts = key not in unread
         assert all(((after[i] - before[i]).abs().max() > 1e-6) == counts for i in (1, 2)), key
     places = itertools.product(*map(range, batch["images"].shape[1:3])) if "images" in batch else []
     for step, camera in places:
