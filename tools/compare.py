@@ -347,11 +347,11 @@ def main(argv=None):
     add("--only", action="append", help="this model (may be given several times)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; each has its own episodes")
     add("--tasks", nargs="+", default=list(METAWORLD), metavar="TASK", help="metaworld: default: ten of them")
-    add("--demos", type=int, default=0, help="tabletop: rollouts, the same for all (default: 2000); policies "
+    add("--demos", type=int, help="tabletop: rollouts, the same for all (default: 2000); policies "
         "that see pictures get two in three up to the grasp only. metaworld: of each task (default: 100)")
     add("--preset", default="tiny", help="where a file has it; else tiny")
     add("--data", default="", help="pusht: its HDF5 file")
-    ranges = {"minutes": (0.001, 10**6), "seeds": SEEDS, "demos": (0, math.inf)}
+    ranges = {"minutes": (0.001, 10**6), "seeds": SEEDS, "demos": (1, math.inf)}
     args = parser.parse(argv, sample.RANGES | ranges)
     if args.run:
         return side_by_side(args)
