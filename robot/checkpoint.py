@@ -94,6 +94,7 @@ def check_normalizer(normalizer, data):
         if not listed or numbers.shape != (5, dim) or numbers.dtype != torch.float32 or \
                 not numbers.isfinite().all():
             raise ValueError(key)
+    normalizer.summary()                # what it says of itself, when training goes on
 
 
 def read_checkpoint(path, device="cpu"):

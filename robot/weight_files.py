@@ -197,6 +197,9 @@ def refuse_not_finite(weights):
     """One line for the first weight that is NaN or infinite. All are read for it. Masks of attention, which
     some save among their weights, hold -inf by their nature."""
     for name, x in weights.items():
+        if x.device.type != "cpu" or x.layout != torch.strided or x.is_nested:
+            raise UserError(f"{one_line(name, 120)} holds no plain numbers ({x.layout}, {x.device}): save "
+                            f"dense tensors, on the CPU")
         if x.is_floating_point() and x.numel() and not name.endswith("mask"):
             low, high = (x.float() if x.element_size() < 2 else x).aminmax()
             if not (low.isfinite() and high.isfinite()):

@@ -164,3 +164,9 @@ def test_weights_that_are_not_finite_are_named(bad, dtype):
                        "empty": torch.zeros(0), "model.mask": torch.tensor([0.0, -torch.inf])})
     with pytest.raises(UserError, match="unet.bias holds numbers that are not finite"):
         refuse_not_finite({"fine": torch.zeros(2), "unet.bias": torch.tensor([0.0, bad], dtype=dtype)})
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(3, device="meta"), torch.eye(3).to_sparse()])
+def test_tensors_without_plain_numbers_are_refused(odd):
+    with pytest.raises(UserError, match="unet.bias holds no plain numbers"):
+        refuse_not_finite({"fine": torch.zeros(2), "unet.bias": odd})
