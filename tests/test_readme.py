@@ -66,7 +66,8 @@ def test_it_is_one_page():
 
 
 def test_files_that_it_names_are_there():
-    mentioned = set(re.findall(r"\b((?:(?:configs|docs|examples|tests)/)?\w[\w-]*\.(?:py|yaml|txt|md))\b", README))
+    mentioned = set(re.findall(
+        r"\b((?:(?:configs|docs|examples|tests)/)?\w[\w-]*\.(?:py|yaml|txt|md))\b", README))
     links = re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", README)
     links = {(a or b).partition("#")[0] for a, b in links if not (a or b).startswith("http")}
     absent = sorted(name for name in mentioned | links if not (ROOT / name).exists())
