@@ -20,10 +20,10 @@ each step with an example.
 """
 import torch
 
-from . import transforms
 from .errors import UserError, few, hint, one_line
 from .normalizer import Normalizer
 from .steps import do, fields, parse_steps, part, places, undo, within
+from .transforms import check_rule, resize
 
 
 class Processing:
@@ -57,7 +57,7 @@ class Processing:
         self.delta_to, self.absolute = self.parse_delta(last["delta"]) if self.relative else (None, [])
         self.rule = dict(part(spec, "images"))
         fields(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
-        transforms.check_rule(self.rule, "processing: images")
+        check_rule(self.rule, "processing: images")
         self.jpeg = self.rule.pop("jpeg", False)    # on the robot; pictures of a data set stay as they are
         self.by_model = self.rule.get("fit") == "model"
         self.places = self.parse_cameras(list(camera_keys))
@@ -193,4 +193,4 @@ class Processing:
 
     def image(self, frames, size):
         """(N, H, W, 3) uint8 -> (N, *size, 3) uint8, by the rule of images:."""
-        return transforms.resize(frames, size, **({"fit": "pad"} if self.by_model else self.rule))
+        return resize(frames, size, **({"fit": "pad"} if self.by_model else self.rule))

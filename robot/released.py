@@ -9,11 +9,11 @@ import re
 
 import torch
 
-from . import released_pi0
 from .downloads import Release, open_download
 from .errors import UserError, few, one_line
 from .models import load_module, model_config
 from .released_dp import lerobot_diffusion, original
+from .released_pi0 import lerobot, openpi, paligemma
 from .released_rdt import read_rdt
 from .weight_files import refuse_not_finite
 
@@ -44,8 +44,7 @@ def bare(download, model, hints):
 
 
 # Tried in this order: function(download, model or None, hints) -> Release or None.
-READERS = [lerobot_diffusion, original, released_pi0.lerobot, released_pi0.openpi, released_pi0.paligemma,
-           read_rdt, bare]
+READERS = [lerobot_diffusion, original, lerobot, openpi, paligemma, read_rdt, bare]
 
 
 def open_release(path, model=None, **hints):
