@@ -119,14 +119,19 @@ def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
         data.attrs.update(format_version=1, fps=float(robot.fps), action_names=names)
         for i, demo in enumerate(segments(rollouts, seed=seed, cameras=cameras, robot=robot)):
             group = data.create_group(f"demo_{i}")
-            group.attrs.update(num_samples=len(demo["actions"]), language_instruction=demo["instruction"],
-                               rollout=demo["episode"])
-            group["actions"] = demo["actions"]
-            for key, x in demo["obs"].items():
-                # Rendered images shrink to a few per cent even at the fastest level.
-                packed = {"chunks": (min(16, len(x)), *x.shape[1:]), "compression": 1} if x.ndim == 4 else {}
-                group.create_dataset(f"obs/{key}", data=x, **packed)
+            group.attrs["rollout"] = demo["episode"]
+            write_demo(group, demo["actions"], demo["obs"], demo["instruction"])
     return path
+
+
+def write_demo(group, actions, obs, instruction):
+    """One demonstration into its group, in robomimic's layout."""
+    group.attrs.update(num_samples=len(actions), language_instruction=instruction)
+    group["actions"] = actions
+    for key, x in obs.items():
+        # Rendered images shrink to a few per cent even at the fastest level.
+        packed = {"chunks": (min(16, len(x)), *x.shape[1:]), "compression": 1} if x.ndim == 4 else {}
+        group.create_dataset(f"obs/{key}", data=x, **packed)
 
 
 def main():

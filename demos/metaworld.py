@@ -14,11 +14,10 @@ import math
 import numpy as np
 from tqdm import tqdm
 
+from demos.generated import DEMO_SEEDS, new_hdf5, write_demo
 from robot.cli import SEEDS, Parser
 from robot.errors import UserError, run_command, say, user_path
 from robot.metaworld import FPS, Scene, check_rendering, expert_of, tasks_of, words_of
-
-from .generated import DEMO_SEEDS, new_hdf5
 
 HOLD = 10                               # steps that are kept after the task was done
 PATIENCE = 300                          # an expert that takes longer has failed
@@ -62,7 +61,8 @@ def generate(tasks, demos, out, images=False, image_size=(96, 96), noise=NOISE, 
                 demo = demonstration(scene, expert, DEMO_SEEDS + 10**6 * seed + tried, noise)
                 tried += 1
                 if demo is not None:
-                    write(data.create_group(f"demo_{bar.n}"), demo, words_of(task))
+                    group = data.create_group(f"demo_{bar.n}")
+                    write_demo(group, demo["actions"], demo["obs"], words_of(task))
                     kept += 1
                     bar.update()
                 elif tried > 20 and kept < tried / 5:
@@ -70,14 +70,6 @@ def generate(tasks, demos, out, images=False, image_size=(96, 96), noise=NOISE, 
                                     f"scenes: lower --noise, or leave the task out")
             if tried > kept:
                 say(f"{task}: the expert failed in {tried - kept} of {tried} scenes, which are left out")
-
-
-def write(group, demo, words):
-    group.attrs.update(num_samples=len(demo["actions"]), language_instruction=words)
-    group["actions"] = demo["actions"]
-    for key, x in demo["obs"].items():
-        packed = {"chunks": (min(16, len(x)), *x.shape[1:]), "compression": 1} if x.ndim == 4 else {}
-        group.create_dataset(f"obs/{key}", data=x, **packed)
 
 
 def main(argv=None):
