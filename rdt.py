@@ -554,6 +554,7 @@ def dpm_solver(denoise, x_t, alpha_bar, steps):
     alpha = [math.sqrt(alpha_bar[t]) for t in times] + [1.0]
     sigma = [math.sqrt(1 - alpha_bar[t]) for t in times] + [0.0]
     lam = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]
+    previous = None
     for i, t in enumerate(times):
         x0, h = denoise(x_t, t), lam[i + 1] - lam[i]
         X = x0 if i in (0, steps - 1) else x0 + h / (2 * (lam[i] - lam[i - 1])) * (x0 - previous)  # [5]

@@ -31,7 +31,7 @@ from demos.episodes import faults, nonfinite
 from demos.files import find_files, open_file, read_episodes, unreadable
 from demos.findings import CLOCKS, FINDINGS, Finding, Recordings
 from demos.generated import tabletop_file
-from demos.jpeg import check_colour
+from robot.jpeg import check_colour
 from demos.keys import beside, sort_keys, width
 from demos.motion import pairs_of
 from demos.split import split_episodes

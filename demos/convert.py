@@ -13,7 +13,7 @@ from demos import zarr
 from demos.dataset import rates
 from demos.episodes import faults
 from demos.files import find_files, open_file, read_episodes
-from demos.jpeg import check_colour
+from robot.jpeg import check_colour
 from demos.limits import refuse_beyond_memory
 from demos.to_hdf5 import AT_ONCE, write_hdf5
 from demos.to_lerobot import VERSIONS, write_lerobot

@@ -13,7 +13,7 @@ import numpy as np
 from demos.episodes import coarse, faults, label_of, nonfinite
 from demos.files import find_files, read_episodes
 from demos.generated import tabletop_file
-from demos.jpeg import check_colour
+from robot.jpeg import check_colour
 from demos.keys import check_extra, choose_keys, width
 from demos.limits import refuse_beyond_memory
 from demos.reading import Reader
@@ -236,7 +236,7 @@ def open_demos(source, obs="lowdim", text=False, shape_meta=None, extra=None, ep
     memory_gb    images that take more than this, decoded, are left in the files
     image_size   (H, W): pictures are brought to this size as they are read (robot/transforms.py); None: they
                  stay as they are, and all have to have one size
-    colour       order of the colours in JPEG frames, see demos/jpeg.py: "bgr" (OpenCV's recorders) or "rgb"
+    colour       order of the colours in JPEG frames, see robot/jpeg.py: "bgr" (OpenCV's recorders) or "rgb"
     processing   what is done to numbers and pictures before the normaliser, see robot/processing.py
     still        steps are left out before the state has moved so far, see demos/still.py
     shortest     episodes of less steps are left out

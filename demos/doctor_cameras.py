@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from demos.findings import Finding, of
-from demos.jpeg import decode_jpeg
+from robot.jpeg import decode_jpeg
 from demos.limits import refuse_beyond_memory
 from robot.looks import change_of, look_of, swapped
 

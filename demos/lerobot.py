@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from demos.episodes import Array, Episode, Rows, kind_of
-from demos.jpeg import decode_jpeg
+from robot.jpeg import decode_jpeg
 from demos.parquet import Tables
 from demos.video import Video, has_av
 from robot.errors import UserError, few, input_text, one_line

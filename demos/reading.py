@@ -4,7 +4,7 @@ import os
 import numpy as np
 
 from demos.files import open_file, unreadable
-from demos.jpeg import decode_jpeg
+from robot.jpeg import decode_jpeg
 from robot.errors import UserError
 from robot.transforms import resize
 
@@ -12,7 +12,7 @@ MOST_OPEN = 64                  # a folder can hold more episode files than a pr
 
 
 class Reader:
-    """colour: of JPEG frames, see demos/jpeg.py. image_size: (H, W) to which pictures are brought, or None.
+    """colour: of JPEG frames, see robot/jpeg.py. image_size: (H, W) to which pictures are brought, or None.
     Raises UserError."""
 
     def __init__(self, colour="bgr", image_size=None):

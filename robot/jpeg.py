@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 
-from robot.errors import UserError, hint, one_line
+from .errors import UserError, hint, one_line
 
 # What a plain decoder takes for the order of colours. OpenCV writes arrays as if they were BGR, and ALOHA's
 # and RDT's recorders hand it RGB: red and blue are swapped in the file itself. OpenCV swaps them back as it

@@ -5,12 +5,12 @@
 
 Needs h5py; JPEG frames need Pillow. Reading whole data sets, with all their checks, is the work of demos/.
 """
-import io
 import json
 
 import numpy as np
 
 from .errors import UserError, few, hint, input_file, one_line
+from .jpeg import decode_jpeg
 
 INSTRUCTIONS = ("language_instruction", "language", "instruction", "task_description")
 
@@ -106,14 +106,9 @@ class Recording:
 
     def _decoded(self, buffer):
         try:
-            from PIL import Image
-        except ImportError:
-            raise UserError("this episode has JPEG frames: pip install pillow") from None
-        try:
-            with Image.open(io.BytesIO(np.asarray(buffer).tobytes())) as image:
-                return np.asarray(image.convert("RGB"))[..., ::-1 if self.colour == "bgr" else 1]
-        except (OSError, ValueError, SyntaxError) as e:
-            raise UserError(f"{self.name}: a JPEG frame cannot be decoded: {one_line(e, 120)}") from None
+            return decode_jpeg(buffer, self.colour)
+        except UserError as e:
+            raise UserError(f"{self.name}: {e}") from None
 
     def close(self):
         self.file.close()

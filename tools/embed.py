@@ -175,7 +175,7 @@ def main(argv=None):
     add("--siglip", required=True, help="folder of SigLIP: config.json, weights")
     add("--out", default="", help="folder of what is written; default: beside the data")
     add("--text", action="append", default=[], help="a further instruction, for the robot; several times")
-    add("--colour", default="bgr", help="order of the colours in JPEG frames: bgr | rgb, see demos/jpeg.py")
+    add("--colour", default="bgr", help="order of the colours in JPEG frames: bgr | rgb, see robot/jpeg.py")
     add("--batch_size", type=int, default=4, help="steps whose pictures are in work at a time (default: 4)")
     add("--device", default="auto", help="auto | cpu | cuda | mps (default: auto)")
     add("--dtype", default="auto", help="auto (bfloat16 on CUDA) | float32 | bfloat16 (default: auto)")

@@ -67,7 +67,7 @@ class Options:
     memory_gb: float = 4.0
     # height and width that pictures are brought to as they are read; 0 0 = they stay as they are
     image_size: tuple = (0, 0)
-    # order of the colours in JPEG frames: bgr (ALOHA's and RDT's recorders) | rgb, see demos/jpeg.py
+    # order of the colours in JPEG frames: bgr (ALOHA's and RDT's recorders) | rgb, see robot/jpeg.py
     colour: str = "bgr"
     # folder that python -m tools.embed wrote: pictures and instructions as tokens, for rdt
     embeddings: str = ""

@@ -10,8 +10,8 @@ from helpers import write_aloha
 
 import data
 from demos.dataset import open_demos
-from demos.jpeg import decode_jpeg
 from robot.errors import UserError
+from robot.jpeg import decode_jpeg
 
 
 def test_aloha_folder(tmp_path, capsys):

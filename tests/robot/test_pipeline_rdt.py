@@ -11,9 +11,9 @@ import torch
 import data
 import rdt
 from demos.dataset import open_demos
-from demos.jpeg import decode_jpeg
 from demos.statistics import state_spread
 from pipeline_cases import Pipeline, pipelines, replayed
+from robot.jpeg import decode_jpeg
 from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.processing import Processing

@@ -1,4 +1,5 @@
 """robot/preflight.py: an episode that the policy may fly is a GO, every planted fault a NO-GO by its name."""
+import io
 import json
 import time
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import TINY, refused, write_demos
+from helpers import TINY, refused, write_aloha, write_demos
 
 import train
 from robot import preflight
+from robot.errors import UserError
 from robot.policy import Policy
 from robot.preflight_checks import UNKNOWN
 
@@ -255,3 +257,22 @@ def test_a_real_run_is_read_from_aloha_too(trained, capsys, tmp_path):
 def test_mistakes_end_in_one_line(argv, named, trained, capsys):
     run, data = trained
     refused(capsys, lambda: preflight.main([word.format(run=run, data=data) for word in argv]), *named)
+
+
+def test_jpeg_frames_of_a_recording(tmp_path):
+    """In the colours of the training data; a broken one is a line with the episode's name."""
+    Image = pytest.importorskip("PIL.Image", reason="package Pillow is an extra")
+
+    def frames(file, n):
+        buffers = file.create_dataset("observations/images/top", n, h5py.vlen_dtype(np.uint8))
+        for t in range(n):
+            packed = io.BytesIO()
+            Image.new("RGB", (16, 16), (200, 40, 10 * t)).save(packed, "JPEG", quality=100)
+            buffers[t] = np.frombuffer(packed.getvalue(), np.uint8) if t < 2 else np.zeros(9, np.uint8)
+    path = write_aloha(tmp_path / "set", [3], frames) / "episode_0.hdf5"
+    for colour, first in (("rgb", (200, 40, 10)), ("bgr", (10, 40, 200))):
+        recording = preflight.Recording(path, ["qpos", "top"], colour=colour)
+        assert abs(recording[1]["top"][8, 8].astype(int) - first).max() <= 4
+        with pytest.raises(UserError, match="episode_0.hdf5.*JPEG frame cannot be decoded"):
+            recording[2]
+        recording.close()
