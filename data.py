@@ -72,7 +72,6 @@ def open_data(options, module, cache=None, normalizer=None):
         demos = mix_robots(options.robots, module, opened)
     else:
         demos = opened(options.data or "tabletop")
-    if not options.robots:
         place_cameras(demos, module, given)
     if "max_cameras" not in fields and not demos.shown.all():
         raise UserError(f"{demos.source}: {module.__name__} has no image_mask, so that no camera may be "

@@ -109,7 +109,8 @@ def main(argv=None):
         raise UserError("name the folder of a run, or --init with a released policy")
     path = Path(args.run[0] if args.run else args.out or "out/released")
     model, checkpoint, policy = released_policy(args) if args.init else load_run(path, args)
-    path.mkdir(parents=True, exist_ok=True) if args.init else None
+    if args.init:
+        path.mkdir(parents=True, exist_ok=True)
     folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
     title = f"{checkpoint['model']} ({checkpoint['preset']}), step {checkpoint['step']}"
     try:
