@@ -1,6 +1,6 @@
 """The layout of our generated sets: all episodes in a row, so that thousands of them open at once. (In
-robomimic's each has a dozen objects of its own, and it takes seconds to find them all.) Demonstrations of your
-own are better written in robomimic's, which other programs know.
+robomimic's each has a dozen objects of its own, and it takes seconds to find them all.) Your own are better
+written in robomimic's, which other programs know.
 
     actions         (N, A) float32
     obs/<key>       (N, D) float32: state; (N, H, W, 3) uint8, RGB: camera

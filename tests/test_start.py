@@ -9,8 +9,8 @@ from robot.models import MODELS
 # What only the end of a run, another command or another format of data needs; it takes from 20 ms to 2 s.
 NOT_YET = {"torch._dynamo", "torch._inductor", "torch.onnx", "tools.report", "tools.drawing", "tools.charts",
            "tools.pictures", "tools.words", "tools.explain", "tools.bench", "tools.compare", "tools.movie",
-           "matplotlib", "PIL", "pandas", "pyarrow", "av", "zarr", "gymnasium", "lerobot", "sentencepiece", "safetensors",
-           "huggingface_hub", "transformers", *MODELS}
+           "matplotlib", "PIL", "pandas", "pyarrow", "av", "zarr", "gymnasium", "lerobot", "sentencepiece",
+           "safetensors", "huggingface_hub", "transformers", *MODELS}
 
 
 def imported(code):
