@@ -6,6 +6,7 @@ import os
 import torch
 
 from robot.checkpoint import read_checkpoint
+from robot.downloads import FACTS
 from robot.errors import UserError, few, nearest, one_line, say, user_path, written_aside
 from robot.models import SAMPLER_FIELDS, load_module, pick_device, sampler_config
 from robot.normalizer import Normalizer
@@ -28,7 +29,6 @@ def one_model(name):
 
 
 # Fields of a Config that may differ from the release's: the weights mean the same with them.
-FACTS = ("action_dim", "state_dim", "n_cameras", "image_size")  # what the data decide
 FREE = (*SAMPLER_FIELDS, "n_action_steps", "train_on_padding", "random_crop", "checkpointing", "freeze_vlm")
 
 
