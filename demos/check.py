@@ -56,11 +56,14 @@ class Report:
     def level(self, name):
         return [finding for finding in self.findings if finding.level == name]
 
+    def sections(self):
+        """(title, lines) of all that was found, the gravest first."""
+        return [("must be mended", self.wrong), ("worth a look", [f.line() for f in self.level("fault")]),
+                ("notes", [f.line() for f in self.level("note")])]
+
     def text(self):
         lines = list(self.lines)
-        for title, those in (("must be mended", self.wrong),
-                             ("worth a look", [f.line() for f in self.level("fault")]),
-                             ("notes", [f.line() for f in self.level("note")])):
+        for title, those in self.sections():
             lines += [f"{title}:"] if those else []
             lines += [f"  - {line}" for line in those[:LINES]]
             lines += [f"  - and {len(those) - LINES} more"] if len(those) > LINES else []
