@@ -31,12 +31,12 @@ from demos.episodes import faults, nonfinite
 from demos.files import find_files, open_file, read_episodes, unreadable
 from demos.findings import CLOCKS, FINDINGS, Finding, Recordings
 from demos.generated import tabletop_file
-from robot.jpeg import check_colour
 from demos.keys import beside, sort_keys, width
 from demos.motion import pairs_of
 from demos.split import split_episodes
 from robot.cli import Parser
 from robot.errors import UserError, few, one_line, run_command, say
+from robot.jpeg import check_colour
 from robot.transforms import resize, same_shape
 
 TO, TP = 2, 16                  # Diffusion Policy's windows
