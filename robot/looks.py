@@ -15,7 +15,7 @@ CHANGES = {"mirrored": lambda look: look[:, ::-1], "upside down": lambda look: l
 
 
 def spread(count, limit):
-    """Indices of at most `limit` of `count` things, evenly spread, the first and the last among them: (n,)."""
+    """Indices of at most `limit` of `count` things, evenly spread, first and last among them: (n,) int."""
     return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))
 
 
