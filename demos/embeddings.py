@@ -50,7 +50,7 @@ def open_part(path):
 
 
 def identity(demos, e):
-    """By which an episode is known again: its name, and its actions as the file has them."""
+    """What identifies an episode: its name, and a fingerprint of its actions as the file has them."""
     return demos.episode_names[e], fingerprint(demos.raw_actions(e))
 
 

@@ -1,8 +1,8 @@
 """What an HDF5 file says, as plain values: arrays under their own names, attributes as texts and numbers.
 
-HDF5 gives zeros for what is missing behind a virtual data set, a repr looks like a text, and a link has a
-name of its own in another file. So everything is read through here, and refused here (UserError) where it
-cannot be read rightly.
+What h5py returns is not always what was stored: zeros where the source of a virtual data set is missing,
+bytes or arrays where a text was meant, nothing for a broken link. Everything is read through these functions,
+which raise UserError for what cannot be read rightly.
 """
 import collections
 import json

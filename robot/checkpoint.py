@@ -77,7 +77,7 @@ def faults(content):
     else:
         try:
             check_normalizer(Normalizer.from_state(content["normalizer"]), content["data"])
-        except Exception:  # any: whatever an edited one makes of these few lines
+        except Exception:  # an edited normaliser can raise anything here
             yield "normalizer"
 
 
@@ -163,9 +163,9 @@ def sample_two_steps(model, batch):
 
 def load_model(path, device="cpu", module=None, replay=True):
     """-> (model with the averaged weights, in evaluation mode, and the checkpoint). Verifies by replay that
-    this code computes what the code that trained it did. module: what the checkpoint was trained with, if
-    that was no model file of its name but, say, one with a head of your own. replay=False: no verification,
-    after a change that is meant.
+    this code computes what the code that trained it did; replay=False leaves that out, after an intended
+    change. module: the module with the Model that was trained, if it is not the model file of that name (for
+    example a head of your own, docs/extending.md). Raises UserError.
     """
     checkpoint = read_checkpoint(path, device)
     module = module or load_module(checkpoint["model"])

@@ -34,8 +34,8 @@ class Processing:
 
     state_dims: {key: numbers in the network's form}, state_dim their sum. places: [(place of the network,
     camera key or None)]. relative: whether the actions end with a delta. by_model: the network's own `fit`
-    resizes a robot's pictures, as floats. Raises UserError for what does not fit; whether the steps fit the
-    actions is for action_dim to say.
+    resizes a robot's pictures, as floats. Raises UserError for what does not fit; action_dim checks whether
+    the steps fit the actions.
     """
     KEYS = ("obs", "actions", "normalize", "images", "cameras")
 

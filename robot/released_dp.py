@@ -109,7 +109,7 @@ def lerobot_fields(config, notes):
 
 
 def encoder_fields(config, stats, cameras, weights):
-    """The way of a picture."""
+    """Scale, resizing and crop of the pictures, and the ResNet."""
     if not cameras:
         return {}
     scales = [scale_of(stats, name) or (torch.zeros(3), torch.ones(3)) for name in cameras]
@@ -217,7 +217,8 @@ def original_normalizer(scale, state_keys):
 
 
 def absolute_arms(action_dim, scale, state_keys):
-    """Arms of an absolute action, 0 for another: ten numbers each, of which only the position is scaled."""
+    """How many arms have their absolute pose in an action, 0 if it is something else. A pose has ten numbers,
+    of which only the three of the position are scaled."""
     plain = scale["scale"].reshape(-1, 10)[:, 3:] if action_dim % 10 == 0 else torch.zeros(1)
     return action_dim // 10 if (plain == 1).all() and "robot0_eef_pos" in state_keys else 0
 

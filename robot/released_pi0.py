@@ -220,7 +220,7 @@ def paligemma(download, model, hints):
 
 
 def unnamed(kind, fields, download, notes):
-    """Weights of nobody's robot: the data of the training say the rest."""
+    """Weights without a robot: the training data decide what the observations and actions are."""
     fields = {key: value for key, value in fields.items() if key not in FACTS}
     return Release(kind, fields, download.weights, None, {}, notes, recipe=official_recipe(kind), free=FREE)
 
@@ -260,7 +260,8 @@ def fields_of(download, kind):
 
 
 def with_tokenizer(fields, download, hints, folders=(".",)):
-    """Enter the SentencePiece file that the user names, or that lies in one of these folders. -> notes"""
+    """Set fields["tokenizer_path"]: the file that the user names, or the one in the first of these folders
+    that has it. -> notes"""
     files = [download.folder / name / "tokenizer.model" for name in folders]
     found = hints.get("tokenizer_path") or next((str(path) for path in files if path.is_file()), "")
     fields["tokenizer_path"] = found
