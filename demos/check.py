@@ -267,9 +267,9 @@ def examine_numbers(report, horizon):
         *doctor.dimensions(found), *idle, *doctor.angle_wraps(found), *doctor.late_actions(found, pairs),
         *doctor.slow_states(found, pairs, horizon), *beyond, *short, *doctor.duplicates(found),
         *doctor.clocks(found), *doctor.outliers(found, horizon)]
-    report.facts |= {"padding": padded, "clipped": share, "lag": [
-        {"action": p.action, "state": list(found.places[p.state]), "kind": p.kind, "steps": p.lag, "r": p.r}
-        for p in pairs]}
+    lags = [{"action": p.action, "state": list(found.state_columns[p.state]), "kind": p.kind, "steps": p.lag,
+             "r": p.r} for p in pairs]
+    report.facts |= {"padding": padded, "clipped": share, "lag": lags}
 
 
 def report_memory(report, image_size):

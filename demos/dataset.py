@@ -29,15 +29,17 @@ from robot.transforms import same_shape
 class Demos:
     """A checked set of demonstrations, see open_demos.
 
-    Of the set: state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
-    action_names and state_names ([] where the file has none), image_size (H, W) or None, camera_sizes {key:
-    (H, W)} before resizing, fps (of the first episode), processing, notes (what a user should know).
-    Of each episode: lengths, instructions, episode_names, episode_fps, shown (episodes, V) bool: whether a
-    camera fills this place of the network. train_episodes, valid_episodes: numbers. Of each step: actions (N,
-    action_dim), state (N, state_dim): float32, all episodes in a row; episode e begins at starts[e]. They are
-    in the units of the file, or what the steps of `processing` make of these; but they are not yet relative,
-    which depends on the window. The state keys stand side by side in their order. So do the labels: labels
-    (N, sum of their dims).
+    the set        state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim,
+                   action_dim, action_names and state_names ([] where the file has none), image_size (H, W)
+                   or None, camera_sizes {key: (H, W)} before resizing, fps (of the first episode),
+                   processing, notes (what a user should know)
+    each episode   lengths, starts, instructions, episode_names, episode_fps; shown (episodes, V) bool:
+                   whether a camera fills this place of the network; train_episodes, valid_episodes: numbers
+    each step      actions (N, action_dim), state (N, state_dim), labels (N, sum of their dims): float32, all
+                   episodes in a row; episode e begins at starts[e]
+
+    Several state keys, or labels, stand side by side in their order. Actions and state are in the units of
+    the file, after the steps of `processing`. Only delta is left to the windows, on which it depends.
     """
 
     def __init__(self, source, episodes, keys, label_keys, split, memory_gb, image_size=None, colour="bgr",
