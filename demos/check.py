@@ -312,9 +312,7 @@ def main(argv=None):
     parser.add_argument("--horizon", type=int, default=TP, metavar="TP", help="of the policy (default 16)")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="as for train.py")
     parser.add_argument("--colour", default="bgr", help="as for train.py: bgr | rgb")
-    args = parser.parse(argv, {"horizon": (1, 10_000)})
-    if args.image_size and min(args.image_size) < 1:
-        raise UserError(f"--image_size {args.image_size} must be height and width, both at least 1")
+    args = parser.parse(argv, {"horizon": (1, 10_000), "image_size": (1, 20_000)})
     report = examine(args.path, args.image_size, args.colour, args.horizon)
     if args.json:
         json.dump(report.plain(), sys.stdout, indent=1)

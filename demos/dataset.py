@@ -6,11 +6,9 @@
 Numbers (actions, state) are read once and stay in memory: five million steps of 50 dimensions are 1 GB.
 Images stay in the files until they are asked for.
 """
-import collections
-
 import numpy as np
 
-from demos.episodes import coarse, faults, label_of, nonfinite
+from demos.episodes import coarse, faults, first_of, label_of, nonfinite, notes_of
 from demos.files import find_files, read_episodes
 from demos.generated import tabletop_file
 from demos.keys import check_extra, choose_keys, width
@@ -195,12 +193,8 @@ def remarks(demos):
     for v, (place, key) in enumerate(demos.processing.places):
         without = [name for name, has in zip(demos.episode_names, demos.shown[:, v]) if key and not has]
         if without:
-            more = f" and {len(without) - 1} more" if without[1:] else ""
-            yield f"{without[0]}{more}: no camera '{key}', the place '{place}' is hidden there (image_mask)"
-    said = collections.Counter(note for e in demos.episodes for note in e.notes)
-    for note, count in said.items():
-        name = next(e.name for e in demos.episodes if note in e.notes)
-        yield f"{name}{f' and {count - 1} more' if count > 1 else ''}: {note}"
+            yield f"{first_of(without)}: no camera '{key}', the place '{place}' is hidden there (image_mask)"
+    yield from notes_of(demos.episodes)
     at = np.cumsum([0, *demos.processing.state_dims.values()])
     parts = {"actions": demos.actions} | {
         key: demos.state[:, lo:hi] for key, lo, hi in zip(demos.state_keys, at, at[1:])}

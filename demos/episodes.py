@@ -65,6 +65,17 @@ class Episode:
         return self.steps - self.begin
 
 
+def notes_of(episodes):
+    """What was guessed or passed over, a line each with the episodes it is about."""
+    for note in dict.fromkeys(note for e in episodes for note in e.notes):
+        yield f"{first_of([e.name for e in episodes if note in e.notes])}: {note}"
+
+
+def first_of(names):
+    """"name and 3 more", for a message."""
+    return names[0] + f" and {len(names) - 1} more" * (len(names) > 1)
+
+
 def kind_of(shape, dtype):
     """(kind, why it is neither a state nor a camera) of an array that is not compressed; see Array."""
     per_step = shape[1:]

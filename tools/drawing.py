@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from demos.png import png
+from demos.png import data_uri
 from robot.looks import spread
 from tools.words import OUTCOMES
 
@@ -24,8 +24,7 @@ def sprite(frames):
     sheet = np.zeros((rows * columns, H, W, *rgb), np.uint8)
     sheet[:T] = frames
     sheet = sheet.reshape(rows, columns, H, W, *rgb).swapaxes(1, 2).reshape(rows * H, columns * W, *rgb)
-    uri = "data:image/png;base64," + base64.b64encode(png(sheet)).decode()
-    return {"count": T, "columns": columns, "width": W, "height": H, "uri": uri}
+    return {"count": T, "columns": columns, "width": W, "height": H, "uri": data_uri(sheet)}
 
 
 def photo(image):

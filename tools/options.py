@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from demos.keys import check_shape_meta
 from robot.cli import SEEDS, Parser, check_ranges
 from robot.environments import fields_of
 from robot.errors import UserError, hint, input_text, one_line
@@ -180,22 +181,6 @@ def check_options(options):
         check_keys(spec, f"robots: {name}", (), ("data", "action_names", "state_names"))
     if options.shape_meta:
         check_shape_meta(options.shape_meta)
-
-
-def check_shape_meta(meta):
-    check_keys(meta, "shape_meta", (), ("obs", "action"))
-    if not meta.get("obs"):
-        raise UserError("shape_meta: names no observation; leave it out to take all, or add obs: {KEY: ..}")
-    parts = {"action": meta["action"]} if "action" in meta else {}
-    if not isinstance(meta["obs"], dict):
-        raise UserError(f"shape_meta: obs: {one_line(repr(meta['obs']), 60)} should be KEY: {{shape: ..}}")
-    parts |= {f"obs: {key}": part for key, part in meta["obs"].items()}
-    for name, part in parts.items():
-        check_keys(part, f"shape_meta: {name}", (), ("shape",) if name == "action" else ("shape", "type"))
-        shape = part.get("shape")
-        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-            raise UserError(f"shape_meta: {name}: shape should be a list such as [3] or, of a camera, "
-                            f"[3, H, W], not {one_line(repr(shape), 60)}")
 
 
 def read_yaml(path):
