@@ -242,7 +242,8 @@ def resume(run, checkpoint):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(f"{path} does not fit {run.options.model}.py, which has changed since: "
                         f"{one_line(e)[:200]}") from None
-    run.rows = read_metrics(run.out / "metrics.jsonl", up_to=run.step)
+    rows = read_rows(run.out / "metrics.jsonl")             # without those after the checkpoint
+    run.rows = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= run.step]
     if run.step == run.options.steps:  # its last evaluation is made anew
         run.rows = [row for row in run.rows if row["step"] < run.step or "lr" in row]
 
@@ -271,8 +272,3 @@ def same_data(was, now, out):
             what += f" ({len(was[key])} then, {len(now[key])} now)" if isinstance(was[key], list) else ""
             raise UserError(f"--resume: the data have changed since the run began, other {what}: use the same"
                             f" files and split, or start a new run from this one: --init {out} --out NEW")
-
-
-def read_metrics(path, up_to):
-    """Rows of the run's earlier part, without those after the checkpoint."""
-    return [row for row in read_rows(path) if isinstance(row.get("step"), int) and row["step"] <= up_to]
