@@ -103,7 +103,7 @@ def examine(path, image_size=None, colour="bgr", horizon=TP):
     if not episodes:
         raise UserError(report.wrong[0])
 
-    pictures = any(array.kind in ("camera", "jpeg") for array in episodes[0].obs.values())
+    pictures = any(array.is_camera for array in episodes[0].obs.values())
     keys = sort_keys(episodes, "image" if pictures else "lowdim")
     sound = []                  # episodes that fit together; the others are named and left out of all figures
     for e in episodes:

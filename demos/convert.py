@@ -52,7 +52,7 @@ def open_source(source, images=False, fps=None, instruction="", missing_zeros=Fa
 def check(episodes, resized):
     """Refuse episodes that do not fit together; say what was left out or guessed."""
     first = episodes[0]
-    cameras = [key for key, x in first.obs.items() if x.kind in ("camera", "jpeg")]
+    cameras = [key for key, x in first.obs.items() if x.is_camera]
     for e in episodes:
         for fault in faults(e, first, [key for key in first.obs if key not in cameras], cameras, resized):
             raise UserError(fault)

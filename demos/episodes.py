@@ -18,6 +18,10 @@ class Array:
     why: str = ""               # it is neither a state nor a camera
     names: list = field(default_factory=list)       # of its numbers, where the file says them
 
+    @property
+    def is_camera(self):
+        return self.kind in ("camera", "jpeg")
+
 
 class Rows:
     """The rows of an array that is put together as it is read, by [i] or [lo:hi]; read(lo, hi) -> array."""
@@ -120,7 +124,7 @@ def faults(episode, first, state_keys, camera_keys, resized=False):
             yield f"{e.name}: actions have {e.steps} steps, '{key}' is {array.shape}: cut the longer one"
         if key in state_keys and array.dtype.kind not in "fiub":
             yield f"{e.name}: '{key}' is {one_line(array.dtype, 60)}, write a state as float (T, D)"
-        if key in camera_keys and array.kind not in ("camera", "jpeg"):
+        if key in camera_keys and not array.is_camera:
             yield (f"{e.name}: camera '{key}' is {one_line(array.dtype, 60)} {array.shape}: write uint8 "
                    f"(T, H, W, 3), 0..255")
         camera = key in camera_keys

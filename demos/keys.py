@@ -87,7 +87,7 @@ def choose_keys(episodes, obs, text, shape_meta, extra):
         keys.unused = {key: "not in shape_meta" for key in first.obs if key not in named}
     else:
         if obs == "auto":
-            obs = "image" if any(x.kind in ("camera", "jpeg") for x in first.obs.values()) else "lowdim"
+            obs = "image" if any(x.is_camera for x in first.obs.values()) else "lowdim"
         if obs not in ("lowdim", "image"):
             raise UserError(f"obs is 'lowdim' or 'image', not {obs!r}{nearest(obs, ('lowdim', 'image'))}")
         keys = sort_keys(episodes, obs, text, extra)

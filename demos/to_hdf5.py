@@ -77,7 +77,7 @@ def write_demo(file, episode, reader):
     if episode.instruction:
         demo.attrs["language_instruction"] = episode.instruction
     for name, array in arrays_of(episode).items():
-        if array.kind in ("camera", "jpeg"):
+        if array.is_camera:
             write_pictures(demo, name, episode, reader)
         else:
             demo[name] = reader.read(episode, array)

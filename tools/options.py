@@ -205,6 +205,11 @@ def with_recipe(options, explicit, module):
     return dataclasses.replace(options, **{k: v for k, v in recipe.items() if k not in explicit})
 
 
+def tuple_of(value):
+    """A list of YAML as the tuple that a Config holds."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def make_config(module, options, facts):
     """The model's Config: preset, then facts of the data, then --set. `facts` {field: value} are used
     where the Config has such a field, and --set may not contradict them."""
@@ -214,8 +219,7 @@ def make_config(module, options, facts):
     names = {f.name for f in dataclasses.fields(module.Config)}
     facts = {k: v for k, v in facts.items() if k in names}
     for key, fact in facts.items():  # n_classes = 0 means: do not look at the labels
-        value = options.set.get(key, fact)
-        value = tuple(value) if isinstance(value, list) else value
+        value = tuple_of(options.set.get(key, fact))
         if value != fact and (key, value) != ("n_classes", 0):
             raise UserError(f"--set {key}={value}: the data decide this, it is {fact}; leave it out")
     return model_config(module, module.PRESETS[options.preset] | facts | options.set, "--set")

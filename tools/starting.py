@@ -13,7 +13,7 @@ from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.released import build_model, open_release
 from tools import distributed
-from tools.options import check_options, parse_set
+from tools.options import check_options, parse_set, tuple_of
 from tools.runs import frozen_names, n_parameters, read_rows
 
 
@@ -92,10 +92,6 @@ def released_policy(args):
                   "config": dataclasses.asdict(policy.model.config),
                   "options": {"env": {}, "data": args.init, "robots": {}}}
     return policy.model, checkpoint, policy
-
-
-def tuple_of(value):
-    return tuple(value) if isinstance(value, list) else value
 
 
 def units(options, earlier, release):
