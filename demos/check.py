@@ -7,10 +7,10 @@
                           [--image_size H W]   what resizing would make of the pictures, and what it costs
                           [--colour rgb]       of JPEG frames, as for train.py
 
-What it lists under "must be mended" training refuses (open_demos raises the first such line). What stands
-under "worth a look" it takes as it is, and most likely it should not. Notes are true as well, but many sound
-sets have them. The table says what becomes of every array, for a policy with cameras where the file has some.
-Exit status 2, with one line, only if nothing can be read.
+"must be mended" lists what training refuses (open_demos raises the first such line). "worth a look" lists
+what training accepts, though it is most likely wrong. Notes are findings that many good sets have. The table
+says what every array is used for, by a policy with cameras if the file has some. The exit status is 2, with
+one line, only if nothing can be read.
 
 The examinations: demos/doctor.py (numbers), demos/doctor_cameras.py (pictures); all names: demos/findings.py.
 """
@@ -273,7 +273,7 @@ def examine_numbers(report, horizon):
 
 
 def report_memory(report, image_size):
-    """What a set takes in memory, and what resizing makes of that."""
+    """How much memory a set takes, as it is and resized."""
     found, odd = report.found, report.findings
     sizes = {key: list(dict.fromkeys(s.size for s in those.values())) for key, those in report.seen.items()}
     every = [f"{key} {height} x {wide}" for key, sized in sizes.items() for height, wide in sized]

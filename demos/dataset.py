@@ -101,7 +101,7 @@ class Demos:
         return self.reader.frames(episode, key, 0, 1).shape[1:3]
 
     def raw_actions(self, e):
-        """Of episode e, as the file has them: (T, A) float32, with the steps that are left out."""
+        """The actions of episode e as the file has them, (T, A) float32, with the steps that are left out."""
         return self.reader.read(self.episodes[e], self.episodes[e].actions).astype(np.float32)
 
     def _numbers(self, episode, key, array):
@@ -112,8 +112,7 @@ class Demos:
         return x
 
     def _processed(self, raw, obs):
-        """What the steps of `processing` make of the numbers, an episode at a time, so that a fault has a
-        name."""
+        """The numbers after the steps of `processing`; one episode at a time, so that a fault can name it."""
         actions = np.empty((len(raw), self.action_dim), np.float32)
         state = np.empty((len(raw), self.state_dim), np.float32)
         for name, start, length in zip(self.episode_names, self.starts, self.lengths):

@@ -1,4 +1,4 @@
-"""What can be wrong with the numbers of a data set: an examination each, which gives Findings.
+"""What can be wrong with the numbers of a data set. Each function examines one thing and gives Findings.
 
 A threshold is either a convention of the training (its horizon, what its normaliser calls near-constant), or
 so far out that no clean recording comes near it; the comment beside it says which. demos/doctor_cameras.py

@@ -61,8 +61,8 @@ def read_language(folder):
 
 
 class Embeddings:
-    """Of a data set: demos, demos.dataset.Demos. places: camera keys in the network's order, None where there
-    is no camera. Raises UserError for what was made of other data."""
+    """The tokens of a data set. demos: a demos.dataset.Demos. places: camera keys in the network's order,
+    None for a place without a camera. Raises UserError if the tokens were made from other data."""
 
     def __init__(self, folder, demos, places):
         self.folder, self.places, self.files = user_path(folder), list(places), OpenFiles(open_part)

@@ -1,4 +1,4 @@
-"""What an episode on disk is, and what can be wrong with its shapes. Every layout makes its own of these."""
+"""An episode on disk, and what can be wrong with its shapes. Every layout turns its files into Episodes."""
 import math
 from dataclasses import dataclass, field
 

@@ -191,7 +191,7 @@ def json_of(nodes, name, notes):
 
 
 def instruction_of(nodes, where, notes):
-    """What the innermost node says that says anything; "" if none does."""
+    """The instruction of the innermost node that has one; "" if none has."""
     for node in nodes:
         said = attribute([node], *INSTRUCTIONS)
         inside = [node[key] for key in INSTRUCTIONS if isinstance(node.get(key), h5py.Dataset)]

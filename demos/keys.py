@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from robot.errors import UserError, nearest, one_line
 from robot.steps import check_keys
 
-# What a batch holds already, see data.Windows.
+# Names that a batch already has, see data.Windows.
 TAKEN = ("actions", "action_mask", "state", "images", "text", "control_hz", "action_valid", "state_valid")
 
-# What no camera and no joint tells: robomimic's name of it, and LeRobot's.
+# States that only a simulator knows: robomimic's name of them, and LeRobot's.
 SIMULATED = ("object", "observation.environment_state")
 
 LINE = 380                      # characters of a line that is meant to be read

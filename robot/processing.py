@@ -1,4 +1,4 @@
-"""What lies between a robot and a network, apart from the normaliser: steps per key, declared in YAML.
+"""Conversions between a robot and a network, apart from the normaliser: steps per key, declared in YAML.
 
 They are applied to the data in training, and applied and undone by the policy:
 

@@ -92,7 +92,7 @@ def guidance(target, weight, places, clip=0.0, beta=BETA, spread=SPREAD):
                 error = torch.zeros_like(x0)
                 error[..., places] = weight[:, None].to(x0) * (target.to(x0) - near[..., places])
                 pull, = torch.autograd.grad(x0, x, error)
-            # What the sampler would clip anyway moves nothing; without a pull, `out` is what it was.
+            # Both ends are clipped as the sampler clips: where the pull is 0, `out` stays exactly the same.
             moved = cut(near + strength * pull) - near                          # [4]
             return out.detach() + (moved if scale is None else -scale / sigma * moved)
         return guided

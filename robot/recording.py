@@ -110,7 +110,7 @@ class Recording:
 
 
 def control_freq(value):
-    """Of robomimic's env_args, JSON: there, or among its env_kwargs; None if it is in neither."""
+    """The control frequency in robomimic's env_args, a JSON text: at its top or in env_kwargs; else None."""
     found = json.loads(text(value))
     return found.get("control_freq") or found.get("env_kwargs", {}).get("control_freq")
 

@@ -1,4 +1,4 @@
-"""What people download -> what this project needs of it.
+"""Downloaded weights -> a Release, with which this project trains and acts.
 
     release = open_release("FOLDER")        a LeRobot folder, weights with an index.json, a torch file, ...
     model = build_model(release)            the model with these weights, float32

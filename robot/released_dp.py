@@ -1,7 +1,7 @@
 """Diffusion Policy as people download it: LeRobot's folders, and the state_dicts of the original.
 
 github.com/huggingface/lerobot, src/lerobot/policies/diffusion; github.com/real-stanford/diffusion_policy.
-Both -> a Release of dp_cnn. What a file says and this code does not do is refused by its name.
+Both become a Release of dp_cnn. A setting in their files that this code cannot follow is refused by its name.
 """
 import re
 

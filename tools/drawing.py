@@ -179,7 +179,7 @@ def samples_for_page(samples):
 
 
 def films_for_page(rollouts):
-    """Failures first, for they teach most. Of a comparison the scenes with a failure, all runs in it."""
+    """Failures first, since they teach most; in a comparison, the scenes in which any run failed."""
     failed = {r.get("scene") for r in rollouts if not r["success"]}
     first = lambda r: r["scene"] not in failed if "scene" in r else bool(r["success"])
     rollouts = sorted(rollouts, key=first)

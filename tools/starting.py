@@ -33,14 +33,14 @@ FREE = (*SAMPLER_FIELDS, "n_action_steps", "train_on_padding", "random_crop", "c
 
 
 def is_run(init):
-    """Whether --init is a run of one's own."""
+    """Whether --init names a run of train.py."""
     path = user_path(init)
     return (path / "checkpoint.pt").exists() or path.match("checkpoint*.pt")
 
 
 def with_release(options, explicit):
-    """What the weights of --init say about themselves becomes options, where the user does not. -> (options,
-    names of those that are given, Release or None). A resumed run has it all in its checkpoint."""
+    """Options that the weights of --init decide, unless the user gives them. -> (options, names of the
+    options that are given, Release or None). A resumed run has all of them in its checkpoint."""
     if not options.init or is_run(options.init):
         return options, explicit, None
     out = user_path(options.out or f"out/{options.model}")
@@ -128,7 +128,7 @@ def fits(release, facts, description):
 
 
 def say_notes(release, out):
-    """What of the weights is not used: a line, and the whole of it in a file of the run."""
+    """The first note on weights that are not used; all of them are written to a file of the run."""
     if release and release.notes:
         with written_aside(out / "init.log") as aside:
             aside.write_text("\n".join(release.notes) + "\n", encoding="utf-8")
@@ -173,8 +173,8 @@ def earlier_run(options, out):
 
 
 def start_from(model, checkpoint, options):
-    """--init out/run: the averaged weights of an own run. What --fresh names keeps its random initialisation.
-    Raises UserError for what does not fit."""
+    """--init out/run: the averaged weights of an earlier run. Weights that --fresh names keep their random
+    initialisation. Raises UserError for weights that do not fit."""
     if checkpoint["model"] != options.model:
         raise UserError(f"--init {options.init} is a run of {checkpoint['model']}, not of {options.model}")
     relative = [is_relative(spec) for spec in (checkpoint["data"].get("processing"), options.processing)]
@@ -208,7 +208,7 @@ def is_relative(processing):
     return any("delta" in step for step in (processing or {}).get("actions", []))
 
 
-# What the result depends on: a change is named, since it makes another run of it.
+# Options on which the result depends: if one changes, it is another run, and a note says so.
 SHAPING = ("data", "seed", "steps", "batch_size", "grad_accum", "lr", "warmup", "lr_schedule", "clip",
            "weight_decay", "betas", "ema_power", "ema_max", "dtype", "normalizer",
            "image_size", "colour")
