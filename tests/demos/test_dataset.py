@@ -42,7 +42,8 @@ def test_shape_meta_names_keys_and_their_order(tmp_path):
     for key, spec, words in [("pos", {"shape": [4]}, r"low_dim \[4\], but in a.hdf5:demo_0 float64 \[3\]"),
                              ("left", {"shape": [4, 6, 3], "type": "rgb"}, r"rgb is \[3, H, W\]"),
                              ("pos", {"shape": [3], "type": "rgb"}, "'pos' is rgb"),
-                             ("pos", {"shape": [3], "type": "depth"}, "obs: pos: type is rgb or low_dim, not 'depth'"),
+                             ("pos", {"shape": [3], "type": "depth"},
+                              "obs: pos: type is rgb or low_dim, not 'depth'"),
                              ("pso", {"shape": [3]}, "no 'pso', did you mean 'pos'")]:
         with pytest.raises(UserError, match=words):
             open_demos(path, shape_meta={"obs": {key: spec}})
