@@ -230,6 +230,17 @@ def test_what_lerobot_cannot_hold(tmp_path, monkeypatch, capsys):
 
 
 @lerobot
+def test_an_array_called_action_is_not_added_to_the_actions(tmp_path, capsys):
+    def edit(file):
+        for demo in file["data"].values():
+            demo["action"] = -demo["actions"][:]
+    source = write(tmp_path / "a.hdf5", edit=edit, images=False)
+    convert.convert(source, tmp_path / "set", to="lerobot")
+    assert "not taken: action (a name that LeRobot uses itself" in capsys.readouterr().err
+    assert np.array_equal(open_demos(tmp_path / "set").actions, open_demos(source).actions)
+
+
+@lerobot
 def test_episodes_of_two_precisions_lose_nothing(tmp_path):
     (tmp_path / "two").mkdir()
     single = replace("data/demo_0/actions", np.ones((4, 2), np.float32))
