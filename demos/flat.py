@@ -32,6 +32,8 @@ class Flat(collections.abc.Mapping):
 
     def __getitem__(self, name):
         e, _, key = name.partition("/")
+        if not e.isdigit() or int(e) >= len(self.ends) or key not in self.arrays:
+            raise KeyError(name)
         lo, hi = self.starts[int(e)], self.ends[int(e)]
         if self.arrays[key].ndim < 4:
             self.arrays[key] = self.arrays[key][:]
