@@ -1,6 +1,6 @@
-"""The layout of our generated sets: all episodes in a row, so that thousands of them open at once. (In
-robomimic's each has a dozen objects of its own, and it takes seconds to find them all.) Your own are better
-written in robomimic's, which other programs know.
+"""The layout of the generated sets: all episodes in a row, so that thousands of them open at once. (In
+robomimic's layout, every episode has its own objects in the file, and finding them takes seconds.) For
+demonstrations of your own, robomimic's is the better choice: other programs know it.
 
     actions         (N, A) float32
     obs/<key>       (N, D) float32: state; (N, H, W, 3) uint8, RGB: camera
