@@ -57,12 +57,11 @@ class MixedDemos(Demos):
         self.fingerprint = fingerprint(self.actions, self.state)
 
     def images(self, e, lo, hi, out=None):
-        demos = self.parts[self.robot[e]]
-        cameras, shape = len(demos.camera_keys), (hi - lo, len(self.camera_keys), 3, *self.image_size)
-        out = np.empty(shape, np.uint8) if out is None else out
-        out[:, cameras:] = BACKGROUND
-        if cameras:
-            demos.images(e - self.offsets[self.robot[e]], lo, hi, out[:, :cameras])
+        demos, size = self.parts[self.robot[e]], (hi - lo, len(self.camera_keys), 3, *self.image_size)
+        out, own = np.empty(size, np.uint8) if out is None else out, len(demos.camera_keys)
+        out[:, own:] = BACKGROUND
+        if own:
+            demos.images(e - self.offsets[self.robot[e]], lo, hi, out[:, :own])
         return out
 
     def close(self):
