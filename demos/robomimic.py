@@ -60,7 +60,8 @@ def read_masks(file, demos):
     if both:
         return None, f"{few(both)} {'stand' if both[1:] else 'stands'} in both mask/train and mask/valid", []
     if not named:
-        return None, "", [f"mask/ holds {few(group, 4)}, but neither train nor valid: it is not used"]
+        unused = f"mask/ holds {few(group, 4)}, but neither train nor valid: it is not used"
+        return None, "", [unused] * (len(group) > 0)
     splits = {d: next((split for split in named if d in named[split]), "") for d in demos}
     if len(named) == 2:
         return splits, "", []

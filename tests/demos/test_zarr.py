@@ -80,15 +80,15 @@ def test_a_buffer_of_another_robot_is_not_taken_for_push_t(tmp_path):
     zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
     arrays = {"action": np.ones((6, 2)), "state": np.arange(42.0).reshape(6, 7),
               "img": np.zeros((6, 8, 8, 3), np.uint8)}
-    for name, more, wanted in (("a", {}, {"state": 7}),
-                               ("b", {"agent_pos": -np.ones((6, 3))}, {"agent_pos": 3, "state": 7})):
+    own = {"agent_pos": -np.ones((6, 3)), "state": np.arange(30.0).reshape(6, 5)}
+    for name, more, wanted in (("a", {}, {"state": 7}), ("b", own, {"agent_pos": 3, "state": 5})):
         buffer = zarr.open_group(str(tmp_path / f"{name}.zarr"), mode="w")
         for key, x in (arrays | more).items():
             buffer[f"data/{key}"] = x + 1 if key == "img" else x
         buffer["meta/episode_ends"] = np.array([3, 6])
         demos = open_demos(tmp_path / f"{name}.zarr", val_ratio=0)
         assert demos.state_keys == wanted
-        assert np.array_equal(demos.state[:, -7:], arrays["state"])
+        assert np.array_equal(demos.state[:, -wanted["state"]:], (arrays | more)["state"])
     assert (demos.state[:, :3] == -1).all()
 
 
