@@ -19,7 +19,7 @@ from robot.environments import make_episodes
 from robot.errors import UserError, run_command, write_json
 from robot.rollout import EVALUATION_SEEDS, closed_loop
 from tools import report
-from tools.budget import METAWORLD, TASKS, budget
+from tools.budget import TASKS, budget
 from tools.cells import latency_cells, markdown, size_cells, success_cells
 from tools.pictures import frame_of_chunks, pictures, step_labels
 from tools.quality import compare_samples
@@ -176,7 +176,7 @@ def main(argv=None):
     add("--task", default="tabletop", choices=TASKS)
     add("--only", action="append", help="this model (may be given several times)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; each has its own episodes")
-    add("--tasks", nargs="+", default=list(METAWORLD), metavar="TASK", help="metaworld: default: ten of them")
+    add("--tasks", nargs="+", metavar="TASK", help="metaworld: default: ten of them, or five together")
     add("--demos", type=int, help="tabletop: rollouts, the same for all (default: 2000); policies "
         "that see pictures get two in three up to the grasp only. metaworld: of each task (default: 100)")
     add("--preset", default="tiny", help="where a file has it; else tiny")

@@ -117,10 +117,23 @@ def test_meta_world_beside_its_expert_and_as_a_picture(tmp_path, monkeypatch):
         "drawer-close-v3: dp_cnn 10 of 10; drawer-close-v3: regression 4 of 10; reach-v3: dp_cnn")
 
 
+def test_one_policy_for_several_tasks_of_meta_world(tmp_path, monkeypatch):
+    pytest.importorskip("metaworld", reason="package metaworld is an extra")
+    stand_in(monkeypatch)
+    demos = []
+    monkeypatch.setattr(budget.metaworld, "generate",
+                        lambda tasks, n, path: demos.append((tasks, n)) or open(path, "w").close())
+    argv = ["--task", "metaworld_together", "--tasks", "reach", "drawer-close", "--seeds", "0", "--episodes",
+            "4", "--demos", "7", "--out", str(tmp_path)]
+    rows = compare.main(argv)["drawer-close+reach"]
+    assert [row["model"] for row in rows] == ["regression", "dp_cnn", "dp_transformer", "rdt", "expert"]
+    assert demos == [(["drawer-close-v3", "reach-v3"], 7)] and rows[-1]["success"] == "4 of 4"
+
+
 def test_bars():
     """Each bar is as long as the success, its line as long as Wilson's interval."""
     root = ElementTree.fromstring(bars({"a < b": {"one": (0, 50), "two": (40, 50), "expert": (25, 50)},
-                                        "c": {"two": (50, 50)}}))
+                                        "c": {"two": (50, 50)}, "+".join("abcdefghijklmn"): {}}))
     scale = (WIDTH - LEFT - RIGHT) / 100
     found = [float(rect.get("width")) for rect in root.findall("{*}rect") if rect.get("x") == str(LEFT)]
     assert found == pytest.approx([0, 80 * scale, 100 * scale], abs=0.1)
@@ -130,7 +143,8 @@ def test_bars():
     expert, = [path for path in root.findall("{*}path") if path.get("class") == "expert"
                and float(path.get("d")[1:].split()[0]) >= LEFT and "V" in path.get("d")]
     assert float(expert.get("d")[1:].split()[0]) == pytest.approx(LEFT + 50 * scale, abs=0.1)
-    assert [text.text for text in root.findall("{*}text") if text.get("class") == "name"] == ["a < b", "c"]
+    assert [text.text for text in root.findall("{*}text") if text.get("class") == "name"] == [
+        "a < b", "c", "14 tasks"]
 
 
 def test_a_comparison_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, monkeypatch, capsys):
