@@ -52,8 +52,8 @@ def budget(args):
     """Train every model of a task for the same minutes, from the same rollouts (on the tabletop whole for who
     sees numbers, two in three up to the grasp for who sees pictures; each seed has its own), with each
     training seed, and let it act in the same episodes (those of the seed). The minutes become a number of
-    steps, the same in every run of a model (kept_step_seconds). A line of results.jsonl per run: what is there is
-    not done again, and a run that was interrupted goes on."""
+    steps, the same in every run of a model (kept_step_seconds). A line of results.jsonl per run: what is
+    there is not done again, and a run that was interrupted goes on."""
     out = Path(args.out or "out/matched")
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "results.jsonl"
