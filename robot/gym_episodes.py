@@ -11,7 +11,6 @@ import numpy as np
 
 from .errors import UserError, hint, one_line, say_once
 
-
 # Environments that could not render once are not asked again in this process: where MuJoCo finds no GL, its
 # second attempt ends the process.
 BLIND = set()

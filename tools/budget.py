@@ -21,7 +21,7 @@ from robot.checkpoint import read_checkpoint
 from robot.errors import input_text, write_json
 from robot.metaworld import Scene, expert_of, tasks_of
 from robot.models import load_module, pick_device
-from robot.rollout import EVALUATION_SEEDS
+from robot.rollout import evaluation_seeds
 from tools import bench, regression
 from tools.bars import write_bars
 from tools.cells import markdown, success_cells
@@ -105,9 +105,9 @@ def expert_one(tasks, seed, args):
     """The scripted experts, undisturbed, in the scenes in which the policies act. -> as train_one"""
     experts, scenes = [expert_of(task) for task in tasks], [Scene(task, tasks) for task in tasks]
     successes = 0
-    for i in range(args.episodes):
+    for i, scene_seed in enumerate(evaluation_seeds(seed, args.episodes)):
         expert, scene = experts[i % len(tasks)], scenes[i % len(tasks)]
-        obs, _ = scene.reset(EVALUATION_SEEDS + 1000 * seed + i)
+        obs, _ = scene.reset(scene_seed)
         done = success = False
         while not done:
             obs, _, success, cut, _ = scene.step(expert(obs["state"]))

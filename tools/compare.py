@@ -17,7 +17,7 @@ import sample
 from robot.cli import SEEDS, Parser
 from robot.environments import make_episodes
 from robot.errors import UserError, run_command, write_json
-from robot.rollout import EVALUATION_SEEDS, closed_loop
+from robot.rollout import closed_loop, evaluation_seeds
 from tools import report
 from tools.budget import TASKS, budget
 from tools.cells import latency_cells, markdown, size_cells, success_cells
@@ -113,7 +113,7 @@ def shared_moment(policies, environments, args, n=8, looks=6):
     it with its own eyes (numbers or pictures, last step or last two). -> picture of the state"""
     worlds = [make_episodes(environment, n, policy.description, args.instruction)
               for policy, environment in zip(policies, environments)]
-    seeds = EVALUATION_SEEDS + 1000 * args.seed + np.arange(n)
+    seeds = evaluation_seeds(args.seed, n)
     observed = [world.reset(seeds)[0] for world in worlds]
     driver, *others = policies
     for policy in policies:
