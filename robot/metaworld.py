@@ -121,6 +121,7 @@ def expert_of(task):
 def class_of(task):
     """The package's class of a task, which reads its XML once: that takes a tenth of a second, an evaluation
     has fifty scenes."""
+    import mujoco
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     class Task(ALL_V3_ENVIRONMENTS[task]):
@@ -129,7 +130,6 @@ def class_of(task):
         def _initialize_simulation(self):
             if Task.first is None:
                 Task.first, _ = super()._initialize_simulation()
-            import mujoco
             model = copy.copy(Task.first)           # a copy of all arrays: every scene moves its own objects
             size = model.vis.global_
             size.offwidth, size.offheight = max(size.offwidth, self.width), max(size.offheight, self.height)

@@ -9,6 +9,7 @@ first run and kept. So all seeds and tasks have the same number of steps, whatev
 """
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import data
 import train
 from demos import metaworld
 from robot.checkpoint import read_checkpoint
-from robot.errors import input_text, write_json
+from robot.errors import UserError, input_text, write_json
 from robot.metaworld import Scene, expert_of, tasks_of
 from robot.models import load_module, pick_device
 from robot.rollout import evaluation_seeds
@@ -28,12 +29,12 @@ from tools.cells import markdown, success_cells
 from tools.options import make_config, parse_options, with_recipe
 from tools.runs import read_rows, write_rows
 
-# What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
-# that answers with the mean (regression.py).
 # Of Meta-World: easy ones, and those that papers call hard or very hard; and five for one policy.
 METAWORLD = ("assembly", "basketball", "button-press-topdown", "door-open", "drawer-close", "peg-insert-side",
              "pick-place", "push", "stick-push", "window-open")
 TOGETHER = ("button-press-topdown", "door-open", "drawer-close", "push", "window-open")
+# What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
+# that answers with the mean (regression.py).
 TASKS = {
     "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0",
                                        "pi05")},
@@ -54,11 +55,10 @@ def budget(args):
     training seed, and let it act in the same episodes (those of the seed). The minutes become a number of
     steps, the same in every run of a model (kept_step_seconds). A line of results.jsonl per run: what is
     there is not done again, and a run that was interrupted goes on."""
+    wanted, worlds = args.only or list(TASKS[args.task]), worlds_of(args)
     out = Path(args.out or "out/matched")
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "results.jsonl"
-    wanted = args.only or list(TASKS[args.task])
-    worlds = worlds_of(args)
     demos = args.demos or (2000 if not any(worlds.values()) else 100)
     done = read_rows(lines)
     write_rows(lines, done)             # without what a killed comparison left half written
@@ -146,7 +146,13 @@ def train_one(name, seed, folder, args, times):
 def kept_step_seconds(key, times, options, module):
     """The seconds of a step, measured once for each model and kept in the file `times`: on a machine that
     others use, too, every measurement is another one, and the runs of a model would differ in their steps."""
-    kept = {} if not times.exists() else json.loads(input_text(times))
+    try:
+        kept = json.loads(input_text(times)) if times.exists() else {}
+        if not all(0 < seconds < math.inf for seconds in kept.values()):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{times} should hold seconds of a step, {{name: number}}: delete it, and they are "
+                        f"measured again") from None
     if key not in kept:
         kept[key] = step_seconds(options, module)
         write_json(times, kept)
@@ -187,6 +193,5 @@ def pooled(name, runs):
         "failures": ", ".join(f"{n} {k}" for k, n in failures.items() if n) or "none"}
     if name == "expert":
         return cells
-    return cells | {"score": f"{mean('score'):.3f}", "steps": f"{mean('steps'):,.0f}",
-                    "minutes": f"{mean('steps') * mean('step_seconds') / 60:.1f}",
-                    "parameters": f"{runs[0]['parameters']:,}"}
+    return cells | {"score": f"{mean('score'):.3f}", "minutes": f"{runs[0]['minutes']:g}",
+                    "steps": f"{mean('steps'):,.0f}", "parameters": f"{runs[0]['parameters']:,}"}
