@@ -17,7 +17,7 @@ from tqdm import tqdm
 from demos.generated import DEMO_SEEDS, new_hdf5, write_demo
 from robot.cli import SEEDS, Parser
 from robot.errors import UserError, run_command, say, user_path
-from robot.metaworld import FPS, Scene, check_rendering, expert_of, tasks_of, words_of
+from robot.metaworld import FPS, Scene, expert_of, tasks_of, words_of
 
 HOLD = 10                               # steps that are kept after the task was done
 PATIENCE = 300                          # an expert that takes longer has failed
@@ -51,7 +51,8 @@ def generate(tasks, demos, out, images=False, image_size=(96, 96), noise=NOISE, 
         raise UserError(f"{out} exists already: choose another name")
     scenes = [Scene(task, tasks, ("image",) if images else (), image_size) for task in tasks]
     if images:
-        check_rendering(scenes[0])
+        scenes[0].reset(0)
+        scenes[0].render()              # where this fails, nothing was generated yet
     with new_hdf5(out) as file, tqdm(total=demos * len(tasks), unit="demo") as bar:
         data = file.create_group("data")
         data.attrs.update(format_version=1, fps=float(FPS))

@@ -11,7 +11,6 @@ import numpy as np
 
 from .errors import UserError, hint, one_line, say_once
 
-
 # Environments that could not render once are not asked again in this process: where MuJoCo finds no GL, its
 # second attempt ends the process.
 BLIND = set()
@@ -25,16 +24,17 @@ class GymEpisodes:
         max_steps: 300
         instruction: push the T            for policies that read
         success: info_key                  what in `info` means success; default is_success, then success
+        clip: false                        leave actions as they are, where the space's bounds are not true
         obs:                               our key -> where it is found in the environment's observation
           agent_pos: state[0:2]            slice of an array; the name is free if the observation is one array
           image: pixels.top                a key of a dict, of a dict in it, or a name that holds dots
           keypoint: {pose: "state[2:5]", points: [[9.3, 90.0], ...]}   points of a body with pose x, y, angle
 
     Success is unknown where `info` does not say it: that an episode has terminated may mean anything. Actions
-    are cut to the bounds of the action space, which is said once.
+    are cut to the bounds of the action space, which is said once, unless clip is false.
     """
     films_all = False
-    FIELDS = ("id", "kwargs", "max_steps", "instruction", "success", "obs")
+    FIELDS = ("id", "kwargs", "max_steps", "instruction", "success", "clip", "obs")
 
     def __init__(self, n, description, spec):
         for key in spec:
@@ -42,6 +42,8 @@ class GymEpisodes:
                 raise UserError(f"env: unknown key {key!r}{hint(key, self.FIELDS)}")
         if not isinstance(spec.get("id"), str):
             raise UserError("env: names no environment; add its id, for example id: gym_pusht/PushT-v0")
+        if not isinstance(spec.get("clip", True), bool):
+            raise UserError(f"env: clip must be true or false, not {one_line(spec['clip'], 60)}")
         self.spec, self.description, self.renders = spec, description, True
         with self.guard("made"):
             self.envs = [self.make(i) for i in range(n)]
@@ -109,7 +111,7 @@ class GymEpisodes:
         for i in np.flatnonzero(~self.done):
             space = self.envs[i].action_space
             one = np.asarray(action[i], space.dtype).reshape(space.shape)
-            inside = np.clip(one, space.low, space.high)
+            inside = np.clip(one, space.low, space.high) if self.spec.get("clip", True) else one
             if not np.array_equal(inside, one):
                 say_once(f"{self.spec['id']}: actions are cut to its bounds {one_line(space)[:80]}")
             with self.guard("stepped"):

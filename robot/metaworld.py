@@ -12,6 +12,8 @@ gripper. 80 steps of control a second. An episode ends when the task is done, at
 Meta-World's own Gymnasium ids choose an episode's scene from a list of 50, and not by the seed of `reset`.
 So two policies would not meet the same scenes; Scene draws every scene anew, from its seed.
 """
+import copy
+import functools
 import importlib.util
 import os
 import warnings
@@ -115,6 +117,26 @@ def expert_of(task):
     return act
 
 
+@functools.cache
+def class_of(task):
+    """The package's class of a task, which reads its XML once: that takes a tenth of a second, an evaluation
+    has fifty scenes."""
+    import mujoco
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    class Task(ALL_V3_ENVIRONMENTS[task]):
+        first = None
+
+        def _initialize_simulation(self):
+            if Task.first is None:
+                Task.first, _ = super()._initialize_simulation()
+            model = copy.copy(Task.first)           # a copy of all arrays: every scene moves its own objects
+            size = model.vis.global_
+            size.offwidth, size.offheight = max(size.offwidth, self.width), max(size.offheight, self.height)
+            return model, mujoco.MjData(model)
+    return Task
+
+
 class Scene:
     """One task. Observations are dicts: "state" (39,); "hand" (4,), what of it a robot knows of itself; of
     several tasks "task", one-hot in their order; each camera's picture (H, W, 3), rendered when somebody
@@ -122,9 +144,7 @@ class Scene:
     spec = None
 
     def __init__(self, task, tasks, cameras=(), size=(96, 96)):
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-        self.env = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA, width=size[1],
-                                             height=size[0])
+        self.env = class_of(task)(render_mode="rgb_array", camera_name=CAMERA, width=size[1], height=size[0])
         self.env.model.cam(CAMERA).pos[:] = CAMERA_AT
         self.env._partially_observable, self.env._set_task_called = False, True     # the goal is observed
         vars(self.env).pop("sawyer_observation_space", None)    # kept from before, it cuts the goal to 0
@@ -150,9 +170,16 @@ class Scene:
         return self.observe(state), reward, success, self.steps >= MAX_STEPS, {"success": success}
 
     def render(self):
-        """(H, W, 3) uint8, the right way up: the package's camera hangs upside down. Drawn once a step."""
+        """(H, W, 3) uint8, the right way up: the package's camera hangs upside down. Drawn once a step.
+        Raises UserError where none can be drawn."""
         if self.picture is None:
-            self.picture = np.ascontiguousarray(self.env.render()[::-1, ::-1])
+            try:
+                self.picture = np.ascontiguousarray(self.env.render()[::-1, ::-1])
+            except Exception as e:              # any: every backend of MuJoCo fails in its own way
+                chosen = os.environ.get("MUJOCO_GL")
+                raise UserError(f"no picture can be rendered with MUJOCO_GL={chosen or '(not set)'} "
+                                f"({one_line(e, 120)}): use MUJOCO_GL=egl with a GPU, MUJOCO_GL=osmesa "
+                                f"without one (apt install libosmesa6)") from None
         return self.picture
 
 
@@ -190,14 +217,3 @@ class MetaworldEpisodes(GymEpisodes):
 
     def told(self):
         return {"instruction": [words_of(env.task) for env in self.envs]}
-
-
-def check_rendering(scene):
-    """Raises UserError where no picture can be drawn, before anything is generated."""
-    try:
-        scene.render()
-    except Exception as e:                      # any: every backend of MuJoCo fails in its own way
-        chosen = os.environ.get("MUJOCO_GL")
-        raise UserError(f"no picture can be rendered with MUJOCO_GL={chosen or '(not set)'} "
-                        f"({one_line(e, 120)}): use MUJOCO_GL=egl with a GPU, MUJOCO_GL=osmesa without one "
-                        f"(apt install libosmesa6)") from None

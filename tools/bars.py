@@ -27,8 +27,8 @@ def bars(counts):
     said = []
     for row, (task, found) in enumerate(counts.items()):
         y = TOP + group * row + GAP / 2
-        parts.append(f'<text class="name" x="{LEFT - 10}" y="{y + (group - GAP) / 2 + 5:.1f}">{escape(task)}'
-                     f'</text>')
+        name = escape(task) if len(task) < 26 else f"{task.count('+') + 1} tasks"
+        parts.append(f'<text class="name" x="{LEFT - 10}" y="{y + (group - GAP) / 2 + 5:.1f}">{name}</text>')
         for i, model in enumerate(models):
             if found.get(model, (0, 0))[1]:
                 parts.append(bar(i, y + BAR * i, scale, *found[model]))

@@ -2,12 +2,14 @@
 
     python -m tools.compare --minutes 5             every policy and a regression, on the built-in task
     python -m tools.compare --task metaworld        in Meta-World's tasks, beside its experts
+    python -m tools.compare --task metaworld_together       one policy for several of these tasks
 
 The minutes are those of one machine: steps times the time of a step, measured once for each model before the
 first run and kept. So all seeds and tasks have the same number of steps, whatever else the machine does.
 """
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,26 +19,30 @@ import data
 import train
 from demos import metaworld
 from robot.checkpoint import read_checkpoint
-from robot.errors import input_text, write_json
+from robot.errors import UserError, input_text, write_json
 from robot.metaworld import Scene, expert_of, tasks_of
 from robot.models import load_module, pick_device
-from robot.rollout import EVALUATION_SEEDS
+from robot.rollout import evaluation_seeds
 from tools import bench, regression
 from tools.bars import write_bars
 from tools.cells import markdown, success_cells
 from tools.options import make_config, parse_options, with_recipe
 from tools.runs import read_rows, write_rows
 
-# What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
-# that answers with the mean (regression.py).
-# Of Meta-World: easy ones, and those that papers call hard or very hard.
+# Of Meta-World: easy ones, and those that papers call hard or very hard; and five for one policy.
 METAWORLD = ("assembly", "basketball", "button-press-topdown", "door-open", "drawer-close", "peg-insert-side",
              "pick-place", "push", "stick-push", "window-open")
+TOGETHER = ("button-press-topdown", "door-open", "drawer-close", "push", "window-open")
+# What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
+# that answers with the mean (regression.py).
 TASKS = {
     "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0",
                                        "pi05")},
     "metaworld": {"regression": "configs/metaworld_cnn.yaml", "dp_cnn": "configs/metaworld_cnn.yaml",
                   "dp_transformer": "configs/metaworld_transformer.yaml"},
+    "metaworld_together": {"regression": "configs/metaworld_cnn.yaml", "dp_cnn": "configs/metaworld_cnn.yaml",
+                           "dp_transformer": "configs/metaworld_transformer.yaml",
+                           "rdt": "configs/metaworld_rdt.yaml"},
     "pusht": {"regression": "configs/pusht_lowdim_cnn_cpu.yaml",
               "dp_cnn": "configs/pusht_lowdim_cnn_cpu.yaml",
               "dp_transformer": "configs/pusht_lowdim_transformer_cpu.yaml"},
@@ -47,31 +53,30 @@ def budget(args):
     """Train every model of a task for the same minutes, from the same rollouts (on the tabletop whole for who
     sees numbers, two in three up to the grasp for who sees pictures; each seed has its own), with each
     training seed, and let it act in the same episodes (those of the seed). The minutes become a number of
-    steps, the same in every run of a model, see `steps_of`. A line of results.jsonl per run: what is there is
-    not done again, and a run that was interrupted goes on."""
+    steps, the same in every run of a model (kept_step_seconds). A line of results.jsonl per run: what is
+    there is not done again, and a run that was interrupted goes on."""
+    wanted, worlds = args.only or list(TASKS[args.task]), worlds_of(args)
     out = Path(args.out or "out/matched")
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "results.jsonl"
-    wanted = args.only or list(TASKS[args.task])
-    worlds = tasks_of(args.tasks) if args.task == "metaworld" else [args.task]
-    demos = args.demos or (100 if args.task == "metaworld" else 2000)
+    demos = args.demos or (2000 if not any(worlds.values()) else 100)
     done = read_rows(lines)
     write_rows(lines, done)             # without what a killed comparison left half written
     tables, counts = {}, {}
-    for world in worlds:
+    for world, tasks in worlds.items():
         same = {"task": world, "minutes": args.minutes, "episodes": args.episodes, "demos": demos,
                 "preset": args.preset}
-        if args.task == "metaworld":
+        if tasks:
             args.data = str(out / f"{world}_{demos}.hdf5")
             if not Path(args.data).exists():
-                metaworld.generate([world], demos, args.data)
+                metaworld.generate(tasks, demos, args.data)
         found = [row for row in done if all(row.get(k) == v for k, v in same.items())]
-        names = wanted + ["expert"] * (args.task == "metaworld")
+        names = wanted + ["expert"] * bool(tasks)
         for seed in args.seeds:
             for name in names:
                 if not any(row["name"] == name and row["seed"] == seed for row in found):
                     folder = out / f"{world}_{args.preset}_{args.minutes:g}min_{name}_seed{seed}"
-                    one = expert_one(world, seed, args) if name == "expert" else train_one(
+                    one = expert_one(tasks, seed, args) if name == "expert" else train_one(
                         name, seed, folder, args, out / "step_seconds.json")
                     row = {"name": name, "seed": seed} | same | one
                     with open(lines, "a", encoding="utf-8") as f:
@@ -86,12 +91,23 @@ def budget(args):
     return tables
 
 
-def expert_one(world, seed, args):
-    """The scripted expert, undisturbed, in the same scenes. -> as train_one"""
-    expert, scene = expert_of(world), Scene(world, [world])
+def worlds_of(args):
+    """-> {what a policy is trained for: the tasks of Meta-World in it, or none}"""
+    if args.task == "metaworld":
+        return {task: [task] for task in tasks_of(args.tasks or METAWORLD)}
+    if args.task == "metaworld_together":
+        tasks = tasks_of(args.tasks or TOGETHER)
+        return {"+".join(task.removesuffix("-v3") for task in tasks): tasks}
+    return {args.task: []}
+
+
+def expert_one(tasks, seed, args):
+    """The scripted experts, undisturbed, in the scenes in which the policies act. -> as train_one"""
+    experts, scenes = [expert_of(task) for task in tasks], [Scene(task, tasks) for task in tasks]
     successes = 0
-    for i in range(args.episodes):
-        obs, _ = scene.reset(EVALUATION_SEEDS + 1000 * seed + i)
+    for i, scene_seed in enumerate(evaluation_seeds(seed, args.episodes)):
+        expert, scene = experts[i % len(tasks)], scenes[i % len(tasks)]
+        obs, _ = scene.reset(scene_seed)
         done = success = False
         while not done:
             obs, _, success, cut, _ = scene.step(expert(obs["state"]))
@@ -130,7 +146,13 @@ def train_one(name, seed, folder, args, times):
 def kept_step_seconds(key, times, options, module):
     """The seconds of a step, measured once for each model and kept in the file `times`: on a machine that
     others use, too, every measurement is another one, and the runs of a model would differ in their steps."""
-    kept = {} if not times.exists() else json.loads(input_text(times))
+    try:
+        kept = json.loads(input_text(times)) if times.exists() else {}
+        if not all(0 < seconds < math.inf for seconds in kept.values()):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{times} should hold seconds of a step, {{name: number}}: delete it, and they are "
+                        f"measured again") from None
     if key not in kept:
         kept[key] = step_seconds(options, module)
         write_json(times, kept)
@@ -171,6 +193,5 @@ def pooled(name, runs):
         "failures": ", ".join(f"{n} {k}" for k, n in failures.items() if n) or "none"}
     if name == "expert":
         return cells
-    return cells | {"score": f"{mean('score'):.3f}", "steps": f"{mean('steps'):,.0f}",
-                    "minutes": f"{mean('steps') * mean('step_seconds') / 60:.1f}",
-                    "parameters": f"{runs[0]['parameters']:,}"}
+    return cells | {"score": f"{mean('score'):.3f}", "minutes": f"{runs[0]['minutes']:g}",
+                    "steps": f"{mean('steps'):,.0f}", "parameters": f"{runs[0]['parameters']:,}"}

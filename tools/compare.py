@@ -17,9 +17,9 @@ import sample
 from robot.cli import SEEDS, Parser
 from robot.environments import make_episodes
 from robot.errors import UserError, run_command, write_json
-from robot.rollout import EVALUATION_SEEDS, closed_loop
+from robot.rollout import closed_loop, evaluation_seeds
 from tools import report
-from tools.budget import METAWORLD, TASKS, budget
+from tools.budget import TASKS, budget
 from tools.cells import latency_cells, markdown, size_cells, success_cells
 from tools.pictures import frame_of_chunks, pictures, step_labels
 from tools.quality import compare_samples
@@ -113,7 +113,7 @@ def shared_moment(policies, environments, args, n=8, looks=6):
     it with its own eyes (numbers or pictures, last step or last two). -> picture of the state"""
     worlds = [make_episodes(environment, n, policy.description, args.instruction)
               for policy, environment in zip(policies, environments)]
-    seeds = EVALUATION_SEEDS + 1000 * args.seed + np.arange(n)
+    seeds = evaluation_seeds(args.seed, n)
     observed = [world.reset(seeds)[0] for world in worlds]
     driver, *others = policies
     for policy in policies:
@@ -176,7 +176,7 @@ def main(argv=None):
     add("--task", default="tabletop", choices=TASKS)
     add("--only", action="append", help="this model (may be given several times)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; each has its own episodes")
-    add("--tasks", nargs="+", default=list(METAWORLD), metavar="TASK", help="metaworld: default: ten of them")
+    add("--tasks", nargs="+", metavar="TASK", help="metaworld: default: ten of them, or five together")
     add("--demos", type=int, help="tabletop: rollouts, the same for all (default: 2000); policies "
         "that see pictures get two in three up to the grasp only. metaworld: of each task (default: 100)")
     add("--preset", default="tiny", help="where a file has it; else tiny")

@@ -13,7 +13,7 @@ from robot.errors import UserError
 from robot.gym_episodes import BLIND, Later
 from robot.metaworld import GLANCE, WORDS, MetaworldEpisodes, Scene, expert_of, tasks_of, words_of
 from robot.policy import Policy
-from robot.rollout import closed_loop
+from robot.rollout import closed_loop, rehearse
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,11 @@ def test_pictures_are_drawn_when_somebody_looks(package):
     assert np.asarray(obs["image"]).shape == (2, 4, 4, 3) and len(drawn) == 2
 
 
+# Of a data set with pictures of one task.
+SEES = {"state_keys": {"hand": 4}, "camera_keys": ["image"], "image_size": (4, 4), "action_dim": 4,
+        "fps": 80.0, "instructions": [WORDS["reach"]]}
+
+
 def test_an_evaluation_draws_what_the_policy_looks_at(package, monkeypatch):
     """Two steps seen, four executed: of eight steps the policy looks at 0, 3, 4 and 7. Films take their
     pictures from these, but for one in GLANCE steps."""
@@ -138,9 +143,7 @@ def test_an_evaluation_draws_what_the_policy_looks_at(package, monkeypatch):
         drawn.append(round(env.data.time * 80))
         return np.zeros((4, 4, 3), np.uint8)
     monkeypatch.setattr("metaworld.sawyer_xyz_env.SawyerXYZEnv.render", render)
-    policy = Policy(Recorder(2, -1, action_dim=4), scaled(4, 4), {
-        "state_keys": {"hand": 4}, "camera_keys": ["image"], "image_size": (4, 4), "action_dim": 4,
-        "fps": 80.0, "instructions": [WORDS["reach"]]})
+    policy = Policy(Recorder(2, -1, action_dim=4), scaled(4, 4), SEES)
     result = closed_loop(policy, {"id": "metaworld", "max_steps": 8}, 2, 0)
     start = drawn[0]                            # the package lets the arm settle before an episode
     assert [step - start for step in drawn] == [0, 0, 3, 3, 4, 4, 7, 7]
@@ -184,12 +187,16 @@ def test_with_pictures_the_set_does_not_tell_where_the_objects_are(package, tmp_
 
 
 def test_no_way_to_render_is_one_line(package, tmp_path, monkeypatch):
+    """Before demonstrations are generated, and before a policy that needs pictures is trained."""
     def broken(self):
         raise RuntimeError("no GL")
-    monkeypatch.setattr(Scene, "render", broken)
+    monkeypatch.setattr("metaworld.sawyer_xyz_env.SawyerXYZEnv.render", broken)
     with pytest.raises(UserError, match="no picture can be rendered .*no GL.*MUJOCO_GL=osmesa"):
         metaworld.generate(["reach"], 1, tmp_path / "a.hdf5", images=True)
     assert not list(tmp_path.iterdir())
+    policy = Policy(Recorder(2, -1, action_dim=4), scaled(4, 4), SEES)
+    with pytest.raises(UserError, match="no picture can be rendered .*no GL.*MUJOCO_GL=osmesa"):
+        rehearse(policy, {"id": "metaworld"})
 
 
 @pytest.mark.parametrize("spec,message", [

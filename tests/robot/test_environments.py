@@ -242,6 +242,18 @@ def test_an_evaluation_does_not_die_of_a_picture(how, point, capsys):
     assert ("renders no picture" in capsys.readouterr().err) == ("renders" in how)
 
 
+def test_actions_are_cut_to_the_bounds_unless_told_otherwise(point):
+    """gym-aloha says [-1, 1], and its arms begin at an elbow of 1.16 rad."""
+    description = {"state_keys": {"pos": 2}, "camera_keys": [], "action_dim": 2}
+    for spec, moved in ((point(), [1, 1]), ({"id": "Point-v0", "clip": False}, [5, 5])):
+        env = GymEpisodes(1, description, spec)
+        env.envs[0].unwrapped.action_space.contains = lambda action: True
+        before = env.reset([3])[0]["pos"]
+        assert (env.step(np.full((1, 2), 5.0))[0]["pos"] - before).tolist() == [moved]
+    with pytest.raises(UserError, match="clip must be true or false, not no_thanks"):
+        GymEpisodes(1, description, {"id": "Point-v0", "clip": "no_thanks"})
+
+
 def test_what_cannot_render_is_asked_once_in_a_process(point):
     """Where MuJoCo finds no GL its second attempt ends the process, be it of another environment object."""
     BLIND.discard("Point-v0")

@@ -8,6 +8,7 @@ from helpers import refused
 import dp_cnn
 import train
 from robot.checkpoint import read_checkpoint
+from robot.errors import UserError
 from robot.rollout import wilson
 from test_compare import CNN, SMALL
 from tools import budget, compare
@@ -47,7 +48,8 @@ def test_budget(tiny_budget, tmp_path, monkeypatch, capsys):
         assert row["success"] == f"{round(sum(2 * k['success'] for k in mine))} of 4" and row["steps"] == "6"
         assert row["sees"] == "numbers"
     assert tiny_budget["measured"] == 2                             # once for each model
-    assert [row["minutes"] for row in rows] == ["0.0"] * 2 and all(k["step_seconds"] == 0.01 for k in kept)
+    assert [row["minutes"] for row in rows] == ["0.001"] * 2
+    assert all(k["step_seconds"] == 0.01 for k in kept)
     assert compare.main(argv) == {"tabletop": rows}                 # nothing is done again
     assert compare.main([*argv, "--seeds", "0"])["tabletop"] == first != rows
     one = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_dp_cnn_seed0")
@@ -74,9 +76,17 @@ def test_time_of_a_step(tmp_path):
     assert 1e-4 < budget.step_seconds(options, dp_cnn) < 5
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"pusht dp_cnn tiny": "fast"}', '{"pusht dp_cnn tiny": 0}'])
+def test_step_seconds_that_are_none_are_one_line(text, tmp_path):
+    (tmp_path / "step_seconds.json").write_text(text)
+    with pytest.raises(UserError, match="step_seconds.json should hold seconds of a step.*delete it"):
+        budget.kept_step_seconds("pusht dp_cnn tiny", tmp_path / "step_seconds.json", None, None)
+
+
 @pytest.mark.parametrize("argv, named", [
     (["--only", "pi1"], "dp_transformer"), (["--minutes", "0"], "--minutes 0"),
-    (["--task", "pushed"], "pusht"), (["--minute", "1"], "did you mean 'minutes'")])
+    (["--task", "pushed"], "pusht"), (["--minute", "1"], "did you mean 'minutes'"),
+    (["--task", "metaworld", "--tasks", "reech"], "did you mean 'reach'")])
 def test_wrong_flags(argv, named, capsys, tmp_path):
     refused(capsys, lambda: compare.main([*argv, "--out", str(tmp_path)]), named)
 
@@ -108,7 +118,7 @@ def test_meta_world_beside_its_expert_and_as_a_picture(tmp_path, monkeypatch):
     for task in ("drawer-close-v3", "reach-v3"):
         assert [(row["model"], row["success"]) for row in tables[task]] == [
             ("dp_cnn", "10 of 10"), ("regression", "4 of 10"), ("expert", "10 of 10")]
-        assert tables[task][0]["minutes"] == "2.0"
+        assert tables[task][0]["minutes"] == "5"
     assert "steps" not in tables["reach-v3"][2]
     monkeypatch.setattr(budget, "expert_one", None)
     assert compare.main(argv) == tables and len(trained) == 8 and len(demos) == 2   # nothing is done again
@@ -117,10 +127,23 @@ def test_meta_world_beside_its_expert_and_as_a_picture(tmp_path, monkeypatch):
         "drawer-close-v3: dp_cnn 10 of 10; drawer-close-v3: regression 4 of 10; reach-v3: dp_cnn")
 
 
+def test_one_policy_for_several_tasks_of_meta_world(tmp_path, monkeypatch):
+    pytest.importorskip("metaworld", reason="package metaworld is an extra")
+    stand_in(monkeypatch)
+    demos = []
+    monkeypatch.setattr(budget.metaworld, "generate",
+                        lambda tasks, n, path: demos.append((tasks, n)) or open(path, "w").close())
+    argv = ["--task", "metaworld_together", "--tasks", "reach", "drawer-close", "--seeds", "0", "--episodes",
+            "4", "--demos", "7", "--out", str(tmp_path)]
+    rows = compare.main(argv)["drawer-close+reach"]
+    assert [row["model"] for row in rows] == ["regression", "dp_cnn", "dp_transformer", "rdt", "expert"]
+    assert demos == [(["drawer-close-v3", "reach-v3"], 7)] and rows[-1]["success"] == "4 of 4"
+
+
 def test_bars():
     """Each bar is as long as the success, its line as long as Wilson's interval."""
     root = ElementTree.fromstring(bars({"a < b": {"one": (0, 50), "two": (40, 50), "expert": (25, 50)},
-                                        "c": {"two": (50, 50)}}))
+                                        "c": {"two": (50, 50)}, "+".join("abcdefghijklmn"): {}}))
     scale = (WIDTH - LEFT - RIGHT) / 100
     found = [float(rect.get("width")) for rect in root.findall("{*}rect") if rect.get("x") == str(LEFT)]
     assert found == pytest.approx([0, 80 * scale, 100 * scale], abs=0.1)
@@ -130,7 +153,8 @@ def test_bars():
     expert, = [path for path in root.findall("{*}path") if path.get("class") == "expert"
                and float(path.get("d")[1:].split()[0]) >= LEFT and "V" in path.get("d")]
     assert float(expert.get("d")[1:].split()[0]) == pytest.approx(LEFT + 50 * scale, abs=0.1)
-    assert [text.text for text in root.findall("{*}text") if text.get("class") == "name"] == ["a < b", "c"]
+    assert [text.text for text in root.findall("{*}text") if text.get("class") == "name"] == [
+        "a < b", "c", "14 tasks"]
 
 
 def test_a_comparison_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, monkeypatch, capsys):
