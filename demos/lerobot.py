@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from demos.episodes import Array, Episode, Rows, kind_of
-from robot.jpeg import decode_jpeg
 from demos.parquet import Tables
 from demos.video import Video, has_av
 from robot.errors import UserError, few, input_text, one_line
+from robot.jpeg import decode_jpeg
 
 KEPT_BY_LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 STATES = ("observation.state", "observation.environment_state", "state")
@@ -98,7 +98,7 @@ class LeRobot(collections.abc.Mapping):
         return self.spans[e]
 
     def shape(self, key):
-        """Of a step. LeRobot says [1] of a plain number."""
+        """Shape of a feature in one step. LeRobot writes [1] for a single number."""
         shape = tuple(self.features[key].get("shape") or ())
         return () if shape == (1,) else shape
 

@@ -1,4 +1,4 @@
-"""What a release is: as it lies in its folder, and as what the rest of the project needs of it."""
+"""A release, as it is downloaded (Download) and as the rest of the project needs it (Release)."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class Part:
 
 @dataclass
 class Download:
-    """What lies there, before a reader of robot/released.py knows whose it is."""
+    """The files, before a reader of robot/released.py has recognised their format."""
     name: str                 # as the user wrote it, for messages
     parts: list               # of Part
     notes: list               # what was left out so far
@@ -32,7 +32,7 @@ class Download:
 
     @property
     def weights(self):
-        """Of all parts."""
+        """{official name: tensor} of all parts."""
         weights = {}
         for part in self.parts:
             twice = [key for key in part.weights if key in weights]
@@ -59,6 +59,20 @@ class Release:
     loading: dict = field(default_factory=dict)  # more arguments of the model's from_official
     recipe: dict = field(default_factory=dict)   # options of train.py that its authors trained it with
     free: tuple = ()          # fields of the Config that a further training may change: in no weight's shape
+
+
+FACTS = ("action_dim", "state_dim", "n_cameras", "image_size")  # fields of a Config that the data decide
+
+
+def describe(source, state_keys, camera_keys, image_size, action_dim, processing=None):
+    """A release's description: what a checkpoint keeps of the data it was trained on (its "data").
+
+    state_keys {key: numbers}; image_size [H, W] or None; action_dim: numbers of a robot's command;
+    processing: as in YAML.
+    """
+    return {"source": source, "fps": None, "state_keys": dict(state_keys), "camera_keys": list(camera_keys),
+            "image_size": image_size, "action_dim": action_dim, "state_dim": sum(state_keys.values()),
+            "action_names": [], "instructions": [], "processing": processing or {}}
 
 
 def open_download(path):

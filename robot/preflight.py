@@ -14,6 +14,7 @@ demos/usual.py). Exit status: 0 GO, 1 NO-GO, 2 for mistakes such as a file that 
 
 A reason is a NO-GO; a remark is not. What is compared, and with what: preflight_checks.py, docs/preflight.md.
 """
+import contextlib
 import json
 import sys
 import time
@@ -23,7 +24,7 @@ import numpy as np
 
 from .cli import Parser
 from .errors import UserError, one_line, run_command
-from .looks import look_of
+from .looks import look_of, spread
 from .policy import Policy
 from .preflight_checks import judge
 from .recording import Recording
@@ -54,7 +55,7 @@ def fly(policy, recording, told):
     """Replay: -> Flight. It ends early where the policy refuses an observation."""
     flight = Flight(policy, recording, told)
     cameras, states = policy.description["camera_keys"], policy.description["state_keys"]
-    shown = set(np.linspace(0, recording.length - 1, LOOKS).astype(int).tolist())
+    shown = spread(recording.length, LOOKS)
     policy.reset()
     for t in range(recording.length):
         observation = recording[t]
@@ -106,10 +107,8 @@ def main(argv=None):
     d = policy.description
     colour = (d.get("usual") or {}).get("colour", "bgr")
     recording = Recording(args.episode, [*d["state_keys"], *d["camera_keys"]], args.demo, colour)
-    try:
+    with contextlib.closing(recording):
         flight = fly(policy, recording, args.instruction or recording.instruction)
-    finally:
-        recording.close()
     found = judge(flight)
     go = not any(level == "reason" for level, _, _ in found)
     if args.json:

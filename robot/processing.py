@@ -1,4 +1,4 @@
-"""What lies between a robot and a network, apart from the normaliser: steps per key, declared in YAML.
+"""Conversions between a robot and a network, apart from the normaliser: steps per key, declared in YAML.
 
 They are applied to the data in training, and applied and undone by the policy:
 
@@ -22,7 +22,7 @@ import torch
 
 from .errors import UserError, few, hint, one_line
 from .normalizer import Normalizer
-from .steps import do, fields, parse_steps, part, places, undo, within
+from .steps import check_keys, do, indices, parse_steps, part, undo, within
 from .transforms import check_rule, resize
 
 
@@ -34,14 +34,14 @@ class Processing:
 
     state_dims: {key: numbers in the network's form}, state_dim their sum. places: [(place of the network,
     camera key or None)]. relative: whether the actions end with a delta. by_model: the network's own `fit`
-    resizes a robot's pictures, as floats. Raises UserError for what does not fit; whether the steps fit the
-    actions is for action_dim to say.
+    resizes a robot's pictures, as floats. Raises UserError for what does not fit; action_dim checks whether
+    the steps fit the actions.
     """
     KEYS = ("obs", "actions", "normalize", "images", "cameras")
 
     def __init__(self, spec=None, state_keys=None, camera_keys=()):
         spec, self.state_keys = spec or {}, dict(state_keys or {})
-        fields(spec, "processing", (), self.KEYS)
+        check_keys(spec, "processing", (), self.KEYS)
         self.spec, self.obs = spec, {}
         self.state_dims = dict(self.state_keys)
         for key, steps in part(spec, "obs").items():
@@ -56,7 +56,7 @@ class Processing:
         self.steps = parse_steps(steps[:-1] if self.relative else steps, "processing: actions")
         self.delta_to, self.absolute = self.parse_delta(last["delta"]) if self.relative else (None, [])
         self.rule = dict(part(spec, "images"))
-        fields(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
+        check_keys(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
         check_rule(self.rule, "processing: images")
         self.jpeg = self.rule.pop("jpeg", False)    # on the robot; pictures of a data set stay as they are
         self.by_model = self.rule.get("fit") == "model"
@@ -69,12 +69,12 @@ class Processing:
 
     def parse_delta(self, spec):
         where = "processing: actions: delta"
-        fields(spec, where, ("to",), ("except",))
+        check_keys(spec, where, ("to",), ("except",))
         keys = spec["to"] if isinstance(spec["to"], list) else [spec["to"]]
         for key in keys or [""]:
             self.known(key, f"{where}: to: {one_line(key, 40)}")
         none = spec.get("except") in (None, [])
-        return keys, [] if none else places(spec["except"], f"{where}: except")
+        return keys, [] if none else indices(spec["except"], f"{where}: except")
 
     def parse_cameras(self, camera_keys):
         where, cameras = "processing: cameras", part(self.spec, "cameras")
@@ -105,7 +105,7 @@ class Processing:
                                 f"{hint(name, Normalizer.MODES)}")
         if isinstance(given, str):
             return given
-        pairs = [(d, name) for name, at in given.items() for d in places(at, f"{where}: {name}")]
+        pairs = [(d, name) for name, at in given.items() for d in indices(at, f"{where}: {name}")]
         if len(dict(pairs)) < len(pairs):
             raise UserError(f"{where}: a number has two modes: {one_line(given, 100)}")
         if key != "actions":

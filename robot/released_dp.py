@@ -1,18 +1,19 @@
 """Diffusion Policy as people download it: LeRobot's folders, and the state_dicts of the original.
 
 github.com/huggingface/lerobot, src/lerobot/policies/diffusion; github.com/real-stanford/diffusion_policy.
-Both -> a Release of dp_cnn. What a file says and this code does not do is refused by its name.
+Both become a Release of dp_cnn. A setting in their files that this code cannot follow is refused by its name.
 """
 import re
 
 import torch
 
-from .downloads import Release
+from .downloads import Release, describe
 from .errors import UserError, few, hint, one_line
 from .normalizer import Normalizer
-from .released_lerobot import features, normalizer, scale_of, statistics, steps_of
+from .released_lerobot import (features, known_steps, normalizer, recipe_of, renames_of, scale_of,
+                               statistics)
 
-# Fields of LeRobot's DiffusionConfig -> ours, where the name alone differs.
+# Fields of LeRobot's DiffusionConfig -> ours, if at most the name differs.
 FIELDS = {"horizon": "horizon", "n_obs_steps": "n_obs_steps", "n_action_steps": "n_action_steps",
           "down_dims": "down_dims", "kernel_size": "kernel_size", "n_groups": "n_groups",
           "diffusion_step_embed_dim": "step_embed_dim", "use_film_scale_modulation": "film_scale",
@@ -35,6 +36,9 @@ ORIGINAL = {"shape_meta", "horizon", "n_obs_steps", "n_action_steps", "num_infer
             "obs_as_global_cond", "diffusion_step_embed_dim", "kernel_size", "n_groups", "cond_predict_scale",
             "crop_shape", "resnet_widths", "noise_scheduler", "scheduler", "num_keypoints", "_target_",
             "feature_dimension", "obs_encoder_group_norm", "eval_fixed_crop"}
+# Steps of LeRobot's processors that the policy or the normaliser does here.
+STEPS = ("rename_observations_processor", "to_batch_processor", "device_processor", "normalizer_processor",
+         "unnormalizer_processor")
 # Fields of diffusers' schedulers that this code has with one value only.
 FIXED = {"trained_betas": None, "variance_type": "fixed_small", "thresholding": False, "steps_offset": 0,
          "rescale_betas_zero_snr": False, "set_alpha_to_one": True}
@@ -55,54 +59,27 @@ def lerobot_diffusion(download, model, hints):
                         f"LeRobot's has observation.state and action")
     notes += [f"the input {name} is not used, as in LeRobot" for name in inputs
               if name not in (*cameras, *state_keys)]
-    sizes = {tuple(inputs[name][1]) for name in cameras}
-    if len(sizes) > 1 or any(len(size) != 3 or size[0] != 3 for size in sizes):
-        raise UserError(f"config.json: pictures of {few(sizes)}; all should be of one [3, height, width]")
     stats = statistics(download, weights)
     keys = {"actions": {"action": outputs["action"][1][0]}, "state": state_keys}
     fields = lerobot_fields(config, notes) | encoder_fields(config, stats, cameras, weights)
     fields |= {"action_dim": keys["actions"]["action"], "state_dim": sum(state_keys.values()),
                "n_cameras": len(cameras), "obs": "image" if cameras else "lowdim"}
-    size = list(sizes.pop()[1:]) if cameras else None
-    if size:
+    if size := picture_size(inputs[name][1] for name in cameras):
         fields["image_size"] = size
-    names = renamed(download, {*cameras, *state_keys})
-    description = describe(download.name, {names[k]: d for k, d in state_keys.items()},
-                           [names[c] for c in cameras], size, fields["action_dim"])
+    renames = renames_of(download, known_steps(download, STEPS))
+    description = describe(download.name, {renames.get(k, k): d for k, d in state_keys.items()},
+                           [renames.get(c, c) for c in cameras], size, fields["action_dim"])
     order = [state_keys["observation.state"], *cameras, *(state_keys[name] for name in env)]
     return Release("dp_cnn", fields, weights, normalizer(stats, keys), description, notes, {"order": order},
-                   recipe(config))
+                   recipe_of(config))
 
 
-def recipe(config):
-    """How the folder says that it was trained, as options of train.py."""
-    names = {"optimizer_lr": "lr", "optimizer_weight_decay": "weight_decay",
-             "scheduler_warmup_steps": "warmup"}
-    found = {ours: config[name] for name, ours in names.items() if isinstance(config.get(name), (int, float))}
-    betas = config.get("optimizer_betas")
-    return found | ({"betas": tuple(betas)} if isinstance(betas, list) else {})
-
-
-def renamed(download, names):
-    """{feature: what the robot calls it}, by the rename_map of the preprocessor. Steps that are not known
-    here are refused."""
-    found = {name: name for name in names}
-    known = ("rename_observations_processor", "to_batch_processor", "device_processor",
-             "normalizer_processor", "unnormalizer_processor")
-    for file in ("policy_preprocessor.json", "policy_postprocessor.json"):
-        for step, settings, _ in steps_of(download, file):
-            if step not in known:
-                raise UserError(f"{file}: the step {one_line(step, 60)} is not known here{hint(step, known)}")
-            if step == "rename_observations_processor":
-                found |= {to: raw for raw, to in (settings.get("rename_map") or {}).items() if to in names}
-    return found
-
-
-def describe(source, state_keys, camera_keys, image_size, action_dim, processing=None):
-    """What a checkpoint would keep of the data."""
-    return {"source": source, "fps": None, "state_keys": state_keys, "camera_keys": camera_keys,
-            "image_size": image_size, "action_dim": action_dim, "state_dim": sum(state_keys.values()),
-            "action_names": [], "instructions": [], "processing": processing or {}}
+def picture_size(shapes):
+    """[H, W] of pictures of these shapes, each [3, H, W]; None if there are none. Raises UserError."""
+    found = {tuple(shape) for shape in shapes}
+    if len(found) > 1 or any(len(shape) != 3 or shape[0] != 3 for shape in found):
+        raise UserError(f"config.json: pictures of {few(found)}; all should be of one [3, height, width]")
+    return list(found.pop()[1:]) if found else None
 
 
 def known(name, value, names, where="config.json"):
@@ -136,7 +113,7 @@ def lerobot_fields(config, notes):
 
 
 def encoder_fields(config, stats, cameras, weights):
-    """The way of a picture."""
+    """Scale, resizing and crop of the pictures, and the ResNet."""
     if not cameras:
         return {}
     scales = [scale_of(stats, name) or (torch.zeros(3), torch.ones(3)) for name in cameras]
@@ -188,14 +165,10 @@ def original(download, model, hints):
         known(f"shape_meta: {key}: type", kind, ("rgb", "low_dim"))
     cameras = [key for key, (kind, _) in obs.items() if kind == "rgb"]
     state_keys = {key: shape[0] for key, (kind, shape) in obs.items() if kind == "low_dim"}
-    sizes = {tuple(obs[key][1]) for key in cameras}
-    if len(sizes) > 1:
-        raise UserError(f"config.json: pictures of {few(sizes)}; they should all be of one size")
     scale = original_scales(download.name, weights, [*obs, "action"])
     fields = original_fields(config, cameras, weights, scale)
     fields |= {"action_dim": action_dim, "state_dim": sum(state_keys.values()), "n_cameras": len(cameras)}
-    size = list(sizes.pop()[1:]) if cameras else None
-    if size:
+    if size := picture_size(obs[key][1] for key in cameras):
         fields["image_size"] = size
     order = [key if key in cameras else state_keys[key] for key in obs]
     if fields["conditioning"] == "inpaint" and order != [*cameras, *state_keys.values()]:
@@ -244,7 +217,8 @@ def original_normalizer(scale, state_keys):
 
 
 def absolute_arms(action_dim, scale, state_keys):
-    """Arms of an absolute action, 0 for another: ten numbers each, of which only the position is scaled."""
+    """How many arms have their absolute pose in an action, 0 if it is something else. A pose has ten numbers,
+    of which only the three of the position are scaled."""
     plain = scale["scale"].reshape(-1, 10)[:, 3:] if action_dim % 10 == 0 else torch.zeros(1)
     return action_dim // 10 if (plain == 1).all() and "robot0_eef_pos" in state_keys else 0
 

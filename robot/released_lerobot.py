@@ -43,6 +43,37 @@ def features(config):
     return named
 
 
+def recipe_of(config):
+    """How config.json says that the policy was trained, as options of train.py."""
+    names = {"lr": "optimizer_lr", "weight_decay": "optimizer_weight_decay",
+             "warmup": "scheduler_warmup_steps"}
+    recipe = {ours: config[name] for ours, name in names.items()
+              if isinstance(config.get(name), (int, float))}
+    betas = config.get("optimizer_betas")
+    return recipe | ({"betas": tuple(betas)} if isinstance(betas, list) else {})
+
+
+def known_steps(download, known):
+    """{step: its options} of the two processors, {} for a step that is not there. Raises UserError for a step
+    that is not in `known`: left out, it would change what the policy sees or does."""
+    found = dict.fromkeys(known, {})
+    for file in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        for name, options, _ in steps_of(download, file):
+            if name not in known:
+                raise UserError(f"{download.name}: {file} has a step {one_line(name, 60)!r}, which is not "
+                                f"done here{hint(name, known)}")
+            found[name] = options
+    return found
+
+
+def renames_of(download, steps):
+    """{feature: what the robot calls it}, from the rename_map of `known_steps`. Raises UserError."""
+    renames = steps["rename_observations_processor"].get("rename_map") or {}
+    if not isinstance(renames, dict) or not all(isinstance(name, str) for name in renames.values()):
+        raise UserError(f"{download.name}: rename_map is {one_line(renames, 60)}, no names of observations")
+    return {feature: robots for robots, feature in renames.items()}
+
+
 def steps_of(download, name):
     """The steps of a processor's JSON -> [(name, config, state {key: tensor})]; [] where there is no file."""
     found = []
@@ -100,7 +131,8 @@ def of_processor(settings, state, name, kind):
 
 
 def early_mode(config, name, kind):
-    """... by config.json: of 2025 by the kind of feature, of 2024 by its name."""
+    """Mode of a feature by config.json: files of early 2025 say it by the kind of feature, those of 2024 by
+    its name."""
     by_name = {**config.get("input_normalization_modes", {}), **config.get("output_normalization_modes", {})}
     return str(by_name.get(name) or config.get("normalization_mapping", {}).get(kind, "IDENTITY")).upper()
 
@@ -115,8 +147,8 @@ def take_buffers(weights):
 
 
 def scale_of(stats, name):
-    """A feature's (centre, width) as (x - centre) / width, (dim,) each: of pictures, whose scale is in the
-    model's Config."""
+    """(centre, width) of a feature, (dim,) each, normalised as (x - centre) / width; None if it is not. For
+    pictures, whose scale is in the model's Config."""
     mode, has = stats[name]
     kind, *pair = MODES[mode]
     if kind == "none":
@@ -129,8 +161,8 @@ def scale_of(stats, name):
 
 
 def normalizer(stats, keys):
-    """Normalizer from `statistics`. keys: {"actions": {feature: dim}, "state": {feature: dim, ...}}; those of
-    a key stand one after the other."""
+    """Normalizer from `statistics`. keys: {"actions": {feature: dim}, "state": {feature: dim, ...}}; the
+    features of a key stand side by side."""
     modes, values, eps = {}, {}, {}
     for key, names in keys.items():
         modes[key], parts = [], []

@@ -24,8 +24,8 @@ class Linear:
 
     @classmethod
     def parse(cls, spec, where):
-        fields(spec, where, ("at", "factor"), ("offset",))
-        at = places(spec["at"], f"{where}: at")
+        check_keys(spec, where, ("at", "factor"), ("offset",))
+        at = indices(spec["at"], f"{where}: at")
         factor, offset = (numbers(spec.get(key, 0), len(at), f"{where}: {key}")
                           for key in ("factor", "offset"))
         if 0 in factor:
@@ -55,8 +55,8 @@ class AlohaGripper:
 
     @classmethod
     def parse(cls, spec, where):
-        fields(spec, where, ("at",))
-        return cls(places(spec["at"], f"{where}: at"))
+        check_keys(spec, where, ("at",))
+        return cls(indices(spec["at"], f"{where}: at"))
 
     def width(self, dim, where):
         within(self.at, dim, where)
@@ -86,14 +86,14 @@ class Rotation:
 
     @classmethod
     def parse(cls, spec, where):
-        fields(spec, where, ("at", "from", "to"))
+        check_keys(spec, where, ("at", "from", "to"))
         for key in ("from", "to"):
             if spec[key] not in list(FORMS):            # a list: what stands there may be no text
                 raise UserError(f"{where}: {key}: {one_line(repr(spec[key]), 60)} is no form of a rotation"
                                 f"{hint(spec[key], FORMS)}")
         if type(spec["at"]) is not int:
             raise UserError(f"{where}: at: {one_line(repr(spec['at']), 60)} should be its first number")
-        return cls(*places(spec["at"], f"{where}: at"), spec["from"], spec["to"])
+        return cls(*indices(spec["at"], f"{where}: at"), spec["from"], spec["to"])
 
     def width(self, dim, where):
         within([self.at + FORMS[self.source] - 1], dim, f"{where}: {self.source} from {self.at} on")
@@ -126,8 +126,8 @@ class RobosuiteAxisAngle:
 
     @classmethod
     def parse(cls, spec, where):
-        fields(spec, where, ("at",))
-        return cls(places(spec["at"], f"{where}: at")[0])
+        check_keys(spec, where, ("at",))
+        return cls(indices(spec["at"], f"{where}: at")[0])
 
     def width(self, dim, where):
         within([self.at + 3], dim, where)
@@ -160,8 +160,9 @@ def changed(x, at, function):
 # Reading the description
 
 
-def fields(spec, where, needed, optional=()):
-    """UserError unless spec is a dict with these keys."""
+def check_keys(spec, where, needed, optional=()):
+    """UserError unless spec is a dict with the `needed` keys and no others than these and the `optional`:
+    what is not known would be left out in silence."""
     known = (*needed, *optional)
     if not isinstance(spec, dict):
         raise UserError(f"{where}: {one_line(repr(spec), 60)} should be KEY: VALUE with {', '.join(known)}")
@@ -173,8 +174,8 @@ def fields(spec, where, needed, optional=()):
             raise UserError(f"{where}: lacks {key!r}")
 
 
-def places(value, where):
-    """Which numbers of a vector: one, or a list of them without repetition."""
+def indices(value, where):
+    """`at:` of a step: which numbers of a vector, one or several, none twice -> a list of indices."""
     found = value if isinstance(value, list) else [value]
     if not found or not all(type(n) is int and n >= 0 for n in found) or len(set(found)) < len(found):
         raise UserError(f"{where}: {one_line(repr(value), 60)} should say which numbers, counted from 0, for "
