@@ -10,8 +10,9 @@ too: its windows, all taps side by side, times its weights.
 
 `pack` exchanges the classes of layers and nothing else: parameters, their names and gradients stay, and with
 them copies, `.to()` and what is saved. Weights are packed when a layer first meets few rows without
-gradients, and anew when they have changed. They then stand beside the plain ones, so that such a layer holds
-its weights twice: all layers of dp_cnn do, and of pi0's and pi05's those of the action expert, a tenth.
+gradients, and anew when they have changed (in place through `.data`, nobody notices); weights that are
+trained never are. Packed ones stand beside the plain ones, so that such a layer holds its weights twice: all
+layers of dp_cnn do, and of pi0's and pi05's those of the action expert, a tenth.
 
 The operators are those that torch.compile emits for weights that stay as they are (torch/_inductor/
 fx_passes/mkldnn_fusion.py). Without them, on another device and in other types the layers are torch's own.
@@ -63,8 +64,8 @@ def kind(x):
 
 def takes(x, weight):
     """Whether oneDNN can compute x times these weights."""
-    return x.device.type == weight.device.type == "cpu" and kind(x) == kind(weight) and kind(x) in types() and \
-        not torch.compiler.is_compiling()
+    return x.device.type == weight.device.type == "cpu" and kind(x) == kind(weight) and kind(x) in types() \
+        and not torch.compiler.is_compiling()
 
 
 class Product(torch.autograd.Function):
