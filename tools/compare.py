@@ -27,7 +27,7 @@ from robot.errors import UserError, run_command, write_json
 from robot.metaworld import Scene, expert_of, tasks_of
 from robot.models import load_module, pick_device
 from robot.rollout import EVALUATION_SEEDS, closed_loop, wilson
-from tools import bench, regression, report
+from tools import measure, regression, report
 from tools.options import make_config, parse_options, with_recipe
 from tools.pictures import frame_of_chunks, pictures, step_labels
 from tools.quality import compare_samples
@@ -313,9 +313,9 @@ def step_seconds(options, module):
     torch.manual_seed(options.seed)
     model, items = module.Model(config).to(device), make_items(config, device)[0]
     stream = data.batches(items, options.batch_size, options.seed)
-    fetch = bench.median_ms(lambda: next(stream), device, 10)
+    fetch = measure.median_ms(lambda: next(stream), device, 10)
     batch = {k: v.to(device) for k, v in next(stream)[1].items()}
-    step, _ = bench.time_training(model, batch, device, dtype, options.compile, 10)
+    step, _ = measure.time_training(model, batch, device, dtype, options.compile, 10)
     return (fetch + step) / 1e3
 
 

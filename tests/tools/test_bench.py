@@ -8,7 +8,7 @@ from helpers import refused
 
 import dp_cnn
 from robot.errors import UserError, run_command
-from tools import bench
+from tools import bench, bench_all, measure
 from tools.regression import Regression
 
 
@@ -67,5 +67,5 @@ def test_random_demonstrations_are_written_as_a_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="make room"):
-        bench.random_demos(dp_cnn.Config(), tmp_path)
+        measure.random_demos(dp_cnn.Config(), tmp_path)
     assert not list(tmp_path.iterdir())
