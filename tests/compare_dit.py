@@ -3,7 +3,7 @@
     python tests/compare_dit.py [STEPS]
 
 trains one autoencoder on the generated shapes, and on its latents the transformer of the tiny preset with
-each conditioning for STEPS steps (default 2500), same batches, noise and learning rate, three seeds. It prints
+each conditioning for STEPS steps (default 2500): same batches, noise and learning rate, 3 seeds. It prints
 parameters, milliseconds per step, validation loss, and how many guided samples a classifier takes for the
 class asked for.
 """

@@ -17,7 +17,8 @@ from robot.models import MODELS
 from tools import options
 
 ROOT = Path(options.__file__).parent.parent
-FOLDERS = ("*", "robot/*", "demos/*", "tools/**/*", "examples/*", "docs/*", "tests/**/*", "configs/*", ".ci/*")
+FOLDERS = ("*", "robot/*", "demos/*", "tools/**/*", "examples/*", "docs/*", "tests/**/*", "configs/*",
+           ".ci/*")
 FILES = sorted(path for pattern in FOLDERS for path in ROOT.glob(pattern)
                if path.suffix in (".py", ".md", ".yaml", ".txt") or path.parent.name == ".ci")
 named = lambda path: str(path.relative_to(ROOT))

@@ -27,7 +27,7 @@ import torch
 
 import train
 from robot.cli import Parser
-from robot.errors import run_command
+from robot.errors import UserError, run_command
 from robot.models import load_module, pick_device
 from tools import measure, regression
 from tools.options import Options, make_config, parse_set
@@ -44,8 +44,8 @@ class Bench:
     def __init__(self, options, repeat, seconds):
         self.options, self.repeat, self.seconds = options, repeat, seconds
         self.device, _ = pick_device(options.device, options.dtype)
-        both = list(measure.DTYPES) if options.dtype == "auto" else [options.dtype]
-        self.dtypes, self.module = both, load_module(options.model)
+        self.dtypes = list(measure.DTYPES) if options.dtype == "auto" else [options.dtype]
+        self.module = load_module(options.model)
         self.config = make_config(self.module, options, {})
         if getattr(self.config, "obs", "") == "image" and not self.config.n_cameras:
             self.config = dataclasses.replace(self.config, n_cameras=2)         # as the built-in task
@@ -57,6 +57,7 @@ class Bench:
                     "data_ms": None, "training": {}, "chunk": {}, "left_out": {}}
 
     def measure(self):
+        """-> the row"""
         batches = measure.Batches(self.config, self.device)
         try:
             self.chunks(batches(1))
@@ -158,7 +159,11 @@ def main(argv=None):
     if args.regression:
         return train_regression(options)
     with one_model(options.model):
-        print(json.dumps(Bench(options, args.repeat, args.seconds).measure()))
+        row = Bench(options, args.repeat, args.seconds).measure()
+    if not row["chunk"] and not row["training"]:
+        why = "; ".join(f"{what}: {why}" for what, why in row["left_out"].items())
+        raise UserError(f"{row['model']} {row['preset']} {why}")
+    print(json.dumps(row))
 
 
 def train_regression(options):

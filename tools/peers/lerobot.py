@@ -35,9 +35,10 @@ def diffusion(source):
     config = module.DiffusionConfig(
         input_features={"observation.state": feature("STATE", (2,)),
                         "observation.image": feature("VISUAL", (3, 96, 96))},
-        output_features={"action": feature("ACTION", (2,))}, crop_shape=(84, 84), crop_is_random=False,
-        pretrained_backbone_weights=None, down_dims=(256, 512, 1024), noise_scheduler_type="DDIM",
-        num_inference_steps=10, device="cpu")
+        output_features={"action": feature("ACTION", (2,))}, horizon=16, n_obs_steps=2, n_action_steps=8,
+        crop_shape=(84, 84), crop_is_random=False,
+        use_group_norm=True, pretrained_backbone_weights=None, down_dims=(256, 512, 1024),
+        noise_scheduler_type="DDIM", num_inference_steps=10, device="cpu")
     theirs = module.DiffusionModel(config)
     weights = {f"diffusion.{key}": x for key, x in clones(theirs).items()}
     ours = dp_cnn.Config(**dp_cnn.PRESETS["image"] | {
