@@ -151,19 +151,29 @@ def main(argv=None):
     if args.against:
         from tools import against
         return against.run(args)
-    if args.memory:
-        from tools import memory
-        return memory.run(args)
     options = {name: value for name, value in vars(args).items() if name in vars(defaults)}
     options = Options(**options | {"set": parse_set(args.set), "preset": args.preset or defaults.preset})
     if args.regression:
         return train_regression(options)
+    if args.memory:
+        return print(memory_of_training(options))
     with one_model(options.model):
         row = Bench(options, args.repeat, args.seconds).measure()
     if not row["chunk"] and not row["training"]:
         why = "; ".join(f"{what}: {why}" for what, why in row["left_out"].items())
         raise UserError(f"{row['model']} {row['preset']} {why}")
     print(json.dumps(row))
+
+
+def memory_of_training(options):
+    """A table of gigabytes on 1, 8 and 64 GPUs, computed; bfloat16 and the recipe's batch if nothing is given."""
+    from tools import memory
+    module = load_module(options.model)
+    recipe = getattr(module, "RECIPES", {}).get(options.preset, {})
+    B = options.batch_size or recipe.get("batch_size", Options().batch_size)
+    with one_model(options.model):
+        return memory.table(module, make_config(module, options, {}), B,
+                            measure.DTYPES.get(options.dtype, torch.bfloat16))
 
 
 def train_regression(options):
