@@ -166,7 +166,7 @@ def main(argv=None):
 
 
 def memory_of_training(options):
-    """A table of gigabytes on 1, 8 and 64 GPUs, computed; bfloat16 and the recipe's batch if nothing is given."""
+    """A table: gigabytes on 1, 8 and 64 GPUs, for the batch of the recipe and bfloat16 if none is given."""
     from tools import memory
     module = load_module(options.model)
     recipe = getattr(module, "RECIPES", {}).get(options.preset, {})
