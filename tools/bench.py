@@ -29,6 +29,7 @@ import train
 from robot.cli import Parser
 from robot.errors import UserError, run_command
 from robot.models import load_module, pick_device
+from robot.packing import pack
 from tools import measure, regression
 from tools.options import Options, make_config, parse_set
 from tools.runs import frozen_names
@@ -55,14 +56,32 @@ class Bench:
                     "date": datetime.date.today().isoformat(), "compile": options.compile,
                     "parameters": sum(p.numel() for p in self.outline.parameters()), "batch_size": 0,
                     "data_ms": None, "training": {}, "chunk": {}, "left_out": {}}
+        self.row["left_out"] = self.too_large()
+
+    def too_large(self):
+        """{"training" or "chunk, bfloat16" ..: the memory that it takes and what there is}, before anything is
+        built."""
+        n, frozen = self.row["parameters"], frozen_names(self.outline)
+        parts = {f"chunk, {dtype}": ("the weights, plain and packed,", n * (8 if dtype == "float32" else 4))
+                 for dtype in self.dtypes}
+        # Frozen weights have neither gradient nor moments nor average.
+        parts["training"] = ("weights, gradients, Adam's moments and the average", sum(
+            p.numel() * (4 if name in frozen else 20) for name, p in self.outline.named_parameters()))
+        reasons = {what: measure.does_not_fit(*part, self.device) for what, part in parts.items()}
+        return {what: why for what, why in reasons.items() if why}
 
     def measure(self):
-        """-> the row"""
+        """-> the row. UserError if nothing of it fits."""
+        if len(self.row["left_out"]) > len(self.dtypes):
+            why = "; ".join(f"{what}: {why}" for what, why in self.row["left_out"].items())
+            raise UserError(f"{self.row['model']} {self.row['preset']}: {why}")
         batches = measure.Batches(self.config, self.device)
         try:
-            self.chunks(batches(1))
+            model = self.build()
+            self.chunks(model, batches(1))
             self.row["peak_mb"] = {"chunk": measure.peak_mb(self.device)}
-            self.training(batches)
+            if "training" not in self.row["left_out"]:
+                self.training(model, batches)
             self.row["peak_mb"]["all"] = measure.peak_mb(self.device)
         finally:
             batches.close()
@@ -73,28 +92,24 @@ class Bench:
                 found["share"], found["of"] = measure.share(ms, found, best, dtype)
         return self.row
 
-    def build(self, dtype):
-        """The same weights every time. In bfloat16 from the beginning only if they do not fit as float32:
-        what a constructor computes, such as positions, loses digits."""
+    def build(self):
+        """The model, packed as a robot has it; as bfloat16 from the beginning if it does not fit as float32."""
         torch.manual_seed(0)
-        torch.set_default_dtype(dtype if self.too_large("float32") else torch.float32)
+        small = "chunk, float32" in self.row["left_out"]
+        torch.set_default_dtype(torch.bfloat16 if small else torch.float32)
         try:
-            return self.module.Model(self.config).to(self.device, dtype)
+            return pack(self.module.Model(self.config).to(self.device))
         finally:
             torch.set_default_dtype(torch.float32)
 
-    def too_large(self, dtype):
-        nbytes = self.row["parameters"] * (4 if dtype == "float32" else 2)
-        return measure.does_not_fit("the weights", nbytes, self.device)
-
-    def chunks(self, batch):
+    def chunks(self, model, batch):
         """Every sampler in every type, with the same noise."""
         first = {}
+        model.eval()
         for dtype in self.dtypes:
-            if self.too_large(dtype):
-                self.row["left_out"][f"chunk, {dtype}"] = self.too_large(dtype)
+            if f"chunk, {dtype}" in self.row["left_out"]:
                 continue
-            model = self.build(measure.DTYPES[dtype]).eval().requires_grad_(False)
+            model.to(measure.DTYPES[dtype])
             for name, sampler, steps in measure.samplers(self.config):
                 if sampler:
                     model.config = dataclasses.replace(model.config, sampler=sampler)
@@ -106,14 +121,8 @@ class Bench:
                         found["error"] = round((chunk - first[name]).abs().max().item(), 5)
                     first[name] = chunk
 
-    def training(self, batches):
-        frozen = frozen_names(self.outline)         # these have neither gradient nor moments nor average
-        nbytes = sum(p.numel() * (4 if name in frozen else 20) for name, p in self.outline.named_parameters())
-        why = measure.does_not_fit("weights, gradients, Adam's moments and the average", nbytes, self.device)
-        if why:
-            self.row["left_out"]["training"] = why
-            return
-        model, B = self.build(torch.float32), self.options.batch_size
+    def training(self, model, batches):
+        model, B = model.float().train(), self.options.batch_size
         if not B:
             one = batches(1)
             flops, _ = measure.count(lambda: model.loss(one)["loss"].backward(), model)
@@ -158,11 +167,7 @@ def main(argv=None):
     if args.memory:
         return print(memory_of_training(options))
     with one_model(options.model):
-        row = Bench(options, args.repeat, args.seconds).measure()
-    if not row["chunk"] and not row["training"]:
-        why = "; ".join(f"{what}: {why}" for what, why in row["left_out"].items())
-        raise UserError(f"{row['model']} {row['preset']} {why}")
-    print(json.dumps(row))
+        print(json.dumps(Bench(options, args.repeat, args.seconds).measure()))
 
 
 def memory_of_training(options):

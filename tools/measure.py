@@ -109,17 +109,18 @@ class Batches:
 # Times, arithmetic, bytes
 
 def times_ms(function, device, repeat, seconds=math.inf, warm=2):
-    """Milliseconds of `repeat` calls, after `warm` that do not count; fewer, but one, after `seconds`."""
+    """Milliseconds of `repeat` calls, after `warm` that do not count. After `seconds` it ends: the last call
+    counts then, and at most one was for warming up."""
     times, start = [], time.perf_counter()
-    for _ in range(warm + repeat):
+    while len(times) < warm + repeat:
         began = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append((time.perf_counter() - began) * 1e3)
-        if len(times) > warm and time.perf_counter() - start > seconds:
+        if len(times) > min(warm, 1) and time.perf_counter() - start > seconds:
             break
-    return times[warm:]
+    return times[warm:] or times[-1:]
 
 
 def median_ms(function, device, repeat):
@@ -144,10 +145,10 @@ class WeightReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         read = [x for x in args if isinstance(x, torch.Tensor) and not func.is_view
-                and x.untyped_storage().data_ptr() in self.own]
+                and (x.is_mkldnn or x.untyped_storage().data_ptr() in self.own)]    # packed, or as they are
         if func is torch.ops.aten.embedding.default:
             read = [out]
-        self.total += sum(x.nbytes for x in read)
+        self.total += sum(x.numel() * x.element_size() for x in read)
         return out
 
 
@@ -278,7 +279,7 @@ def time_chunk(model, batch, steps, device, repeat, seconds):
     if took > 10 * seconds:
         return result | {"about_ms": round(took * 1e3)}
     sample = lambda: model.sample(batch, steps=steps)
-    times = times_ms(sample, device, repeat, seconds, warm=1 if took < seconds else 0)
+    times = times_ms(sample, device, repeat, seconds, warm=int(took < seconds))
     p50, p95 = np.percentile(times, (50, 95)).round(3).tolist()
     return result | {"p50_ms": p50, "p95_ms": p95, "runs": len(times)}
 

@@ -9,6 +9,7 @@ from typing import Callable
 import torch
 
 from robot.errors import UserError, one_line
+from robot.packing import pack
 
 
 @dataclass
@@ -71,7 +72,7 @@ def clones(model):
 
 def pair_of_chunks(theirs, model, sample, compare=True):
     """theirs(): a chunk; sample(model): one of ours, with the same noise."""
-    model.eval().requires_grad_(False)
+    pack(model.eval().requires_grad_(False))
     half = copy.deepcopy(model).to(torch.bfloat16)
     no_grad = torch.no_grad()
     return Pair(no_grad(theirs), no_grad(lambda: sample(model)), no_grad(lambda: sample(half).float()),
@@ -102,7 +103,7 @@ def pair_of_steps(their_model, their_loss, our_model, our_loss, compare=True, **
             return loss.detach()
         return step
 
-    ours = steps(our_model, our_loss, lambda old, new: torch._foreach_lerp_(old, new, 0.001), fused=True)
+    ours = steps(pack(our_model), our_loss, lambda old, new: torch._foreach_lerp_(old, new, 0.001), fused=True)
 
     def half():
         ours(torch.bfloat16)        # no loss to compare: the weights have moved on since the first step
