@@ -34,8 +34,8 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
     [8]  spatial softmax: p = softmax over the pixels of a channel; keypoint = (sum p x, sum p y)
     [9]  inpainting instead of FiLM: x = [action, observation]; known entries are put back at every step
 
-Map: Config | Conv1d, ResidualBlock1d, UNet1d | ResNet, SpatialSoftmax, ImageEncoder | DiffusionPolicyCNN:
-loss, sample, from_official | PRESETS | main.
+Map: Config | ResidualBlock1d, UNet1d | ResNet, SpatialSoftmax, ImageEncoder | DiffusionPolicyCNN: loss,
+sample, from_official | PRESETS | main.
 
 Differs from the original:
  1. Past an episode's end the data repeat its last step, before its start the first: actions and observations.
@@ -44,10 +44,9 @@ Differs from the original:
  2. A random crop can start at every offset; the original never draws the last one.
  3. FiLM's linear layer over [step, observation] is computed as a sum of two shares. The numbers are the same,
     and a sampler reads this layer's weights once per chunk instead of once per step.
- 4. On a CPU some convolutions are computed as matrix products (Conv1d below).
- 5. With images the features are ordered [cameras, state] for every data set; another order, as LeRobot's
+ 4. With images the features are ordered [cameras, state] for every data set; another order, as LeRobot's
     [state, cameras, environment state], is permuted while loading.
- 6. Local conditioning (on every step of the chunk by itself) is left out: no released model uses it.
+ 5. Local conditioning (on every step of the chunk by itself) is left out: no released model uses it.
 
 Run alone: `python dp_cnn.py` learns paths around an obstacle in under a minute on two CPU cores.
 """
@@ -179,22 +178,6 @@ def check_at_least(config, least, *fields):
 
 
 # ---------------------------------------------------------------- the network: a U-Net along the time axis
-class Conv1d(nn.Conv1d):
-    """nn.Conv1d, (B, C, T) -> (B, C', T'). On a CPU a matrix product is faster for a short sequence (1.5
-    times: nearly all time goes into reading weights) and in bfloat16 (several times, with gradients)."""
-
-    def forward(self, x):
-        B, C, T = x.shape
-        short = B * T <= 64 and not torch.is_grad_enabled()
-        if x.device.type != "cpu" or not (short or x.dtype == torch.bfloat16):
-            return super().forward(x)
-        x = F.pad(x, (self.padding[0], self.padding[0])).transpose(1, 2)        # (B, T + 2 padding, C)
-        k, stride = self.kernel_size[0], self.stride[0]
-        taps = [x[:, i:x.shape[1] - k + 1 + i:stride] for i in range(k)]        # k x (B, T', C)
-        x = torch.stack(taps, dim=-1).flatten(2)                                # (B, T', C k)
-        return F.linear(x, self.weight.flatten(1), self.bias).transpose(1, 2)   # (B, C', T')
-
-
 def time_embedding(t, dim):
     """Sinusoids of the diffusion step, (...,) -> (..., dim), sines first. It differs from iDDPM's and DiT's:
     the exponent runs to 1 (half - 1 in the denominator), as in Ho et al., and theirs begin with cosines."""
@@ -211,13 +194,13 @@ class ResidualBlock1d(nn.Module):
     def __init__(self, dim_in, dim_out, cond_dim, config):
         super().__init__()
         pad = config.kernel_size // 2
-        self.conv1 = Conv1d(dim_in, dim_out, config.kernel_size, padding=pad)
+        self.conv1 = nn.Conv1d(dim_in, dim_out, config.kernel_size, padding=pad)
         self.norm1 = nn.GroupNorm(config.n_groups, dim_out)
-        self.conv2 = Conv1d(dim_out, dim_out, config.kernel_size, padding=pad)
+        self.conv2 = nn.Conv1d(dim_out, dim_out, config.kernel_size, padding=pad)
         self.norm2 = nn.GroupNorm(config.n_groups, dim_out)
         self.film_scale = config.film_scale
         self.film = nn.Linear(cond_dim, 2 * dim_out if config.film_scale else dim_out)
-        self.residual = Conv1d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+        self.residual = nn.Conv1d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x, of_step, of_obs):
         h = F.mish(self.norm1(self.conv1(x)))                                   # (B, C', T)
@@ -242,15 +225,15 @@ class UNet1d(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, (dim_in, dim_out) in enumerate(zip((input_dim, *dims), dims)):
             last = i == len(dims) - 1
-            shorten = nn.Identity() if last else Conv1d(dim_out, dim_out, 3, stride=2, padding=1)
+            shorten = nn.Identity() if last else nn.Conv1d(dim_out, dim_out, 3, stride=2, padding=1)
             self.down.append(nn.ModuleList([block(dim_in, dim_out), block(dim_out, dim_out), shorten]))
         self.mid = nn.ModuleList([block(dims[-1], dims[-1]), block(dims[-1], dims[-1])])
         for dim_out, dim_in in reversed([*zip(dims, dims[1:])]):
             lengthen = nn.ConvTranspose1d(dim_out, dim_out, 4, stride=2, padding=1)
             self.up.append(nn.ModuleList([block(2 * dim_in, dim_out), block(dim_out, dim_out), lengthen]))
-        self.final_conv = Conv1d(dims[0], dims[0], config.kernel_size, padding=config.kernel_size // 2)
+        self.final_conv = nn.Conv1d(dims[0], dims[0], config.kernel_size, padding=config.kernel_size // 2)
         self.final_norm = nn.GroupNorm(8, dims[0])  # 8 whatever n_groups is, as in the official code
-        self.final_out = Conv1d(dims[0], input_dim, 1)
+        self.final_out = nn.Conv1d(dims[0], input_dim, 1)
 
     def blocks(self):
         """The residual blocks in the order in which `forward` meets them."""

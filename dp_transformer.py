@@ -48,7 +48,7 @@ Time of the robot (To = 2 observed, Tp = 16 predicted, Ta = 8 executed):
          (W_q x + b_q) . k_j = x . (W_q^T k_j) + b_q . k_j   and   W_o (sum_j p_j v_j) = sum_j p_j (W_o v_j)
     [12] "bert", for inpainting: the step is a token among the actions, [e(t), x_0, .., x_{T-1}]
 
-Map: Config | Linear, SelfAttention, CrossAttention, Block, DecoderTransformer, BertTransformer | ResNet,
+Map: Config | SelfAttention, CrossAttention, Block, DecoderTransformer, BertTransformer | ResNet,
 SpatialSoftmax, ImageEncoder | DiffusionPolicyTransformer: loss, sample, from_official | PRESETS | main.
 
 Differs from the original:
@@ -182,29 +182,14 @@ def additive(mask):
     return torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
 
 
-# oneDNN's matrix product, as torch.compile calls it; None where torch is built without oneDNN.
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-class Linear(nn.Linear):
-    """nn.Linear, (..., D) -> (..., D'). Sampling in float32 on a CPU, it calls oneDNN. Torch would call MKL,
-    which does not use AVX-512 on AMD processors and takes 1.5 (few rows) to 2.2 times as long."""
-
-    def forward(self, x):
-        sampling = ONEDNN_LINEAR is not None and not torch.is_grad_enabled()
-        if not sampling or x.device.type != "cpu" or x.dtype != torch.float32:
-            return super().forward(x)
-        return ONEDNN_LINEAR(x, self.weight, self.bias, "none", [], "")
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention of tokens to each other. (B, T, D), mask (T, T) or None -> (B, T, D)."""
 
     def __init__(self, config):
         super().__init__()
         self.n_heads, self.dropout = config.n_heads, config.dropout
-        self.in_proj = Linear(config.width, 3 * config.width)  # rows: queries, keys, values
-        self.out_proj = Linear(config.width, config.width)
+        self.in_proj = nn.Linear(config.width, 3 * config.width)  # rows: queries, keys, values
+        self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x, mask):
         B, T, D = x.shape
@@ -249,7 +234,7 @@ class Block(nn.Module):
         self.norm_self, self.self_attn = nn.LayerNorm(D), SelfAttention(config)
         if cross:
             self.norm_cross, self.cross_attn = nn.LayerNorm(D), CrossAttention(config)
-        self.norm_mlp, self.linear1, self.linear2 = nn.LayerNorm(D), Linear(D, 4 * D), Linear(4 * D, D)
+        self.norm_mlp, self.linear1, self.linear2 = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, memory=None):
@@ -267,16 +252,16 @@ class DecoderTransformer(nn.Module):
     def __init__(self, input_dim, output_dim, obs_dim, config):
         super().__init__()
         T, D, M = config.pred_horizon, config.width, 1 + (config.n_obs_steps if obs_dim else 0)
-        self.input_emb = Linear(input_dim, D)
+        self.input_emb = nn.Linear(input_dim, D)
         self.pos_emb = nn.Parameter(torch.zeros(1, T, D))
-        self.obs_emb = Linear(obs_dim, D) if obs_dim else None
+        self.obs_emb = nn.Linear(obs_dim, D) if obs_dim else None
         self.cond_pos_emb = nn.Parameter(torch.zeros(1, M, D))
         self.drop = nn.Dropout(config.embed_dropout)
         encoder = [Block(config, cross=False) for _ in range(config.cond_depth)]
-        self.cond_encoder = nn.Sequential(*encoder or [Linear(D, 4 * D), nn.Mish(), Linear(4 * D, D)])
+        self.cond_encoder = nn.Sequential(*encoder or [nn.Linear(D, 4 * D), nn.Mish(), nn.Linear(4 * D, D)])
         self.tokens_mix = config.cond_depth > 0  # encoded, a condition token depends on the others
         self.blocks = nn.ModuleList([Block(config, cross=True) for _ in range(config.depth)])
-        self.norm, self.head = nn.LayerNorm(D), Linear(D, output_dim)
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, output_dim)
         action, token = torch.arange(T), torch.arange(M)
         mask = additive(action <= action[:, None]) if config.causal else None   # [10] (T, T)
         self.register_buffer("mask", mask, persistent=False)
@@ -336,11 +321,11 @@ class BertTransformer(nn.Module):
     def __init__(self, input_dim, output_dim, obs_dim, config):
         super().__init__()
         T, D = config.pred_horizon, config.width
-        self.input_emb = Linear(input_dim, D)
+        self.input_emb = nn.Linear(input_dim, D)
         self.pos_emb = nn.Parameter(torch.zeros(1, 1 + T, D))
         self.drop = nn.Dropout(config.embed_dropout)
         self.blocks = nn.ModuleList([Block(config, cross=False) for _ in range(config.depth)])
-        self.norm, self.head = nn.LayerNorm(D), Linear(D, output_dim)
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, output_dim)
         token = torch.arange(1 + T)
         # The step's token comes first, so every action sees it, and it sees no action.
         mask = additive(token <= token[:, None]) if config.causal else None     # [10]

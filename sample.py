@@ -19,6 +19,7 @@ from robot.environments import ENVIRONMENTS
 from robot.errors import UserError, input_text, run_command, write_json
 from robot.models import load_module, pick_device, sampler_config
 from robot.normalizer import Normalizer
+from robot.packing import pack
 from robot.policy import Policy
 from robot.rollout import closed_loop
 from tools import report
@@ -55,6 +56,7 @@ def load_run(path, args):
     """-> (model with --set applied, its checkpoint, Policy or None for a generative model)"""
     device, dtype = pick_device(args.device, args.dtype)
     model, checkpoint = load_model(path, device, replay=not args.no_replay)
+    pack(model)
     changes = parse_set(args.set)
     model.config = sampler_config(load_module(checkpoint["model"]), checkpoint["config"], changes)
     if checkpoint["normalizer"] is None:

@@ -29,6 +29,7 @@ import data
 from robot.environments import ENVIRONMENTS
 from robot.errors import UserError, one_line, run_command, write_json
 from robot.models import load_module, pick_device
+from robot.packing import pack
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
 from tools import distributed, report, words
@@ -101,7 +102,7 @@ def prepare(options, module, out, device, dtype, rank, world, release=None):
     options = data.fitting_batch(options, len(items), world)
     example = (held_out if len(held_out) else items).batch(torch.zeros(1, dtype=torch.long))
     torch.manual_seed(options.seed)
-    model = build(options, module, config, example, device, earlier, release)
+    model = pack(build(options, module, config, example, device, earlier, release))
     ema = averaged(model, options.fsdp)
     loss_step, shown = LossStep(model), ema
     if options.fsdp:

@@ -17,6 +17,7 @@ from .checkpoint import load_model
 from .errors import UserError, hint, say_once
 from .models import pick_device
 from .normalizer import Normalizer
+from .packing import pack
 from .processing import Processing
 from .realtime import guidance
 from .released import build_model
@@ -39,7 +40,7 @@ class Policy:
 
     def __init__(self, model, normalizer, description, device="cpu", dtype=None, steps=None, seed=0,
                  robot=None, without=(), swap=(), relative_to="chunk"):
-        self.model = model.to(dtype) if dtype else model
+        self.model = pack(model.to(dtype) if dtype else model)
         robots = description.get("robots", {})
         if (robot or robots) and robot not in robots:
             raise UserError(f"robot {robot!r}: the run knows one robot, leave --robot out" if not robots else

@@ -675,38 +675,6 @@ def test_a_sampler_keeps_no_table_of_all_steps_of_all_items():
 # -- numbers of another type
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (2, 16), (16, 8)])  # the first two are short
-@pytest.mark.parametrize("kernel, stride, padding", [(5, 1, 2), (3, 2, 1), (1, 1, 0)])
-def test_convolutions_by_matrix_product_are_convolutions(shape, kernel, stride, padding):
-    torch.manual_seed(0)
-    B, T = shape
-    conv = dp_cnn.Conv1d(6, 10, kernel, stride=stride, padding=padding)
-    x = torch.randn(B, 6, T)
-    want = torch.nn.functional.conv1d(x, conv.weight, conv.bias, stride, padding)
-    with torch.no_grad():
-        assert torch.allclose(conv(x), want, atol=1e-6)
-    half, x = conv.to(torch.bfloat16), x.bfloat16().requires_grad_()
-    got = half(x)
-    got.float().square().sum().backward()
-    exact = torch.nn.Conv1d(6, 10, kernel, stride=stride, padding=padding).double()
-    exact.load_state_dict(half.state_dict())
-    y = x.detach().double().requires_grad_()
-    want = exact(y)
-    want.square().sum().backward()
-    pairs = [(got, want), (x.grad, y.grad)]
-    for ours, theirs in pairs + [(p.grad, q.grad) for p, q in zip(half.parameters(), exact.parameters())]:
-        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
-
-
-def test_training_in_bfloat16_makes_no_convolution_on_a_cpu():
-    """Their gradients take several times as long there as those of the matrix product."""
-    model = DiffusionPolicyCNN(Config(**SMALL)).to(torch.bfloat16)
-    with torch.profiler.profile() as profile:
-        model.loss(small_batch(model.config, B=32))["loss"].backward()
-    convolutions = sum(e.count for e in profile.key_averages() if e.key == "aten::convolution")
-    assert convolutions == len(model.unet.up)  # the transposed ones, which are fast enough
-
-
 @pytest.mark.parametrize("overrides", [{}, NARROW_IMAGE, NARROW_IMAGE | {"conditioning": "inpaint"}], ids=str)
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_bfloat16(how, overrides):

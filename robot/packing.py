@@ -1,0 +1,182 @@
+"""Layers as a CPU computes them fastest: the same numbers, by the products of oneDNN, which torch contains.
+
+    pack(model)     a policy that acts on a CPU, or a model that is trained there
+
+Two things are slow in torch's own layers. They leave float32 products to MKL, which uses no AVX-512 on AMD
+processors and takes twice as long. And a chunk for one robot is a few rows times many large matrices: then
+reading the matrices is nearly all the work, and it has the speed of the memory only if they were packed, that
+is stored in the order in which the kernel reads them. A convolution over a short sequence is such a product
+too: its windows, all taps side by side, times its weights.
+
+`pack` exchanges the classes of layers and nothing else: parameters, their names and gradients stay, and with
+them copies, `.to()` and what is saved. Weights are packed when a layer first meets few rows without
+gradients, and anew when they have changed. They then stand beside the plain ones, so that such a layer holds
+its weights twice: all layers of dp_cnn do, and of pi0's and pi05's those of the action expert, a tenth.
+
+The operators are those that torch.compile emits for weights that stay as they are (torch/_inductor/
+fx_passes/mkldnn_fusion.py). Without them, on another device and in other types the layers are torch's own.
+"""
+import functools
+import weakref
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+MOST_ROWS = 128         # with more rows the arithmetic takes longer than the reading: plain weights will do
+LEAST = 2**14           # numbers of a matrix that is worth packing
+SHORT = 8               # steps of a sequence up to which a float32 convolution is trained faster as a product
+
+PACKED = weakref.WeakKeyDictionary()    # layer -> (its weights, their version, these weights packed)
+
+
+def pack(model):
+    """Let the linear layers and 1D convolutions of a model compute as above while it is on a CPU. -> model"""
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        for layer in model.modules():
+            fast = LAYERS.get(type(layer))
+            if fast and (fast is Linear or one_product(layer)):
+                layer.__class__ = fast
+    return model
+
+
+# ---------------------------------------------------------------- products
+
+def onednn(x, weight, bias=None):
+    """x (..., I), weight (O, I), plain or packed -> (..., O)"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@functools.cache
+def types():
+    """Those that oneDNN computes in on this machine."""
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+
+
+def kind(x):
+    """The type in which products of x are computed: autocast's where it is on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def takes(x, weight):
+    """Whether oneDNN can compute x times these weights."""
+    return x.device.type == weight.device.type == "cpu" and kind(x) == kind(weight) and kind(x) in types() and \
+        not torch.compiler.is_compiling()
+
+
+class Product(torch.autograd.Function):
+    """F.linear in float32, whose gradients are products of oneDNN as well."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = g.reshape(-1, g.shape[-1])
+        return (onednn(g, weight.T) if of_x else None,
+                onednn(rows.T, x.reshape(-1, x.shape[-1]).T) if of_weight else None,
+                rows.sum(0) if of_bias else None)
+
+
+def product(layer, x, bias):
+    """F.linear(x, layer.matrix(), bias): x (..., I), the matrix (O, I) -> (..., O)"""
+    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and x.dtype == torch.bfloat16:
+        return F.linear(x, layer.matrix(), bias)  # which calls oneDNN itself in bfloat16
+    if torch.is_grad_enabled():
+        return Product.apply(x, layer.matrix(), bias)
+    few = x.shape[:-1].numel() <= MOST_ROWS and layer.weight.numel() >= LEAST
+    # Weights that are trained are never packed: fused AdamW changes them without raising their version.
+    fixed = not layer.weight.requires_grad and not layer.weight.is_inference()
+    return onednn(x, packed(layer) if few and fixed else layer.matrix(), bias)
+
+
+def packed(layer):
+    """Packed weights of a layer; they are packed anew if it has other ones now, or of another type."""
+    weight = layer.weight
+    of, version, blocks = PACKED.get(layer, (weight, None, None))
+    if (of.data_ptr(), of.dtype, version) != (weight.data_ptr(), weight.dtype, weight._version):
+        blocks = torch.ops.mkldnn._reorder_linear_weight(layer.matrix().contiguous(), None)
+        # The plain weights are kept too: no others can then come to lie at their address.
+        PACKED[layer] = weight.detach(), weight._version, blocks
+    return blocks
+
+
+# ---------------------------------------------------------------- layers
+
+class Linear(nn.Linear):
+    def matrix(self):
+        return self.weight
+
+    def forward(self, x):
+        return product(self, x, self.bias) if takes(x, self.weight) else super().forward(x)
+
+
+class Windows(torch.autograd.Function):
+    """x (B, C, T) -> what each of T' steps of a convolution sees, (B, T', k C): k taps of C channels."""
+
+    @staticmethod
+    def forward(ctx, x, k, stride, padding):
+        ctx.shape, ctx.settings = x.shape, (k, stride, padding)
+        x = F.pad(x.transpose(1, 2), (0, 0, padding, padding))                  # (B, T + 2 padding, C)
+        return x.unfold(1, k, stride).transpose(2, 3).flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (B, C, T), (k, stride, padding) = ctx.shape, ctx.settings
+        of_taps = g.unflatten(2, (k, C)).unbind(2)                              # k x (B, T', C)
+        of_x, last = g.new_zeros(B, T + 2 * padding, C), (g.shape[1] - 1) * stride
+        for i, of_tap in enumerate(of_taps):
+            of_x[:, i:i + last + 1:stride] += of_tap
+        return of_x[:, padding:padding + T].transpose(1, 2), None, None, None
+
+
+def one_product(conv):
+    """Whether a 1D convolution is one product: ungrouped, its taps next to each other, padded with zeros."""
+    return conv.groups == 1 and conv.dilation == (1,) and conv.padding_mode == "zeros" and \
+        not isinstance(conv.padding, str) and conv.output_padding == (0,)
+
+
+def pays(x, steps, weight):
+    """Whether a convolution of x (B, C, T), whose weights meet so many steps, is faster as a product."""
+    if x.ndim != 3 or not takes(x, weight):
+        return False
+    if torch.is_grad_enabled():
+        return steps <= SHORT or kind(x) == torch.bfloat16
+    return x.shape[0] * steps <= MOST_ROWS and not torch.is_autocast_enabled("cpu")
+
+
+class Conv1d(nn.Conv1d):
+    def matrix(self):
+        return self.weight.to(kind(self.weight)).transpose(1, 2).flatten(1)     # (O, k C)
+
+    def forward(self, x):
+        (k,), (stride,), (padding,) = self.kernel_size, self.stride, self.padding
+        if not pays(x, (x.shape[-1] + 2 * padding - k) // stride + 1, self.weight):
+            return super().forward(x)
+        windows = Windows.apply(x.to(kind(x)), k, stride, padding)  # autocast would cast the windows
+        return product(self, windows, self.bias).transpose(1, 2)                # (B, O, T')
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    def matrix(self):
+        return self.weight.to(kind(self.weight)).flatten(1).T                   # (O k, C)
+
+    def forward(self, x, output_size=None):
+        (k,), (stride,), (padding,) = self.kernel_size, self.stride, self.padding
+        if output_size is not None or not pays(x, x.shape[-1], self.weight):
+            return super().forward(x, output_size)
+        taps = product(self, x.transpose(1, 2), None)                           # (B, T, O k)
+        length = (x.shape[2] - 1) * stride - 2 * padding + k                    # T'
+        # Where the taps of neighbouring steps meet they are added.
+        x = F.fold(taps.transpose(1, 2), (1, length), (1, k), stride=(1, stride), padding=(0, padding))
+        return x[:, :, 0] if self.bias is None else x[:, :, 0] + self.bias[:, None]     # (B, O, T')
+
+
+LAYERS = {nn.Linear: Linear, nn.Conv1d: Conv1d, nn.ConvTranspose1d: ConvTranspose1d}
