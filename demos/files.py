@@ -15,7 +15,7 @@ from pathlib import Path
 
 import h5py
 
-from demos import aloha, lerobot, robomimic, zarr
+from demos import aloha, flat, lerobot, robomimic, zarr
 from robot.errors import UserError, few, input_file, nearest, one_line, user_path
 
 
@@ -45,24 +45,25 @@ def find_files(source):
 def open_hdf5(path):
     path = input_file(path)
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
+        file = h5py.File(path, "r")
+        return flat.Flat(file) if flat.is_flat(file) else file
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         reason = "is cut short, copy it again" if "truncated" in str(error) else "cannot be opened as HDF5"
         raise UserError(f"{path} {reason}: {one_line(error)}") from None
 
 
 OPENERS = {".hdf5": open_hdf5, ".h5": open_hdf5}
 SETS = [(lerobot.is_lerobot, lerobot.open_lerobot), (zarr.is_zarr, zarr.ReplayBuffer)]
-LAYOUTS = [lerobot, zarr, aloha, robomimic]
+LAYOUTS = [lerobot, zarr, flat, aloha, robomimic]
 
 
 def set_opener(path):
-    """What opens a folder that is one set; None if it is none."""
+    """The opener of a folder that is one set; None if it is none."""
     return next((opener for is_one, opener in SETS if is_one(path)), None)
 
 
 def unreadable(error):
-    """What is the matter with data that HDF5 does not read, and what to do."""
+    """Why HDF5 does not read some data, and what to do, for a message."""
     if any(words in str(error) for words in ("not registered", "plugin", "can't open directory")):
         return f"needs a compression filter that h5py lacks, repack the file: {one_line(error)}"
     return f"cannot be read, copy the file again: {one_line(error)}"
