@@ -59,8 +59,8 @@ class Bench:
         self.row["left_out"] = self.too_large()
 
     def too_large(self):
-        """{"training" or "chunk, bfloat16" ..: the memory that it takes and what there is}, before anything is
-        built."""
+        """{"training" or "chunk, bfloat16" ..: the memory that it takes and what there is}; nothing is built
+        yet."""
         n, frozen = self.row["parameters"], frozen_names(self.outline)
         parts = {f"chunk, {dtype}": ("the weights, plain and packed,", n * (8 if dtype == "float32" else 4))
                  for dtype in self.dtypes}
@@ -93,7 +93,7 @@ class Bench:
         return self.row
 
     def build(self):
-        """The model, packed as a robot has it; as bfloat16 from the beginning if it does not fit as float32."""
+        """The model, packed as a robot has it; as bfloat16 from the beginning if float32 does not fit."""
         torch.manual_seed(0)
         small = "chunk, float32" in self.row["left_out"]
         torch.set_default_dtype(torch.bfloat16 if small else torch.float32)
