@@ -23,6 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .errors import say_once
+
 MOST_ROWS = 128         # with more rows the arithmetic takes longer than the reading: plain weights will do
 LEAST = 2**14           # numbers of a matrix that is worth packing
 SHORT = 8               # steps of a sequence up to which a float32 convolution is trained faster as a product
@@ -104,6 +106,8 @@ def packed(layer):
         blocks = torch.ops.mkldnn._reorder_linear_weight(layer.matrix().contiguous(), None)
         # The plain weights are kept too: no others can then come to lie at their address.
         PACKED[layer] = weight.detach(), weight._version, blocks
+        if sum(of.nbytes for of, _, _ in PACKED.values()) > 2**30:
+            say_once("note: packed weights take more than 1 GiB, beside the plain ones (docs/weights.md)")
     return blocks
 
 
