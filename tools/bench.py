@@ -105,7 +105,7 @@ class Bench:
     def chunks(self, model, batch):
         """Every sampler in every type, with the same noise."""
         first = {}
-        model.eval()
+        model.eval().requires_grad_(False)              # weights that are trained are not packed
         for dtype in self.dtypes:
             if f"chunk, {dtype}" in self.row["left_out"]:
                 continue
@@ -123,6 +123,8 @@ class Bench:
 
     def training(self, model, batches):
         model, B = model.float().train(), self.options.batch_size
+        for p, its in zip(model.parameters(), self.outline.parameters()):
+            p.requires_grad_(its.requires_grad)
         if not B:
             one = batches(1)
             flops, _ = measure.count(lambda: model.loss(one)["loss"].backward(), model)
