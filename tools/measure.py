@@ -166,7 +166,7 @@ def ceilings(device):
     for name, dtype in DTYPES.items():
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         products = [lambda: a @ b]
-        if device.type == "cpu" and dtype in packing.types():      # twice as fast as MKL on AMD in float32
+        if ONEDNN and device.type == "cpu" and dtype in packing.types():    # float32: twice MKL's on AMD
             products.append(lambda: packing.onednn(a, b))
         best[name] = round(2e-6 * n**3 / min(median_ms(product, device, 5) for product in products), 1)
     x = torch.ones(size, device=device)
