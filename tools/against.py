@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-from robot.errors import UserError, hint, say, user_path
+from robot.errors import UserError, hint, one_line, say, user_path
 from robot.models import pick_device
 from tools.bench_all import PAGE, Store, line, number, where, write_between
 from tools.measure import machine
@@ -30,7 +30,7 @@ def run(args):
     flags = ["--repeat", str(args.repeat), "--seconds", str(args.seconds)]
     path = user_path(args.out or "out/bench") / "against.jsonl"
     store = Store(path, ("peer", "work"), machine(device), flags)
-    skipped = []
+    skipped = {}
     for name, module, folder in peers:
         works = {(name, work.name): work for work in module.works(folder)}
         try:
@@ -39,15 +39,19 @@ def run(args):
                     row = turns(works[key].build(), args.repeat, args.seconds)
                 store.add({"peer": name, "work": key[1]} | row)
         except UserError as e:
-            skipped.append(f"{name}: {e}")
-            say(f"skipped: {skipped[-1]}")
+            skipped[name] = str(e)
+        except Exception as e:              # others' code, perhaps of another day than their file here
+            skipped[name] = (f"{key[1]}: its code does not fit tools/peers/{name}.py: {type(e).__name__}: "
+                             f"{one_line(e, 150)}")
+        if name in skipped:
+            say(f"skipped: {name}: {skipped[name]}")
         rows = [store.rows[key] for key in works if key in store.rows]
         if rows:
             print(table(rows), flush=True)
         if len(rows) == len(works):
             write_between(PAGE, f"against {name}", table(rows))
     if len(skipped) == len(peers):
-        raise UserError(skipped[-1])
+        raise UserError(f"{name}: {skipped[name]}")
 
 
 def found(spec):
@@ -61,8 +65,8 @@ def found(spec):
         folder = user_path(folder).resolve()
         if not (folder / module.FILE).is_file():
             raise UserError(f"--against {name}: {folder} holds no {module.FILE}: {how}")
-    elif importlib.util.find_spec(name) is None:
-        raise UserError(f"--against {name}: there is no package of this name: {how}")
+    elif not module.PACKAGE or importlib.util.find_spec(module.PACKAGE) is None:
+        raise UserError(f"--against {name}: no such package is installed: {how}")
     return name, module, folder if given else None
 
 

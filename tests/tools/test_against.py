@@ -24,8 +24,8 @@ def compare(*peers, out):
 
 @pytest.fixture
 def peers(tmp_path, monkeypatch):
-    """Two peers. "slow" takes 20 ms where ours takes 5 or 1, its numbers are ours + 0.25; "absent" lacks a
-    package."""
+    """Three peers. "slow" takes 20 ms where ours takes 5 or 1, its numbers are ours + 0.25; "absent" lacks a
+    package; the code of "changed" is not what its file expects."""
     built = []
 
     def build(name):
@@ -34,14 +34,17 @@ def peers(tmp_path, monkeypatch):
         return work.Pair(lambda: wait(0.02, 0.25), lambda: wait(0.005, 0.0), lambda: wait(0.001, 0.5))
 
     slow = types.ModuleType("tools.peers.slow")
-    slow.URL, slow.FILE = "https://example.org/slow", "net.py"
+    slow.URL, slow.FILE, slow.PACKAGE = "https://example.org/slow", "net.py", ""
     slow.works = lambda folder: [work.Work(name, lambda name=name: build(name)) for name in ("step", "chunk")]
     absent = types.ModuleType("tools.peers.absent")
-    absent.URL, absent.FILE = "https://example.org/absent", "net.py"
     absent.works = lambda folder: [work.Work("step", lambda: work.imported("no_such_package_here"))]
-    for module in (slow, absent):
+    changed = types.ModuleType("tools.peers.changed")
+    changed.works = lambda folder: [work.Work("step", lambda: {}["width"])]
+    absent.FILE = changed.FILE = "net.py"
+    absent.URL = changed.URL = "https://example.org"
+    for module in (slow, absent, changed):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(against, "PEERS", ("slow", "absent"))
+    monkeypatch.setattr(against, "PEERS", ("slow", "absent", "changed"))
     page = tmp_path / "speed.md"
     page.write_text("<!-- against slow: begin -->\nold\n<!-- against slow: end -->\n")
     monkeypatch.setattr(against, "PAGE", page)
@@ -50,7 +53,7 @@ def peers(tmp_path, monkeypatch):
 
 
 def test_a_table_of_ratios_and_differences(tmp_path, peers, capsys):
-    compare(f"slow={tmp_path}", f"absent={tmp_path}", out=tmp_path)
+    compare(f"absent={tmp_path}", f"changed={tmp_path}", f"slow={tmp_path}", out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "against.jsonl").read_text().splitlines()]
     assert [row["work"] for row in rows] == ["step", "chunk"]
     for row in rows:
@@ -59,6 +62,8 @@ def test_a_table_of_ratios_and_differences(tmp_path, peers, capsys):
         assert row["ours_differ"] == 0.25 and row["bfloat16_differ"] == 0.25
     printed = capsys.readouterr()
     assert "skipped: absent: no_such_package_here needs the package no_such_package_here" in printed.err
+    assert "skipped: changed: step: its code does not fit tools/peers/changed.py: KeyError" in printed.err
+    assert printed.err.count("skipped") == 2
     text = peers.page.read_text()
     assert f"| {rows[1]['ratio']:.2f} | 2.5e-01 |" in text and "| chunk | " in text and "old" not in text
     assert text.strip() in f"<!-- against slow: begin -->\n{printed.out.strip()}\n<!-- against slow: end -->"
@@ -122,7 +127,8 @@ def test_a_checkout_is_on_the_path_while_it_is_imported_only(tmp_path, monkeypat
 @pytest.mark.parametrize("spec, named", [
     ("lerobo", "did you mean 'lerobot'"), ("dit={}", "holds no models.py: git clone https://github.com"),
     ("rdt=", "holds no models/rdt_runner.py"),
-    ("diffusion_policy", "there is no package of this name: git clone")])
+    ("diffusion_policy", "no such package is installed: git clone"),
+    ("dit", "no such package is installed: git clone")])        # dit.py and rdt.py of this project are none
 def test_a_mistake_is_one_line(spec, named, tmp_path, capsys):
     refused(capsys, lambda: compare(spec.format(tmp_path / "empty"), out=tmp_path), named)
 

@@ -7,6 +7,7 @@ from tools.peers.work import Work, clones, imported, pair_of_chunks, pair_of_ste
 
 URL = "https://github.com/huggingface/diffusers"
 FILE = "src/diffusers/models/unets/unet_2d.py"
+PACKAGE = "diffusers"
 
 # config.json of google/ddpm-cifar10-32
 UNET = {"sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": (128, 256, 256, 256),

@@ -10,6 +10,7 @@ from tools.peers.work import Work, clones, imported, pair_of_chunks, pair_of_ste
 
 URL = "https://github.com/real-stanford/diffusion_policy"
 FILE = "diffusion_policy/model/diffusion/conditional_unet1d.py"
+PACKAGE = "diffusion_policy"
 
 # Constructor arguments of config/train_diffusion_{unet,transformer}_lowdim_workspace.yaml
 UNET = {"input_dim": 2, "global_cond_dim": 40, "diffusion_step_embed_dim": 256, "down_dims": [256, 512, 1024],

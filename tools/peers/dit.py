@@ -9,6 +9,7 @@ from tools.peers.work import Work, clones, empty, imported, pair_of_chunks, pair
 
 URL = "https://github.com/facebookresearch/DiT"
 FILE = "models.py"
+PACKAGE = ""
 
 
 class Attention(torch.nn.Module):

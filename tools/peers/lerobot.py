@@ -12,6 +12,7 @@ from tools.peers.work import Work, clones, imported, pair_of_chunks, pair_of_ste
 
 URL = "https://github.com/huggingface/lerobot"
 FILE = "src/lerobot/policies/diffusion/modeling_diffusion.py"
+PACKAGE = "lerobot"
 
 
 def works(folder):

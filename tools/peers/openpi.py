@@ -13,6 +13,7 @@ from tools.peers.work import Work, clones, empty, imported, pair_of_chunks, pair
 
 URL = "https://github.com/Physical-Intelligence/openpi"
 FILE = "src/openpi/models_pytorch/pi0_pytorch.py"
+PACKAGE = "openpi"
 
 DEPTH, CODES, ACTIONS, HORIZON, TEXT = 6, 2048, 32, 50, 48
 GEMMA = {"depth": DEPTH, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256}

@@ -8,6 +8,7 @@ from tools.peers.work import Work, clones, imported, pair_of_chunks, pair_of_ste
 
 URL = "https://github.com/thu-ml/RoboticsDiffusionTransformer"
 FILE = "models/rdt_runner.py"
+PACKAGE = ""
 
 CAMERAS, PICTURE, TEXT = 1, 729, 32     # two steps of one camera
 CONFIG = {"rdt": {"hidden_size": 1024, "depth": 14, "num_heads": 32}, "lang_adaptor": "mlp2x_gelu",

@@ -103,7 +103,8 @@ def pair_of_steps(their_model, their_loss, our_model, our_loss, compare=True, **
             return loss.detach()
         return step
 
-    ours = steps(pack(our_model), our_loss, lambda old, new: torch._foreach_lerp_(old, new, 0.001), fused=True)
+    fast = lambda old, new: torch._foreach_lerp_(old, new, 0.001)
+    ours = steps(pack(our_model), our_loss, fast, fused=True)
 
     def half():
         ours(torch.bfloat16)        # no loss to compare: the weights have moved on since the first step
