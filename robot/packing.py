@@ -81,9 +81,10 @@ class Product(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = g.reshape(-1, g.shape[-1])
+        rows, columns = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous()
+        # contiguous: the windows of a single sequence overlap in memory, which oneDNN refuses
         return (onednn(g, weight.T) if of_x else None,
-                onednn(rows.T, x.reshape(-1, x.shape[-1]).T) if of_weight else None,
+                onednn(rows.T, columns.T) if of_weight else None,
                 rows.sum(0) if of_bias else None)
 
 

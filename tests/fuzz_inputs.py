@@ -39,7 +39,7 @@ POLICY = ["--model", "dp_cnn", *SHORT, *CHAIN, *given(*TINY[:4])]
 IMAGE = ["--preset", "tiny_image", *given("crop_size=[]", "resnet_widths=[16]", "n_keypoints=4")]
 POINTS = ["--model", "ddpm", *SHORT, *CHAIN, *given("width=16", "depth=1"), "--demos", "200"]
 PICTURES = given("channels=8", "channel_mult=[1]", "norm_groups=4", "n_res_blocks=1", "attn_resolutions=[]")
-BENCH = ["--batch_size", "2", "--repeat", "1", "--device", "cpu"]
+BENCH = ["--batch_size", "2", "--repeat", "1", "--seconds", "0", "--device", "cpu"]
 
 
 @dataclass

@@ -17,7 +17,8 @@ from robot.models import MODELS
 from tools import options
 
 ROOT = Path(options.__file__).parent.parent
-FOLDERS = ("*", "robot/*", "demos/*", "tools/*", "examples/*", "docs/*", "tests/**/*", "configs/*", ".ci/*")
+FOLDERS = ("*", "robot/*", "demos/*", "tools/**/*", "examples/*", "docs/*", "tests/**/*", "configs/*",
+           ".ci/*")
 FILES = sorted(path for pattern in FOLDERS for path in ROOT.glob(pattern)
                if path.suffix in (".py", ".md", ".yaml", ".txt") or path.parent.name == ".ci")
 named = lambda path: str(path.relative_to(ROOT))
@@ -62,7 +63,7 @@ MAY_IMPORT = {"robot": {"robot"}, "demos": {"demos", "robot"}, "data": {"demos",
               "tools": {"tools", "robot", "demos", "data", "train", "sample", *MODELS}, "examples": {"robot"},
               **{name: set() for name in MODELS}}
 CODE = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
-        for pattern in ("*.py", "robot/*.py", "demos/*.py", "tools/*.py", "examples/*.py")
+        for pattern in ("*.py", "robot/*.py", "demos/*.py", "tools/*.py", "tools/peers/*.py", "examples/*.py")
         for path in ROOT.glob(pattern)}
 
 

@@ -22,8 +22,9 @@ from robot.checkpoint import read_checkpoint
 from robot.errors import UserError, input_text, write_json
 from robot.metaworld import Scene, expert_of, tasks_of
 from robot.models import load_module, pick_device
+from robot.packing import pack
 from robot.rollout import evaluation_seeds
-from tools import bench, regression
+from tools import measure, regression
 from tools.bars import write_bars
 from tools.cells import markdown, success_cells
 from tools.options import make_config, parse_options, with_recipe
@@ -165,11 +166,11 @@ def step_seconds(options, module):
     facts, make_items, *_ = data.open_data(options, module)
     config = make_config(module, options, facts)
     torch.manual_seed(options.seed)
-    model, items = module.Model(config).to(device), make_items(config, device)[0]
+    model, items = pack(module.Model(config).to(device)), make_items(config, device)[0]
     stream = data.batches(items, options.batch_size, options.seed)
-    fetch = bench.median_ms(lambda: next(stream), device, 20)
+    fetch = measure.median_ms(lambda: next(stream), device, 20)
     batch = {k: v.to(device) for k, v in next(stream)[1].items()}
-    step, _ = bench.time_training(model, batch, device, dtype, options.compile, 20)
+    step, _ = measure.time_training(model, batch, device, dtype, options.compile, 20)
     return (fetch + step) / 1e3
 
 
