@@ -1,0 +1,87 @@
+"""Two processes over gloo, the test's own and one more, give what one gives with the joint batch; and with
+--fsdp no more than one block's weights are whole at a time."""
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import joint_losses
+import test_all_models as small
+import train
+from helpers import ROOT
+from tools import distributed
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
+                                reason="FSDP2 of this torch needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def found():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environ = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    other = subprocess.Popen([sys.executable, ROOT / "tests" / "joint_losses.py"], stderr=subprocess.PIPE,
+                             text=True, env=os.environ | environ | {"RANK": "1"})
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            patch.setenv("RANK", "0")
+            found = joint_losses.main()
+        _, said = other.communicate(timeout=60)
+        assert other.returncode == 0, said
+    finally:
+        other.kill()
+    return found
+
+
+@pytest.mark.parametrize("case", joint_losses.CASES)
+def test_two_processes_have_the_losses_of_one(case, found):
+    alone, ddp, fsdp = (found[case][way] for way in ("alone", "ddp", "fsdp"))
+    assert alone["losses"][0] > 1.05 * alone["losses"][1]           # it learns, so that a step counts
+    for several in (ddp, fsdp):
+        assert several["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        # Adam divides by the gradient's size: where that is next to nothing, rounding decides.
+        for key, x in alone["average"].items():
+            assert (several["average"][key] - x).abs().max() < 4e-3, key
+    assert any((x - y).abs().max() > 8e-3 for x, y in zip(
+        alone["average"].values(), small.make_model(case).parameters()))
+
+
+@pytest.mark.parametrize("case", joint_losses.CASES)
+def test_no_more_than_a_block_is_gathered(case, found):
+    """Beside what belongs to no block: embeddings, first and last layers."""
+    model = small.make_model(case)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in distributed.blocks(model)]
+    whole = sum(p.numel() for p in model.parameters())
+    assert found[case]["fsdp"]["most"] == whole - sum(sizes) + max(sizes)
+    assert len([size for size in sizes if size]) >= 2
+
+
+# The released sizes; a sixth of pi0 is the embedding of 257,152 words.
+@pytest.mark.parametrize("name, preset, share", [("pi0", "pi0", 0.21), ("rdt", "1B", 0.1),
+                                                 ("dit", "XL/2", 0.15), ("dp_cnn", "image", 0.5)])
+def test_blocks_of_released_sizes_are_small_pieces(name, preset, share):
+    module = small.load(name)
+    config = module.Config(**module.PRESETS[preset])
+    with torch.device("meta"):
+        step = train.LossStep(module.Model(config))
+    sizes = [sum(p.numel() for p in block.parameters()) for block in distributed.blocks(step)]
+    whole = sum(p.numel() for p in step.parameters())
+    assert (whole - sum(sizes) + max(sizes)) / whole < share
+
+
+def test_ways_into_a_block_are_found():
+    """The methods of a block that forward does not call itself; of its parts only those that have such."""
+    ways = {}
+    for case in joint_losses.CASES:
+        for part in distributed.groups(small.make_model(case)):
+            ways[type(part).__name__] = distributed.ways_in(part)
+    assert {name: found for name, found in ways.items() if found} == {
+        "ResidualBlock1d": ["film_of_obs", "film_of_step"], "CrossAttention": ["memory"],
+        "AdaLNZeroBlock": ["prepare"], "DiTBlock": ["prepare"], "NormedCrossAttention": ["keys_values"]}
+    assert ways["ImageEncoder"] == ways["GemmaLayer"] == ways["Linear"] == []
