@@ -76,11 +76,48 @@ def train_case(case, way, rank):
     return {"losses": losses, "average": average, "most": most[0]}
 
 
+# Large enough that weights and activations count, and not what surrounds them.
+MIDDLE = dict(width=192, depth=5, n_heads=4, horizon=16, n_action_steps=8), 24
+
+
+def allocated(function):
+    """The most bytes that function() held at a time of what it allocated, by torch's own account."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as seen:
+        function()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return sizes.cumsum(0).max().item()
+
+
+def measure(processes):
+    """Bytes that a process takes in a step of MIDDLE: what stays, and the most that comes and goes."""
+    changes, batch_size = MIDDLE
+    model = small.make_model("dp_transformer-lowdim", **changes).eval()
+    batch = small.make_batch(model.config, batch_size)
+    ema, step = averaged(model, processes > 1), train.LossStep(model)
+    if processes > 1:
+        distributed.shard((step, ema), torch.device("cpu"), processes)
+    optimizer = torch.optim.AdamW(model.param_groups(0.01), lr=1e-4, fused=True)
+
+    def train_step():
+        step(batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for _ in range(2):
+        train_step()
+    states = [x for state in optimizer.state.values() for x in state.values()]
+    stays = distributed.own(model) + distributed.own(ema) + [
+        x.to_local() if hasattr(x, "to_local") else x for x in states]
+    return sum(x.nbytes for x in stays) + allocated(train_step)
+
+
 def main():
-    """-> by case and way: losses, average of the weights and, with FSDP, the most numbers gathered at a time"""
+    """-> by case and way: losses, average of the weights and the most numbers gathered at a time"""
     torch.manual_seed(0)
     rank, _ = distributed.join(torch.device("cpu"), fsdp=True)
     found = {case: {way: train_case(case, way, rank) for way in ("alone", "ddp", "fsdp")} for case in CASES}
+    found["bytes"] = {processes: measure(processes) for processes in (1, 2)}
     distributed.leave()
     return found
 

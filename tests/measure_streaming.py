@@ -7,6 +7,7 @@ once in shuffled order, as train.py does. Resident bytes are what the system rep
 processes share count in each of them.
 """
 import argparse
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -53,8 +54,11 @@ def resident(pid="self"):
 
 def open_files(pid, folder):
     """Files of the folder that a process has open."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-    return {Path(link).name for link in links if Path(link).parent == folder}
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):      # closed in the meantime
+            found.add(Path(os.readlink(link)))
+    return {path.name for path in found if path.parent == folder}
 
 
 def stream(folder, workers, batch_size, at_most=None):
@@ -66,7 +70,8 @@ def stream(folder, workers, batch_size, at_most=None):
     batches = len(windows) // batch_size
     most, files, tenth, done = {}, {}, {}, 0
     began = time.perf_counter()
-    for k, (_, batch) in zip(range(batches), data.batches(windows, batch_size, seed=0, workers=workers)):
+    reading = data.batches(windows, batch_size, seed=0, workers=workers)
+    for k, (_, batch) in zip(range(batches), reading):
         done += batch["images"].nbytes
         pids = [os.getpid(), *sorted(child.pid for child in multiprocessing.active_children())]
         for pid in pids:
@@ -78,9 +83,11 @@ def stream(folder, workers, batch_size, at_most=None):
             if at_most and now > at_most:
                 raise MemoryError(f"{now / 1e9:.2f} GB in a process after {done / 1e9:.2f} GB")
     main, *others = most
+    seconds = time.perf_counter() - began
+    reading.close()                             # the workers end here
     return {"main": most[main], "workers": [most[pid] for pid in others],
-            "files": [files[pid] for pid in others], "bytes": done,
-            "seconds": time.perf_counter() - began, "growth": max(most[pid] - tenth[pid] for pid in most)}
+            "files": [files[pid] for pid in others], "bytes": done, "seconds": seconds,
+            "growth": max(most[pid] - tenth[pid] for pid in most)}
 
 
 def main():
@@ -92,9 +99,9 @@ def main():
     args = parser.parse_args()
     n_files = write_set(args.folder, args.gigabytes)
     found = stream(args.folder.resolve(), args.workers, args.batch_size, at_most=1.5e9)
-    print(f"{n_files} files, {found['bytes'] / 1e9:.1f} GB read in {found['seconds']:.0f} s; resident at most "
-          f"{found['main'] / 1e9:.2f} GB (main), "
-          f"{', '.join(f'{x / 1e9:.2f}' for x in found['workers'])} GB (workers); growth after ten batches "
+    each = ", ".join(f"{x / 1e9:.2f}" for x in found["workers"])
+    print(f"{n_files} files, {found['bytes'] / 1e9:.1f} GB read in {found['seconds']:.0f} s; resident at "
+          f"most {found['main'] / 1e9:.2f} GB (main), {each} GB (workers); growth after ten batches "
           f"{found['growth'] / 1e6:.0f} MB")
 
 

@@ -4,6 +4,7 @@ DDP keeps whole weights in every process and averages the gradients. --fsdp (FSD
 weights, keeps a part of every weight, of its average and of the optimiser's state in each process, and
 gathers the weights block by block where they are needed. With one process nothing here does anything.
 """
+import datetime
 import inspect
 import warnings
 
@@ -26,7 +27,9 @@ def join(device, fsdp):
                         f"pip install 'torch>=2.13'")
     if world > 1:
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # Others wait while process 0 evaluates, or makes one file of the shards.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(hours=2))
         except (ValueError, RuntimeError) as e:  # MASTER_ADDR is not set, or nobody answers there
             raise UserError(f"the {world} processes do not find each other, start them by torchrun: {e}"
                             ) from None

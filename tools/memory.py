@@ -2,20 +2,23 @@
 `python -m tools.bench --memory --model pi0 --preset pi0` prints a table.
 
     weights, AdamW, average     4, 8 and 4 bytes a number, divided by N with --fsdp
-    gradients                   4 bytes for each number that is trained, likewise
-    gathered                    with --fsdp: what is in no block, whole, with its gradient; the block that
-                                is at work and the one that is fetched meanwhile; gradients on their way
-    activations                 the most that loss and backward pass hold beside the gradients they have made
+    gathered                    with --fsdp: what is in no block, whole; the block that is at work, and the
+                                one that is fetched meanwhile. In bfloat16 also autocast's copies of weights
+    gradients                   4 bytes for each number that is trained, divided as the weights
+    activations                 the most that loss and backward pass hold beside all this
+    at a time                   the most that all this takes: activations go while gradients come, and
+                                with --fsdp a block's gradient is whole until it has been summed
 
 Loss and backward pass are run on the meta device, where tensors have shapes and no numbers. Attention counts
 as fused, as it is on a GPU. In bfloat16 all activations do, where autocast leaves some in float32 (norms,
 softmax). Not counted: CUDA itself (about 0.5 GB), what NCCL keeps, gaps between blocks of memory.
 """
+import contextlib
+import functools
 import weakref
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,12 +39,15 @@ class Fused(torch.autograd.Function):
         return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
 
 
-class FusedAttention(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            bias = args[3] if len(args) > 3 else (kwargs or {}).get("attn_mask")
-            return Fused.apply(*args[:3], bias)
-        return func(*args, **(kwargs or {}))
+@contextlib.contextmanager
+def fused_attention():
+    """No mode of torch would do: layers that are computed again in the backward pass would not see it."""
+    real = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v, attn_mask=None, **_: Fused.apply(q, k, v, attn_mask)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = real
 
 
 class Held(TorchDispatchMode):
@@ -70,16 +76,28 @@ class Held(TorchDispatchMode):
         self.now -= self.known.pop(key)
 
 
-def step_bytes(model, batch, gradient_bytes):
-    """The most bytes that loss and backward pass hold beside the weights, with `gradient_bytes` for each number
-    of a gradient that is finished."""
-    held = Held()
+def step_bytes(model, batch, processes, low=4):
+    """The most bytes that loss and backward pass hold beside the weights; processes 0: without the gradients
+    of the weights. Of several processes, each keeps its share of a block's gradient as soon as the block is
+    finished; until then all of it is there, `low` bytes a number, and at the end in float32 to be summed."""
+    held, waiting = Held(), {}
+    for block in distributed.blocks(model) if processes > 1 else ():
+        own = {p for p in block.parameters() if p.requires_grad}
+        waiting |= dict.fromkeys(own, (own, sum(p.numel() for p in own)))
 
     def finished(p):
         p.grad = None
-        held.add(gradient_bytes * p.numel())
-    hooks = [p.register_post_accumulate_grad_hook(finished) for p in model.parameters() if p.requires_grad]
-    with held, FusedAttention():
+        left, n = waiting.get(p, (None, 0))
+        held.add(p.numel() * (4 if left is None else low))
+        if left is not None:
+            left.remove(p)
+            if not left:
+                held.add(4 * n)
+                held.add((4 / processes - low - 4) * n)
+    forget = lambda p: setattr(p, "grad", None)
+    hooks = [p.register_post_accumulate_grad_hook(finished if processes else forget)
+             for p in model.parameters() if p.requires_grad]
+    with held, fused_attention():
         model.loss(batch)["loss"].backward()
     for hook in hooks:
         hook.remove()
@@ -121,20 +139,15 @@ def per_gpu(module, config, batch_size, processes, dtype):
     blocks = [size(block) for block in distributed.blocks(model)]
     every, largest = size(model), max(blocks, default=0)
     rest, trained = every - sum(blocks), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    low = 2 if dtype == torch.bfloat16 else 4
-    copies = 2 if dtype == torch.bfloat16 else 0    # that autocast makes of a weight, until the backward pass
-    if processes == 1:
-        gathered, average = copies * every, 4 * trained
-    else:
-        # Of the largest block: weights twice, its gradient, and that once more in float32 to be summed.
-        gathered = (4 + copies + 4) * rest + (2 * low + low + 4) * largest
-        average = 4 * every / processes
-    batch = meta_batch(config, batch_size)
-    step = step_bytes(model.to(dtype), batch, 4 / processes)
-    found = {"weights": 4 * every / processes, "gradients": 4 * trained / processes,
-             "AdamW": 8 * trained / processes, "average": average, "gathered": gathered}
-    found["activations"] = max(0, step - found["gradients"])
-    return found | {"sum": sum(found.values())}
+    low, copies = (2, 2) if dtype == torch.bfloat16 else (4, 0)
+    gathered, average = copies * every, 4 * trained
+    if processes > 1:
+        gathered, average = (4 + copies) * rest + 2 * low * largest, 4 * every / processes
+    step = functools.partial(step_bytes, model.to(dtype), meta_batch(config, batch_size))
+    stays = {"weights": 4 * every / processes, "AdamW": 8 * trained / processes, "average": average,
+             "gathered": gathered}
+    return stays | {"gradients": 4 * trained / processes, "activations": step(0),
+                    "at a time": sum(stays.values()) + step(processes, low)}
 
 
 def table(module, config, batch_size, dtype=torch.bfloat16, processes=(1, 8, 64)):

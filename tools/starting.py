@@ -183,7 +183,7 @@ def earlier_run(options, out, rank):
     if not options.init or not is_run(options.init):
         return None
     try:
-        return read_checkpoint(user_path(options.init))
+        return read_checkpoint(user_path(options.init), mapped=options.fsdp)
     except UserError as e:
         raise UserError(f"--init: {e}") from None
 

@@ -12,7 +12,7 @@ import joint_losses
 import test_all_models as small
 import train
 from helpers import ROOT
-from tools import distributed
+from tools import distributed, memory
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
                                 reason="FSDP2 of this torch needs a GPU")
@@ -60,6 +60,17 @@ def test_no_more_than_a_block_is_gathered(case, found):
     whole = sum(p.numel() for p in model.parameters())
     assert found[case]["fsdp"]["most"] == whole - sum(sizes) + max(sizes)
     assert len([size for size in sizes if size]) >= 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_computed_memory_is_what_is_measured(processes, found):
+    changes, batch_size = joint_losses.MIDDLE
+    module, config = small.load("dp_transformer"), small.make_config("dp_transformer-lowdim", **changes)
+    computed = memory.per_gpu(module, config, batch_size, processes, torch.float32)
+    assert computed["at a time"] == pytest.approx(found["bytes"][processes], rel=0.1)
+    # Each part is larger than that: without it, it would be another number.
+    parts = ["weights", "gradients", "AdamW", "average", "activations"] + ["gathered"] * (processes > 1)
+    assert min(computed[part] for part in parts) > 0.1 * computed["at a time"]
 
 
 # The released sizes; a sixth of pi0 is the embedding of 257,152 words.

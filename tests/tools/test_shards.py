@@ -1,5 +1,5 @@
-"""tools/shards.py, with tensors that stand in for DTensors: parts of a state_dict go to files and come back as
-one. Real processes are in test_several_processes.py and tests/test_train.py."""
+"""tools/shards.py, with tensors that stand in for DTensors: parts of a state_dict go to files and come back
+as one. Real processes are in test_several_processes.py and tests/test_train.py."""
 import os
 
 import pytest
