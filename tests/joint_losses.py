@@ -21,6 +21,7 @@ B, STEPS = 4, 3
 # One draw per item, no end of an episode, one length of text: then the mean of two halves is that of all.
 PLAIN = {"n_draws": 1, "text_share": 1.0, "vae_steps": 0}
 CASES = [*small.FIRST.values()]
+LOW = "pi0-images"              # also in bfloat16
 
 
 def half(x, rank):
@@ -37,11 +38,11 @@ def joint_batch(config):
 
 
 def gathered(model):
-    """How many numbers of the weights are whole at present."""
-    return sum(p.numel() for p in model.parameters() if not hasattr(p, "to_local"))
+    """Bytes of the weights that are whole at present."""
+    return sum(p.nbytes for p in model.parameters() if not hasattr(p, "to_local"))
 
 
-def train_case(case, way, rank):
+def train_case(case, way, rank, dtype=torch.float32):
     known = vars(small.make_config(case))
     model = small.make_model(case, **{key: x for key, x in PLAIN.items() if key in known})
     model.eval()                                # no dropout, no random crops
@@ -52,7 +53,7 @@ def train_case(case, way, rank):
     ema, step = averaged(model, way == "fsdp"), train.LossStep(model)
     if way == "fsdp":
         watched = [*distributed.groups(step)]
-        distributed.shard((step, ema), torch.device("cpu"), 2)
+        distributed.shard((step, ema), torch.device("cpu"), 2, dtype)
         note = lambda *_: most.__setitem__(0, max(most[0], gathered(model)))
         for part in watched:                    # after the gathering of this one, before the next
             part.register_forward_hook(note, prepend=True)
@@ -61,7 +62,8 @@ def train_case(case, way, rank):
     wrapped = torch.nn.parallel.DistributedDataParallel(step) if way == "ddp" else step
     losses = []
     for _ in range(STEPS):
-        loss = wrapped(batch)["loss"]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = wrapped(batch)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -72,6 +74,9 @@ def train_case(case, way, rank):
         if own is not None:
             dist.all_reduce(mean)
         losses.append(mean.item() / (1 if own is None else 2))
+    if way == "fsdp":                           # what is gathered is divided again as it was
+        for p in map(torch.Tensor.detach, model.parameters()):
+            assert torch.equal(distributed.split(p.full_tensor(), p).to_local(), p.to_local())
     average = distributed.gather({key: x.detach() for key, x in ema.named_parameters()})
     return {"losses": losses, "average": average, "most": most[0]}
 
@@ -113,10 +118,12 @@ def measure(processes):
 
 
 def main():
-    """-> by case and way: losses, average of the weights and the most numbers gathered at a time"""
+    """-> by case and way: losses, average of the weights and the most bytes gathered at a time"""
     torch.manual_seed(0)
     rank, _ = distributed.join(torch.device("cpu"), fsdp=True)
     found = {case: {way: train_case(case, way, rank) for way in ("alone", "ddp", "fsdp")} for case in CASES}
+    low = {way: train_case(LOW, way, rank, torch.bfloat16) for way in ("alone", "fsdp")}
+    found["bfloat16"] = low | {"float32": found[LOW]["alone"]}
     found["bytes"] = {processes: measure(processes) for processes in (1, 2)}
     distributed.leave()
     return found

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import test_all_models as small
-from tools import memory
+from tools import distributed, memory
 
 
 @pytest.mark.parametrize("case", [*small.FIRST.values(), "rdt-packed", "rdt-embeddings"])
@@ -13,10 +13,12 @@ def test_every_model_has_a_table(case):
     module, config = small.load(case.split("-")[0]), small.make_config(case)
     of = lambda batch, gpus: memory.per_gpu(module, config, batch, gpus, torch.float32)
     alone, several, twice = of(8, 1), of(8, 4), of(16, 4)
-    n = sum(p.numel() for p in module.Model(config).parameters())
+    model = module.Model(config)
+    n, *blocks = (sum(p.numel() for p in part.parameters()) for part in (model, *distributed.blocks(model)))
     assert alone["weights"] == 4 * n and several["weights"] == several["average"] == n
     assert several["AdamW"] == 2 * several["gradients"] == alone["AdamW"] / 4
-    assert alone["gathered"] == 0 < several["gathered"]
+    assert alone["gathered"] == 0
+    assert several["gathered"] == 4 * (n - sum(blocks) + 2 * max(blocks))
     assert alone["activations"] == several["activations"]
     assert 1.5 < twice["activations"] / several["activations"] < 2.2
 

@@ -58,8 +58,20 @@ def test_no_more_than_a_block_is_gathered(case, found):
     model = small.make_model(case)
     sizes = [sum(p.numel() for p in block.parameters()) for block in distributed.blocks(model)]
     whole = sum(p.numel() for p in model.parameters())
-    assert found[case]["fsdp"]["most"] == whole - sum(sizes) + max(sizes)
+    assert found[case]["fsdp"]["most"] == 4 * (whole - sum(sizes) + max(sizes))
     assert len([size for size in sizes if size]) >= 2
+
+
+def test_in_bfloat16_blocks_are_gathered_in_bfloat16(found):
+    """The rest is whole in float32, as it is without --fsdp. The losses are those of autocast, as near as
+    they are to those in float32."""
+    alone, fsdp, float32 = (found["bfloat16"][way] for way in ("alone", "fsdp", "float32"))
+    model = small.make_model(joint_losses.LOW)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in distributed.blocks(model)]
+    rest = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    assert fsdp["most"] == 4 * rest + 2 * max(sizes)
+    assert fsdp["losses"] == pytest.approx(alone["losses"], rel=1e-2) != alone["losses"]
+    assert alone["losses"] == pytest.approx(float32["losses"], rel=1e-2) != float32["losses"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
