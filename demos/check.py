@@ -31,12 +31,12 @@ from demos.episodes import faults, nonfinite
 from demos.files import find_files, open_file, read_episodes, unreadable
 from demos.findings import CLOCKS, FINDINGS, Finding, Recordings
 from demos.generated import tabletop_file
-from robot.jpeg import check_colour
 from demos.keys import beside, sort_keys, width
 from demos.motion import pairs_of
 from demos.split import split_episodes
 from robot.cli import Parser
 from robot.errors import UserError, few, one_line, run_command, say
+from robot.jpeg import check_colour
 from robot.transforms import resize, same_shape
 
 TO, TP = 2, 16                  # Diffusion Policy's windows
@@ -56,11 +56,14 @@ class Report:
     def level(self, name):
         return [finding for finding in self.findings if finding.level == name]
 
+    def sections(self):
+        """(title, lines) of all that was found, the gravest first."""
+        return [("must be mended", self.wrong), ("worth a look", [f.line() for f in self.level("fault")]),
+                ("notes", [f.line() for f in self.level("note")])]
+
     def text(self):
         lines = list(self.lines)
-        for title, those in (("must be mended", self.wrong),
-                             ("worth a look", [f.line() for f in self.level("fault")]),
-                             ("notes", [f.line() for f in self.level("note")])):
+        for title, those in self.sections():
             lines += [f"{title}:"] if those else []
             lines += [f"  - {line}" for line in those[:LINES]]
             lines += [f"  - and {len(those) - LINES} more"] if len(those) > LINES else []

@@ -13,12 +13,12 @@ from demos import zarr
 from demos.dataset import rates
 from demos.episodes import faults
 from demos.files import find_files, open_file, read_episodes
-from robot.jpeg import check_colour
 from demos.limits import refuse_beyond_memory
 from demos.to_hdf5 import AT_ONCE, write_hdf5
 from demos.to_lerobot import VERSIONS, write_lerobot
 from robot.cli import Parser
 from robot.errors import UserError, few, hint, run_command, say, user_path
+from robot.jpeg import check_colour
 
 
 def open_source(source, images=False, fps=None, instruction="", missing_zeros=False):

@@ -13,7 +13,6 @@ import numpy as np
 from demos.episodes import coarse, faults, label_of, nonfinite
 from demos.files import find_files, read_episodes
 from demos.generated import tabletop_file
-from robot.jpeg import check_colour
 from demos.keys import check_extra, choose_keys, width
 from demos.limits import refuse_beyond_memory
 from demos.reading import Reader
@@ -22,8 +21,10 @@ from demos.still import leave_out
 from demos.usual import usual_of
 from robot import tabletop
 from robot.errors import UserError, fingerprint, say
+from robot.jpeg import check_colour
 from robot.processing import Processing
 from robot.transforms import same_shape
+
 
 class Demos:
     """A checked set of demonstrations, see open_demos.

@@ -14,6 +14,7 @@ from demos.episodes import coarse
 from demos.findings import Finding, of
 from demos.motion import steps_gone
 from robot.errors import few, fingerprint, one_line
+from robot.looks import spread
 from robot.normalizer import Normalizer
 
 STILL = 0.01                    # what stays within this share of its range does not move
@@ -85,7 +86,6 @@ def late_actions(found, pairs):
         names = ", ".join(pair_name(found, p) for p in list(those)[:4])
         when = "the same step" if steps == 0 else f"{-steps} step{'s' * (steps < -1)} before"
         yield Finding("late action", f"actions repeat the state of {when}: {names}")
-
 
 
 def slow_states(found, pairs, horizon):
@@ -232,11 +232,9 @@ def outliers(found, horizon):
     """Episodes of another length, speed or start pose than the others."""
     lengths = found.lengths
     yield from unusual("outlier length", "steps", found, lengths.astype(float), np.arange(len(lengths)))
-    state = found.state if found.state.shape[1] else found.numbers["actions"]
-    scaled = state / np.maximum(np.ptp(state, axis=0), Normalizer.EPS)
+    scaled = found.motion / np.maximum(np.ptp(found.motion, axis=0), Normalizer.EPS)
     long = np.flatnonzero(lengths >= horizon)       # a few steps say little of a speed
-    speed = [np.median(abs(np.diff(scaled[found.starts[e]:found.starts[e] + lengths[e]], axis=0)).mean(1))
-             for e in long]
+    speed = [np.median(abs(np.diff(scaled[found.rows(e)], axis=0)).mean(1)) for e in long]
     yield from unusual("outlier speed", "of the range per step", found, np.array(speed), long)
     yield from outlier_starts(found, scaled)
 
@@ -260,8 +258,8 @@ def outlier_starts(found, scaled):
     """A start is far off if its third nearest neighbour among the starts is: two wrong ones do not excuse
     each other. Distances are the largest over the dimensions, in shares of their ranges. Numbers that take
     few values (a goal, an open or closed hand) are left out: they are a choice, no place."""
-    some = np.unique(np.linspace(0, len(found.starts) - 1, MOST_STARTS).astype(int))
-    if len(found.starts) < LEAST:
+    some = spread(len(found.starts), MOST_STARTS)
+    if len(some) < LEAST:
         return
     start = scaled[found.starts[some]]
     kept = [d for d in range(start.shape[1]) if len(np.unique(start[:, d])) > min(CHOICES, len(some) // 2)]

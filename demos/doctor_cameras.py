@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from demos.findings import Finding, of
-from robot.jpeg import decode_jpeg
 from demos.limits import refuse_beyond_memory
-from robot.looks import change_of, look_of, swapped
+from robot.jpeg import decode_jpeg
+from robot.looks import change_of, look_of, spread, swapped
 
 PICTURES = 4000                 # are read of a set, half a minute of JPEG frames of 640 x 480
 FRAMES = 8                      # of an episode, evenly spread over it; two where there are many episodes
@@ -36,8 +36,7 @@ def sample(lengths, cameras):
     n = len(lengths)
     each = int(np.clip(PICTURES // max(1, n * cameras), 2, FRAMES))
     most = max(1, PICTURES // (each * max(1, cameras)))
-    chosen = np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
-    return {int(e): np.unique(np.linspace(0, lengths[e] - 1, each).round().astype(int)) for e in chosen}
+    return {int(e): spread(lengths[e], each) for e in spread(n, most)}
 
 
 def look_at(file, array, steps, colour):
@@ -76,13 +75,12 @@ def blank(camera, of_episode):
 
 def frozen(found, camera, of_episode):
     """For a second or more all frames are the same to the last bit, while the state moves on."""
-    state = found.state if found.state.shape[1] else found.numbers["actions"]
-    reach = np.maximum(np.ptp(state, axis=0), 1e-9)
+    reach = np.maximum(np.ptp(found.motion, axis=0), 1e-9)
     those = {}
     for e, s in of_episode.items():
         if s.high <= DARK or s.low == s.high:
             continue                            # blank, which says it better
-        x = state[found.starts[e]:found.starts[e] + found.lengths[e]]
+        x = found.motion[found.rows(e)]
         for _, run in itertools.groupby(range(len(s.steps)), key=s.marks.__getitem__):
             run = list(run)
             first, last = s.steps[run[0]], s.steps[run[-1]]

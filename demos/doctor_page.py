@@ -7,6 +7,7 @@ import numpy as np
 
 from demos.png import png
 from robot.errors import one_line, written_aside
+from robot.looks import spread
 
 POINTS = 64                     # of a line
 BUDGET = 300_000                # points of a page, about 2 MB: of many episodes or dimensions fewer are drawn
@@ -55,12 +56,10 @@ def page(report):
     parts = ["<!DOCTYPE html><html lang=en><meta charset=utf-8>"
              "<meta name=viewport content='width=device-width'>"
              f"<title>{say(one_line(title, 100))}</title><style>{STYLE}</style><h1>{say(title)}</h1>"]
-    for head, lines in (("Must be mended", report.wrong),
-                        ("Worth a look", [f.line() for f in report.level("fault")]),
-                        ("Notes", [f.line() for f in report.level("note")])):
+    for head, lines in report.sections():
         if lines:
             items = "".join(f"<li>{say(line)}" for line in lines[:50])
-            parts.append(f"<h2>{head}</h2><ul>{items}</ul>")
+            parts.append(f"<h2>{head.capitalize()}</h2><ul>{items}</ul>")
     if not report.wrong and not report.level("fault"):
         parts.append("<p>Nothing looks wrong.</p>")
     parts.append(f"<pre>{say(chr(10).join(report.lines[1:]))}</pre>")
@@ -92,7 +91,7 @@ def charts(found, chosen):
     shown = min(total, MOST_DIMENSIONS)
     most = max(10, BUDGET // (POINTS * max(1, shown)))
     count = len(found.lengths)
-    thin = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
+    thin = spread(count, most)
     keys = "".join(f"<span class=key style='--c: var(--c{i})'>{html.escape(found.named([e]))}</span>"
                    for i, e in enumerate(chosen))
     some = f", the first {shown} of {total} dimensions" * (shown < total)
@@ -115,8 +114,8 @@ def chart(found, title, key, d, thin, chosen, longest):
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
 
     def line(e):
-        y = column[found.starts[e]:found.starts[e] + found.lengths[e]].astype(np.float64)
-        steps = np.unique(np.linspace(0, len(y) - 1, POINTS).round().astype(int))
+        y = column[found.rows(e)].astype(np.float64)
+        steps = spread(len(y), POINTS)
         steps = steps[np.isfinite(y[steps])]
         across = (WIDTH * steps / max(1, longest - 1)).round(1)
         up = HEIGHT - 2 - (HEIGHT - 4) * ((y[steps] - low) / (high - low) if high > low else 0.5 + 0 * steps)

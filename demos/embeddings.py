@@ -8,17 +8,16 @@
 
 They stay in the files: a picture of SigLIP so400m has 729 x 1152 numbers, 1.7 MB.
 """
-import os
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 
+from demos.reading import OpenFiles
 from robot.errors import UserError, fingerprint, hint, input_file, one_line, user_path
 
 FORMAT = 1
-MOST_OPEN = 64                  # files at a time, as in demos/dataset.py
 HOW = "python -m tools.embed DATA --t5 FOLDER --siglip FOLDER --out FOLDER"
 
 
@@ -66,7 +65,7 @@ class Embeddings:
     is no camera. Raises UserError for what was made of other data."""
 
     def __init__(self, folder, demos, places):
-        self.folder, self.places, self.files = user_path(folder), list(places), {}
+        self.folder, self.places, self.files = user_path(folder), list(places), OpenFiles(open_part)
         if not (self.folder / "language.hdf5").is_file():
             raise UserError(f"--embeddings {folder} has no language.hdf5: it should be a folder from {HOW}")
         self.language = {text: torch.from_numpy(x) for text, x in read_language(self.folder).items()}
@@ -133,7 +132,7 @@ class Embeddings:
         B, (N, D) = len(episodes), self.background.shape
         images = self.background.expand(B, steps.shape[1], len(self.places), N, D).clone()
         for b, e in enumerate(episodes):
-            file = self.open(self.of_episode[e])
+            file = self.files[self.of_episode[e]]
             for k, step in enumerate(steps[b].tolist()):
                 for v in np.flatnonzero(self.shown[e]):
                     file[self.places[v]].read_direct(images[b, k, v].numpy(), np.s_[self.begins[e] + step])
@@ -144,14 +143,3 @@ class Embeddings:
                 "lang_mask": torch.arange(lang.shape[1]) < lengths[:, None],
                 "background_embeds": self.background.expand(B, -1, -1),
                 "empty_embeds": self.empty.expand(B, -1, -1)}
-
-    def open(self, path):
-        key = (os.getpid(), path)               # a handle belongs to the process that opened it
-        if key not in self.files:
-            if len(self.files) >= MOST_OPEN:
-                self.files.pop(next(iter(self.files))).close()
-            self.files[key] = open_part(path)
-        return self.files[key]
-
-    def __getstate__(self):
-        return self.__dict__ | {"files": {}}

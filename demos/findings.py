@@ -75,9 +75,14 @@ class Recordings:
         nothing = self.numbers["actions"][:, :0]
         self.state = np.concatenate([nothing, *(self.numbers[key] for key in self.states)], axis=1)
         self.places = [(key, d) for key in self.states for d in range(self.numbers[key].shape[1])]
+        self.motion = self.state if self.places else self.numbers["actions"]   # what tells that the arm moves
+
+    def rows(self, e):
+        """Where the steps of episode e lie in the arrays of `numbers`."""
+        return slice(self.starts[e], self.starts[e] + self.lengths[e])
 
     def part(self, key, e):
-        return self.numbers[key][self.starts[e]:self.starts[e] + self.lengths[e]]
+        return self.numbers[key][self.rows(e)]
 
     def named(self, numbers):
         """Names of episodes, for a message."""

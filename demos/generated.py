@@ -21,11 +21,6 @@ WHOLE = 3                               # with cameras, one rollout in so many g
 DEMO_SEEDS = 10**9                      # demonstrations use the seeds from here on; evaluate on smaller ones
 
 
-def demonstrations(*args, **kwargs):
-    """The list of all `segments`."""
-    return list(segments(*args, **kwargs))
-
-
 def segments(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
     """Perturbed expert rollouts in segments, one after the other: {"actions" (T, 3) float32, "obs" {key: (T,
     ...)} with Tabletop's keys, "instruction" str, "episode" int}. A larger n gives the same ones, continued.

@@ -13,9 +13,9 @@ import numpy as np
 
 from demos.episodes import Array, Episode, kind_of
 from robot.errors import UserError, few, one_line
+from robot.recording import INSTRUCTIONS
 
 DEEPEST = 8                     # levels of groups in groups; a group may hold itself
-INSTRUCTIONS = ("language_instruction", "language", "instruction", "task_description")
 
 
 def make_episode(path, name, inside, node, actions, obs, nodes, instruction="", **more):

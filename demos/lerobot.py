@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from demos.episodes import Array, Episode, Rows, kind_of
-from robot.jpeg import decode_jpeg
 from demos.parquet import Tables
 from demos.video import Video, has_av
 from robot.errors import UserError, few, input_text, one_line
+from robot.jpeg import decode_jpeg
 
 KEPT_BY_LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 STATES = ("observation.state", "observation.environment_state", "state")

@@ -4,11 +4,37 @@ import os
 import numpy as np
 
 from demos.files import open_file, unreadable
-from robot.jpeg import decode_jpeg
 from robot.errors import UserError
+from robot.jpeg import decode_jpeg
 from robot.transforms import resize
 
 MOST_OPEN = 64                  # a folder can hold more episode files than a process may open
+
+
+class OpenFiles:
+    """Files that stay open, by their paths. opener: function path -> file, called when a file is first asked
+    for."""
+
+    def __init__(self, opener):
+        self.opener, self.files = opener, {}
+
+    def __getitem__(self, path):
+        # Handles belong to the process that opened them: after a fork, HDF5 would share the file position.
+        key = (os.getpid(), path)
+        if key not in self.files:
+            if len(self.files) >= MOST_OPEN:
+                self.files.pop(next(iter(self.files))).close()
+            self.files[key] = self.opener(path)
+        return self.files[key]
+
+    def close(self):
+        """Close the files, so that others can write them; what is read next opens them again."""
+        for file in self.files.values():
+            file.close()
+        self.files = {}
+
+    def __getstate__(self):                             # a process that is spawned opens files of its own
+        return self.__dict__ | {"files": {}}
 
 
 class Reader:
@@ -16,18 +42,13 @@ class Reader:
     Raises UserError."""
 
     def __init__(self, colour="bgr", image_size=None):
-        self.colour, self.image_size, self.files = colour, image_size, {}
+        self.colour, self.image_size, self.files = colour, image_size, OpenFiles(open_file)
 
     def read(self, episode, array, lo=None, hi=None):
         """Rows lo .. hi-1 of an Array, as they lie in the file."""
-        # Handles belong to the process that opened them: after a fork, HDF5 would share the file position.
-        key = (os.getpid(), episode.file)
-        if key not in self.files:
-            if len(self.files) >= MOST_OPEN:
-                self.files.pop(next(iter(self.files))).close()
-            self.files[key] = open_file(episode.file)
+        file = self.files[episode.file]
         try:
-            return self.files[key][array.path][lo:hi]
+            return file[array.path][lo:hi]
         except (OSError, KeyError, RuntimeError) as error:
             raise UserError(f"{episode.name}: {array.path} {unreadable(error)}") from None
         except UserError as error:
@@ -45,10 +66,4 @@ class Reader:
         return resize(frames, self.image_size) if self.image_size else frames
 
     def close(self):
-        """Close the files, so that others can write them; what is read next opens them again."""
-        for file in self.files.values():
-            file.close()
-        self.files = {}
-
-    def __getstate__(self):                             # a process that is spawned opens files of its own
-        return self.__dict__ | {"files": {}}
+        self.files.close()

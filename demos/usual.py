@@ -8,7 +8,7 @@ import numpy as np
 from demos.doctor_cameras import look_at
 from demos.files import open_file
 from demos.motion import MOST_STEPS, pairs_of
-from robot.looks import distance
+from robot.looks import distance, spread
 
 PICTURES = 64                   # of each camera, from as many episodes
 
@@ -53,7 +53,7 @@ def read_numbers(episodes, state_keys):
 
 
 def looks_of(episodes, cameras, colour):
-    some = np.unique(np.linspace(0, len(episodes) - 1, PICTURES).round().astype(int)) if cameras else []
+    some = spread(len(episodes), PICTURES) if cameras else []
     looks = {key: [] for key in cameras}
     for i, number in enumerate(some):
         e = episodes[number]

@@ -61,6 +61,20 @@ class Release:
     free: tuple = ()          # fields of the Config that a further training may change: in no weight's shape
 
 
+FACTS = ("action_dim", "state_dim", "n_cameras", "image_size")  # fields of a Config that the data decide
+
+
+def describe(source, state_keys, camera_keys, image_size, action_dim, processing=None):
+    """A release's description: what a checkpoint keeps of the data it was trained on (its "data").
+
+    state_keys {key: numbers}; image_size [H, W] or None; action_dim: numbers of a robot's command;
+    processing: as in YAML.
+    """
+    return {"source": source, "fps": None, "state_keys": dict(state_keys), "camera_keys": list(camera_keys),
+            "image_size": image_size, "action_dim": action_dim, "state_dim": sum(state_keys.values()),
+            "action_names": [], "instructions": [], "processing": processing or {}}
+
+
 def open_download(path):
     """One path, or several with commas -> Download. Raises UserError."""
     whole = user_path(path)

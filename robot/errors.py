@@ -15,6 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
+
 def one_line(foreign, most=200):
     """What others wrote (an error of a library, a name or a text in a file), for a message: on one line,
     without control characters, and cut where it is long."""

@@ -12,6 +12,11 @@ import numpy as np
 from .errors import UserError, hint, one_line, say_once
 
 
+# Environments that could not render once are not asked again in this process: where MuJoCo finds no GL, its
+# second attempt ends the process.
+BLIND = set()
+
+
 class GymEpisodes:
     """n copies of a Gymnasium environment, stepped in turn. `spec`, from YAML:
 
@@ -150,12 +155,13 @@ class GymEpisodes:
     def glance(self, i, obs):
         """A small picture, or a blank one where none is to be had: an evaluation never dies of a picture."""
         picture = None
-        if self.renders:
+        if self.renders and self.spec["id"] not in BLIND:
             try:
                 picture = np.asarray(self.envs[i].render(), np.uint8)
                 assert picture.ndim == 3 and picture.shape[2] == 3
             except Exception as e:  # no screen, no GL, no picture
-                self.renders, picture = False, None
+                picture = None
+                BLIND.add(self.spec["id"])
                 say_once(f"{self.spec['id']} renders no picture ({type(e).__name__}: {one_line(e)[:100]}): "
                          f"there will be no films")
         if picture is None:
@@ -169,13 +175,16 @@ class GymEpisodes:
 
 class Later:
     """A picture that is drawn when NumPy asks for it, in the state that the environment has then: a policy
-    that looks once a chunk does not wait for all the others."""
+    that looks once a chunk does not wait for all the others. Who copies it, to look later, has it drawn."""
 
     def __init__(self, draw):
         self.draw = draw
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.draw(), dtype)
+
+    def __deepcopy__(self, memo):
+        return np.array(self)
 
 
 def names(obs, above=""):

@@ -1,5 +1,6 @@
 """How a camera's pictures look, in 8 x 8 colours: enough to tell two cameras apart, or a picture from its
-mirror image. The data set, a checkpoint and a robot's frames are compared by it alone."""
+mirror image. Data sets, checkpoints and a robot's frames are compared by these looks, of a sample of frames.
+"""
 import numpy as np
 
 from .transforms import resize
@@ -11,6 +12,11 @@ CLEARLY = 0.7                   # another reading of a picture is believed if it
 CHANGES = {"mirrored": lambda look: look[:, ::-1], "upside down": lambda look: look[::-1],
            "turned by 180 degrees": lambda look: look[::-1, ::-1],
            "with red and blue exchanged": lambda look: look[..., ::-1]}
+
+
+def spread(count, limit):
+    """Indices of at most `limit` of `count` things, evenly spread, first and last among them: (n,) int."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))
 
 
 def look_of(frames):

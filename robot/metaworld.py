@@ -23,6 +23,7 @@ from .gym_episodes import GymEpisodes, Later
 
 FPS = 80
 MAX_STEPS = 500
+GLANCE = 16               # steps between two pictures of a film
 CAMERA = "corner2"        # the view of most papers that learn these tasks from pictures, moved nearer to
 CAMERA_AT = (0.75, 0.075, 0.7)  # the table as in the data set lerobot/metaworld_mt50
 
@@ -139,18 +140,20 @@ class Scene:
 
     def reset(self, seed):
         self.env.seed(int(seed))
-        self.steps = 0
+        self.steps, self.picture = 0, None
         return self.observe(self.env.reset()[0]), {}
 
     def step(self, action):
         state, reward, _, _, info = self.env.step(action)
-        self.steps += 1
+        self.steps, self.picture = self.steps + 1, None
         success = bool(info["success"])
         return self.observe(state), reward, success, self.steps >= MAX_STEPS, {"success": success}
 
     def render(self):
-        """(H, W, 3) uint8, the right way up: the package's camera hangs upside down."""
-        return np.ascontiguousarray(self.env.render()[::-1, ::-1])
+        """(H, W, 3) uint8, the right way up: the package's camera hangs upside down. Drawn once a step."""
+        if self.picture is None:
+            self.picture = np.ascontiguousarray(self.env.render()[::-1, ::-1])
+        return self.picture
 
 
 class MetaworldEpisodes(GymEpisodes):
@@ -171,11 +174,19 @@ class MetaworldEpisodes(GymEpisodes):
         if not isinstance(tasks, (list, tuple)) or not all(isinstance(task, str) for task in tasks):
             raise UserError(f"env: tasks must be a list of names, not {one_line(tasks, 60)}")
         self.tasks = tasks_of(tasks)
+        self.glances = {}
         super().__init__(n, description, {"max_steps": MAX_STEPS} | spec)
 
     def make(self, i):
         size = self.description["image_size"] or (96, 96)
         return Scene(self.tasks[i % len(self.tasks)], self.tasks, self.description["camera_keys"], size)
+
+    def glance(self, i, obs):
+        """A new picture every GLANCE steps: without a GPU one takes longer than a hundred steps. Where the
+        policy looks in the same step, it sees the same one."""
+        if self.envs[i].steps % GLANCE == 0 or i not in self.glances:
+            self.glances[i] = super().glance(i, obs)
+        return self.glances[i]
 
     def told(self):
         return {"instruction": [words_of(env.task) for env in self.envs]}

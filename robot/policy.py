@@ -5,7 +5,7 @@
     action = policy.act(observation)    one control step: {key: array}, raw units -> action (A,), raw units
 
 `act` keeps the last To observations and a queue of actions: when the queue is empty it samples a chunk of Tp
-actions, executes Ta of them, and looks again (receding horizon).
+actions, executes Ta of them, and looks again (receding horizon). What no chunk will see it does not look at.
 """
 import re
 import time
@@ -96,8 +96,12 @@ class Policy:
         observation: {key: array} with the keys of the data set: state (dim,), images (H, W, 3) uint8;
         "instruction": str (or n of them) if the policy reads.
         """
-        single = self.observe(observation)
-        latest = self.relative_to == "latest"
+        latest = self.relative_to == "latest" and self.processing.relative
+        if len(self.queue) < self.model.config.n_obs_steps:     # the next chunk will see this one
+            self.single = self.observe(observation)
+        elif latest:                                            # to which the action is added
+            values, _, n = self.arrays(observation, list(self.description["state_keys"]))
+            self.history[-1] = self.history[-1] | {"now": self.prepare_state(values, n)[0]}
         if not self.queue:
             began = time.perf_counter()
             chunk = self.sample()                                               # (n, Tp, A)
@@ -108,7 +112,7 @@ class Policy:
             self.queue = list(planned[:, now:now + self.model.config.n_action_steps].unbind(1))
         action = self.queue.pop(0)                                              # (n, A)
         action = (self.to_robot(action[:, None])[:, 0] if latest else action).numpy()
-        return action[0] if single else action
+        return action[0] if self.single else action
 
     def observe(self, observation):
         """Remember an observation without acting. -> whether it came without the axis n"""
@@ -123,13 +127,7 @@ class Policy:
         d, step = self.description, {}
         cameras = [key for key in d["camera_keys"] if not self.hidden(key, observation)]
         wanted = list(d["state_keys"]) + cameras
-        missing = [k for k in wanted if k not in observation]
-        if missing:
-            raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
-        single = np.ndim(observation[wanted[0]]) == (1 if d["state_keys"] else 3)
-        values = {key: np.asarray(observation[key]) for key in wanted}
-        values = {key: x[None] for key, x in values.items()} if single else values
-        n = len(values[wanted[0]])
+        values, single, n = self.arrays(observation, wanted)
         step["now"], step["state"] = self.prepare_state(values, n)
         if self.processing.places:
             step["images"] = self.prepare_images(values, n)
@@ -141,6 +139,16 @@ class Policy:
         elif getattr(self.model.config, "text_len", 0):
             step["text"] = self.prepare_text(observation.get("instruction"), step["state"])
         return step, single
+
+    def arrays(self, observation, wanted):
+        """-> ({key: array (n, ...)} of the keys in `wanted`, whether n was left out, n)"""
+        missing = [key for key in wanted if key not in observation]
+        if missing:
+            raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
+        values = {key: np.asarray(observation[key]) for key in wanted}
+        single = values[wanted[0]].ndim == (1 if self.description["state_keys"] else 3)
+        values = {key: x[None] for key, x in values.items()} if single else values
+        return values, single, len(values[wanted[0]])
 
     def hidden(self, key, observation):
         """Whether an observation may do without this camera: the network knows its places by name, so that it

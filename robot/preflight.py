@@ -23,7 +23,7 @@ import numpy as np
 
 from .cli import Parser
 from .errors import UserError, one_line, run_command
-from .looks import look_of
+from .looks import look_of, spread
 from .policy import Policy
 from .preflight_checks import judge
 from .recording import Recording
@@ -54,7 +54,7 @@ def fly(policy, recording, told):
     """Replay: -> Flight. It ends early where the policy refuses an observation."""
     flight = Flight(policy, recording, told)
     cameras, states = policy.description["camera_keys"], policy.description["state_keys"]
-    shown = set(np.linspace(0, recording.length - 1, LOOKS).astype(int).tolist())
+    shown = spread(recording.length, LOOKS)
     policy.reset()
     for t in range(recording.length):
         observation = recording[t]

@@ -22,7 +22,7 @@ import torch
 
 from .errors import UserError, few, hint, one_line
 from .normalizer import Normalizer
-from .steps import do, fields, parse_steps, part, places, undo, within
+from .steps import check_keys, do, parse_steps, part, places, undo, within
 from .transforms import check_rule, resize
 
 
@@ -41,7 +41,7 @@ class Processing:
 
     def __init__(self, spec=None, state_keys=None, camera_keys=()):
         spec, self.state_keys = spec or {}, dict(state_keys or {})
-        fields(spec, "processing", (), self.KEYS)
+        check_keys(spec, "processing", (), self.KEYS)
         self.spec, self.obs = spec, {}
         self.state_dims = dict(self.state_keys)
         for key, steps in part(spec, "obs").items():
@@ -56,7 +56,7 @@ class Processing:
         self.steps = parse_steps(steps[:-1] if self.relative else steps, "processing: actions")
         self.delta_to, self.absolute = self.parse_delta(last["delta"]) if self.relative else (None, [])
         self.rule = dict(part(spec, "images"))
-        fields(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
+        check_keys(self.rule, "processing: images", (), ("fit", "filter", "fill", "jpeg"))
         check_rule(self.rule, "processing: images")
         self.jpeg = self.rule.pop("jpeg", False)    # on the robot; pictures of a data set stay as they are
         self.by_model = self.rule.get("fit") == "model"
@@ -69,7 +69,7 @@ class Processing:
 
     def parse_delta(self, spec):
         where = "processing: actions: delta"
-        fields(spec, where, ("to",), ("except",))
+        check_keys(spec, where, ("to",), ("except",))
         keys = spec["to"] if isinstance(spec["to"], list) else [spec["to"]]
         for key in keys or [""]:
             self.known(key, f"{where}: to: {one_line(key, 40)}")

@@ -12,6 +12,7 @@ import numpy as np
 from .errors import UserError, few, hint, input_file, one_line
 from .jpeg import decode_jpeg
 
+# Names under which files have the instruction, as an attribute or as a text of its own.
 INSTRUCTIONS = ("language_instruction", "language", "instruction", "task_description")
 
 

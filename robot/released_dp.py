@@ -7,10 +7,11 @@ import re
 
 import torch
 
-from .downloads import Release
+from .downloads import Release, describe
 from .errors import UserError, few, hint, one_line
 from .normalizer import Normalizer
-from .released_lerobot import features, normalizer, scale_of, statistics, steps_of
+from .released_lerobot import (features, known_steps, normalizer, recipe_of, renames_of, scale_of,
+                               statistics)
 
 # Fields of LeRobot's DiffusionConfig -> ours, where the name alone differs.
 FIELDS = {"horizon": "horizon", "n_obs_steps": "n_obs_steps", "n_action_steps": "n_action_steps",
@@ -35,6 +36,9 @@ ORIGINAL = {"shape_meta", "horizon", "n_obs_steps", "n_action_steps", "num_infer
             "obs_as_global_cond", "diffusion_step_embed_dim", "kernel_size", "n_groups", "cond_predict_scale",
             "crop_shape", "resnet_widths", "noise_scheduler", "scheduler", "num_keypoints", "_target_",
             "feature_dimension", "obs_encoder_group_norm", "eval_fixed_crop"}
+# Steps of LeRobot's processors that the policy or the normaliser does here.
+STEPS = ("rename_observations_processor", "to_batch_processor", "device_processor", "normalizer_processor",
+         "unnormalizer_processor")
 # Fields of diffusers' schedulers that this code has with one value only.
 FIXED = {"trained_betas": None, "variance_type": "fixed_small", "thresholding": False, "steps_offset": 0,
          "rescale_betas_zero_snr": False, "set_alpha_to_one": True}
@@ -66,43 +70,12 @@ def lerobot_diffusion(download, model, hints):
     size = list(sizes.pop()[1:]) if cameras else None
     if size:
         fields["image_size"] = size
-    names = renamed(download, {*cameras, *state_keys})
-    description = describe(download.name, {names[k]: d for k, d in state_keys.items()},
-                           [names[c] for c in cameras], size, fields["action_dim"])
+    renames = renames_of(download, known_steps(download, STEPS))
+    description = describe(download.name, {renames.get(k, k): d for k, d in state_keys.items()},
+                           [renames.get(c, c) for c in cameras], size, fields["action_dim"])
     order = [state_keys["observation.state"], *cameras, *(state_keys[name] for name in env)]
     return Release("dp_cnn", fields, weights, normalizer(stats, keys), description, notes, {"order": order},
-                   recipe(config))
-
-
-def recipe(config):
-    """How the folder says that it was trained, as options of train.py."""
-    names = {"optimizer_lr": "lr", "optimizer_weight_decay": "weight_decay",
-             "scheduler_warmup_steps": "warmup"}
-    found = {ours: config[name] for name, ours in names.items() if isinstance(config.get(name), (int, float))}
-    betas = config.get("optimizer_betas")
-    return found | ({"betas": tuple(betas)} if isinstance(betas, list) else {})
-
-
-def renamed(download, names):
-    """{feature: what the robot calls it}, by the rename_map of the preprocessor. Steps that are not known
-    here are refused."""
-    found = {name: name for name in names}
-    known = ("rename_observations_processor", "to_batch_processor", "device_processor",
-             "normalizer_processor", "unnormalizer_processor")
-    for file in ("policy_preprocessor.json", "policy_postprocessor.json"):
-        for step, settings, _ in steps_of(download, file):
-            if step not in known:
-                raise UserError(f"{file}: the step {one_line(step, 60)} is not known here{hint(step, known)}")
-            if step == "rename_observations_processor":
-                found |= {to: raw for raw, to in (settings.get("rename_map") or {}).items() if to in names}
-    return found
-
-
-def describe(source, state_keys, camera_keys, image_size, action_dim, processing=None):
-    """What a checkpoint would keep of the data."""
-    return {"source": source, "fps": None, "state_keys": state_keys, "camera_keys": camera_keys,
-            "image_size": image_size, "action_dim": action_dim, "state_dim": sum(state_keys.values()),
-            "action_names": [], "instructions": [], "processing": processing or {}}
+                   recipe_of(config))
 
 
 def known(name, value, names, where="config.json"):

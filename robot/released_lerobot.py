@@ -43,6 +43,37 @@ def features(config):
     return named
 
 
+def recipe_of(config):
+    """How config.json says that the policy was trained, as options of train.py."""
+    names = {"lr": "optimizer_lr", "weight_decay": "optimizer_weight_decay",
+             "warmup": "scheduler_warmup_steps"}
+    recipe = {ours: config[name] for ours, name in names.items()
+              if isinstance(config.get(name), (int, float))}
+    betas = config.get("optimizer_betas")
+    return recipe | ({"betas": tuple(betas)} if isinstance(betas, list) else {})
+
+
+def known_steps(download, known):
+    """{step: its options} of the two processors, {} for a step that is not there. Raises UserError for a step
+    that is not in `known`: left out, it would change what the policy sees or does."""
+    found = dict.fromkeys(known, {})
+    for file in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        for name, options, _ in steps_of(download, file):
+            if name not in known:
+                raise UserError(f"{download.name}: {file} has a step {one_line(name, 60)!r}, which is not "
+                                f"done here{hint(name, known)}")
+            found[name] = options
+    return found
+
+
+def renames_of(download, steps):
+    """{feature: what the robot calls it}, from the rename_map of `known_steps`. Raises UserError."""
+    renames = steps["rename_observations_processor"].get("rename_map") or {}
+    if not isinstance(renames, dict) or not all(isinstance(name, str) for name in renames.values()):
+        raise UserError(f"{download.name}: rename_map is {one_line(renames, 60)}, no names of observations")
+    return {feature: robots for robots, feature in renames.items()}
+
+
 def steps_of(download, name):
     """The steps of a processor's JSON -> [(name, config, state {key: tensor})]; [] where there is no file."""
     found = []

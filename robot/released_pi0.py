@@ -7,13 +7,14 @@ import math
 
 import torch
 
-from .downloads import Release
+from .downloads import FACTS, Release, describe
 from .errors import UserError, few, hint, one_line
 from .models import load_module
 from .normalizer import Normalizer
 from .openpi_robots import ROBOTS
 from .processing import Processing
-from .released_lerobot import NORMALIZERS, features, normalizer, statistics, steps_of, take_buffers
+from .released_lerobot import (NORMALIZERS, features, known_steps, normalizer, recipe_of, renames_of,
+                               statistics, steps_of, take_buffers)
 from .weight_files import read_json
 
 # Heads are in no shape. Gemma's 8 are fixed in openpi's code (gemma_pytorch.py), SigLIP has those of So400m.
@@ -31,7 +32,6 @@ STEPS = ("rename_observations_processor", "to_batch_processor", "pi0_new_line_pr
          "absolute_actions_processor")
 STATE = "observation.state"
 # Fields that are in no weight's shape: of a robot's own data, which padded_dim has room for, and of training.
-FACTS = ("action_dim", "state_dim", "n_cameras", "image_size")
 FREE = (*FACTS, "horizon", "text_len", "state_in_text", "tokenizer_path", "antialias", "augment",
         "wrist_cameras", "n_draws", "text_weight", "text_share")
 
@@ -49,15 +49,12 @@ def lerobot(download, model, hints):
             raise UserError(f"{download.name}: config.json has {key} {one_line(config[key], 40)}, {kind} has "
                             f"{value} here, and nothing else")
     inputs, outputs = features(config)
-    steps = known_steps(download)
-    renames = steps["rename_observations_processor"].get("rename_map") or {}
-    if not isinstance(renames, dict) or not all(isinstance(name, str) for name in renames.values()):
-        raise UserError(f"{download.name}: rename_map is {one_line(renames, 60)}, no names of observations")
-    renamed = {theirs: robots for robots, theirs in renames.items()}
-    state_key = renamed.get(STATE, STATE)
+    steps = known_steps(download, STEPS)
+    renames = renames_of(download, steps)
+    state_key = renames.get(STATE, STATE)
     state_dim = inputs.get(STATE, ("STATE", [number(download, "max_state_dim", 32)]))[1][0]
     action_dim = outputs.get("action", ("ACTION", [number(download, "max_action_dim", 32)]))[1][0]
-    cameras = places_of(download, [name for name, (what, _) in inputs.items() if what == "VISUAL"], renamed)
+    cameras = places_of(download, [name for name, (what, _) in inputs.items() if what == "VISUAL"], renames)
     fields = fields_of(download, kind)
     square = [fields["vit_size"]] * 2
     if config.get("image_resolution") not in (None, square):
@@ -77,24 +74,10 @@ def lerobot(download, model, hints):
     notes = with_tokenizer(fields, download, hints, (".", own))
     weights = download.weights
     scales = lerobot_normalizer(download, weights, {STATE: state_dim}, {"action": action_dim}, notes)
-    description = describe(download, {state_key: state_dim}, action_dim, fields, processing)
-    own = {"lr": "optimizer_lr", "weight_decay": "optimizer_weight_decay", "warmup": "scheduler_warmup_steps"}
-    recipe = recipe_of(kind) | {ours: config[theirs] for ours, theirs in own.items() if theirs in config}
+    description = description_of(download, {state_key: state_dim}, action_dim, fields, processing)
+    recipe = official_recipe(kind) | recipe_of(config)
     recipe |= {"normalizer": scales.mode_of("actions")} if scales else {}
     return Release(kind, fields, weights, scales, description, notes, recipe=recipe, free=FREE)
-
-
-def known_steps(download):
-    """{name: options} of both processors, {} of one that is not there. Raises UserError for one that is not
-    done here."""
-    steps = dict.fromkeys(STEPS, {})
-    for part in ("pre", "post"):
-        for name, options, _ in steps_of(download, f"policy_{part}processor.json"):
-            if name not in STEPS:
-                raise UserError(f"{download.name}: policy_{part}processor.json has a step "
-                                f"{one_line(name, 60)!r}, which is not done here{hint(name, STEPS)}")
-            steps[name] = options
-    return steps
 
 
 def number(download, key, default=None):
@@ -106,7 +89,7 @@ def number(download, key, default=None):
     return value
 
 
-def places_of(download, names, renamed):
+def places_of(download, names, renames):
     """{camera in config.json: the robot's name of it, or None}. Empty ones stand last, as there."""
     empty = [name for name in names if ".empty_camera_" in name]
     wanted = [f"observation.images.empty_camera_{i}" for i in range(number(download, "empty_cameras", 0))]
@@ -114,7 +97,7 @@ def places_of(download, names, renamed):
     real = [name for name in names if name not in empty]
     if not real:
         raise UserError(f"{download.name}: config.json: input_features names no camera, type VISUAL")
-    return {name: renamed.get(name, name) for name in real} | dict.fromkeys(empty)
+    return {name: renames.get(name, name) for name in real} | dict.fromkeys(empty)
 
 
 def lerobot_normalizer(download, weights, state, action, notes):
@@ -169,11 +152,12 @@ def openpi(download, model, hints):
                "n_cameras": len(robot.cameras)}
     if kind == "pi05":
         fields["state_in_text"] = robot.state_in_text
-    description = describe(download, robot.state_keys, robot.action_dim, fields, robot.processing())
+    description = description_of(download, robot.state_keys, robot.action_dim, fields,
+                                 robot.processing())
     description |= {"fps": robot.fps, "default_instruction": robot.instruction}
     normalizer = openpi_normalizer(download, robot, fields)
-    return Release(kind, fields, download.weights, normalizer, description, notes, recipe=recipe_of(kind),
-                   free=FREE)
+    return Release(kind, fields, download.weights, normalizer, description, notes,
+                   recipe=official_recipe(kind), free=FREE)
 
 
 def robots_of(kind):
@@ -238,10 +222,10 @@ def paligemma(download, model, hints):
 def unnamed(kind, fields, download, notes):
     """Weights of nobody's robot: the data of the training say the rest."""
     fields = {key: value for key, value in fields.items() if key not in FACTS}
-    return Release(kind, fields, download.weights, None, {}, notes, recipe=recipe_of(kind), free=FREE)
+    return Release(kind, fields, download.weights, None, {}, notes, recipe=official_recipe(kind), free=FREE)
 
 
-def recipe_of(kind):
+def official_recipe(kind):
     return load_module(kind).RECIPES[kind] | {"preset": kind}
 
 
@@ -284,12 +268,10 @@ def with_tokenizer(fields, download, hints, folders=(".",)):
                              f"put google/paligemma-3b-pt-224's there, or add --set tokenizer_path=FILE"]
 
 
-def describe(download, state_keys, action_dim, fields, processing):
-    """What a checkpoint says of its data, for a robot of which nobody has seen data here. Enters the numbers
-    of state and action in fields."""
+def description_of(download, state_keys, action_dim, fields, processing):
+    """-> the release's description. Enters in `fields` how many numbers of state and action the network sees,
+    after `processing`."""
     cameras = [key for key in processing["cameras"].values() if key]
     work = Processing(processing, state_keys, cameras)
     fields |= {"state_dim": work.state_dim, "action_dim": work.action_dim(action_dim)}
-    return {"source": download.name, "state_keys": dict(state_keys), "camera_keys": cameras,
-            "image_size": list(fields["image_size"]), "fps": None, "state_dim": work.state_dim,
-            "action_dim": action_dim, "action_names": [], "instructions": [], "processing": processing}
+    return describe(download.name, state_keys, cameras, list(fields["image_size"]), action_dim, processing)

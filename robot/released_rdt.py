@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from .downloads import Part, Release
+from .downloads import Part, Release, describe
 from .errors import UserError, hint, one_line
 from .models import load_module
 from .normalizer import Normalizer
@@ -55,11 +55,10 @@ def read_rdt(download, model, hints):
                 notes.append(f"{part.path} is not used without SigLIP")
     config["encoders"] = "frozen" if all(encoders.values()) else "images" if encoders["siglip"] else "none"
     size = config.get("vit_size", 384)
-    description = {
-        "source": download.name, "fps": ALOHA_HZ, "state_keys": {"qpos": 14}, "image_size": [size, size],
-        "action_dim": 14, "state_dim": 14, "action_names": list(rdt.ALOHA), "instructions": [],
-        "processing": ALOHA | {"cameras": camera_places(hints.get("cameras") or ALOHA["cameras"], rdt)}}
-    description["camera_keys"] = [key for key in description["processing"]["cameras"].values() if key]
+    cameras = camera_places(hints.get("cameras") or ALOHA["cameras"], rdt)
+    description = describe(download.name, {"qpos": 14}, [key for key in cameras.values() if key],
+                           [size, size], 14, ALOHA | {"cameras": cameras})
+    description |= {"fps": ALOHA_HZ, "action_names": list(rdt.ALOHA)}
     units = Normalizer.of_units({"actions": 14, "state": 14})
     recipe = {"ema_max": 0.9999, "dtype": "auto"} | rdt.FINE_TUNING     # nothing of the recipe of "tiny"
     return Release("rdt", config, weights, units, description, notes, recipe=recipe, free=ROBOT)
@@ -116,14 +115,10 @@ def settings(part):
     scheduler = find("noise_scheduler", {})
     for key, want in (("prediction_type", "sample"), ("beta_schedule", "squaredcos_cap_v2"),
                       ("clip_sample", False)):
-        if scheduler.get(key, want) != want:
-            raise UserError(f"{part.folder}/config.json: {key} {one_line(repr(scheduler[key]), 40)} is not "
-                            f"{want!r}, the only one that rdt.py has")
+        demand(part, key, scheduler.get(key, want), want)
     for key, want in (("lang_adaptor", "mlp2x_gelu"), ("img_adaptor", "mlp2x_gelu"),
                       ("state_adaptor", "mlp3x_gelu")):
-        if find(key, want) != want:
-            raise UserError(f"{part.folder}/config.json: {key} {one_line(repr(find(key, want)), 40)} is not "
-                            f"{want!r}, the only one that rdt.py has")
+        demand(part, key, find(key, want), want)
     grid = find("img_history_size", 2), find("num_cameras", 3)
     embed = find("img_pos_embed_config", None)
     try:
@@ -174,17 +169,17 @@ def whole(part, config, key, default=None):
     return value
 
 
-def demand(part, config, key, want, usual):
-    if config.get(key, usual) != want:
-        raise UserError(f"{part.folder}/config.json: {key} {one_line(repr(config.get(key, usual)), 40)} is "
-                        f"not {want!r}, the only one that rdt.py has")
+def demand(part, key, value, want):
+    if value != want:
+        raise UserError(f"{part.folder}/config.json: {key} {one_line(repr(value), 40)} is not {want!r}, the "
+                        f"only one that rdt.py has")
 
 
 def siglip_sizes(part):
     """Config fields of SiglipVisionModel, alone or in SiglipModel."""
     config = part.config.get("vision_config", part.config)
-    demand(part, config, "hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
-    demand(part, config, "layer_norm_eps", 1e-6, 1e-6)
+    for key, want in (("hidden_act", "gelu_pytorch_tanh"), ("layer_norm_eps", 1e-6)):
+        demand(part, key, config.get(key, want), want)
     has = lambda key: tuple(part.weights[f"vision_model.{key}"].shape)
     width, _, patch, _ = has("embeddings.patch_embedding.weight")
     patches, _ = has("embeddings.position_embedding.weight")

@@ -7,7 +7,12 @@ import numpy as np
 
 from .environments import make_episodes
 
-EVALUATION_SEEDS = 100_000  # episode i has seed 100000 + 1000 * --seed + i; the paper's are 100000 + i
+EVALUATION_SEEDS = 100_000  # Diffusion Policy evaluates on the seeds from here on, too
+
+
+def evaluation_seeds(seed, episodes):
+    """Seeds of the episodes that belong to --seed, the same for every policy: (episodes,) int."""
+    return EVALUATION_SEEDS + 1000 * seed + np.arange(episodes)
 
 
 def wilson(successes, n, z=1.96):
@@ -22,7 +27,7 @@ def rehearse(policy, environment, seed=0):
     of the data, the actions fit. Raises UserError. The action is the mean of the data."""
     env = make_episodes(environment, 1, policy.description)
     policy.reset()
-    policy.observe(env.reset(np.array([EVALUATION_SEEDS + 1000 * seed]))[0])
+    policy.observe(env.reset(evaluation_seeds(seed, 1))[0])
     mean = policy.normalizer.stats["actions"]["mean"]
     obs, *_ = env.step(policy.to_robot(mean[None, None])[:, 0].numpy())
     policy.observe(obs)
@@ -39,7 +44,7 @@ def closed_loop(policy, environment, episodes, seed, n_rollouts=6, instruction=N
     "latency_p95_ms" (of a chunk for one robot), "rollouts" (films for the report, failures first)}
     """
     env = make_episodes(environment, episodes, policy.description, instruction)
-    seeds = EVALUATION_SEEDS + 1000 * seed + np.arange(episodes)
+    seeds = evaluation_seeds(seed, episodes)
     policy.reset()
     obs, info = env.reset(seeds)
     done, success, known = np.zeros(episodes, bool), np.zeros(episodes, bool), np.zeros(episodes, bool)

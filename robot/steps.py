@@ -24,7 +24,7 @@ class Linear:
 
     @classmethod
     def parse(cls, spec, where):
-        fields(spec, where, ("at", "factor"), ("offset",))
+        check_keys(spec, where, ("at", "factor"), ("offset",))
         at = places(spec["at"], f"{where}: at")
         factor, offset = (numbers(spec.get(key, 0), len(at), f"{where}: {key}")
                           for key in ("factor", "offset"))
@@ -55,7 +55,7 @@ class AlohaGripper:
 
     @classmethod
     def parse(cls, spec, where):
-        fields(spec, where, ("at",))
+        check_keys(spec, where, ("at",))
         return cls(places(spec["at"], f"{where}: at"))
 
     def width(self, dim, where):
@@ -86,7 +86,7 @@ class Rotation:
 
     @classmethod
     def parse(cls, spec, where):
-        fields(spec, where, ("at", "from", "to"))
+        check_keys(spec, where, ("at", "from", "to"))
         for key in ("from", "to"):
             if spec[key] not in list(FORMS):            # a list: what stands there may be no text
                 raise UserError(f"{where}: {key}: {one_line(repr(spec[key]), 60)} is no form of a rotation"
@@ -126,7 +126,7 @@ class RobosuiteAxisAngle:
 
     @classmethod
     def parse(cls, spec, where):
-        fields(spec, where, ("at",))
+        check_keys(spec, where, ("at",))
         return cls(places(spec["at"], f"{where}: at")[0])
 
     def width(self, dim, where):
@@ -160,8 +160,9 @@ def changed(x, at, function):
 # Reading the description
 
 
-def fields(spec, where, needed, optional=()):
-    """UserError unless spec is a dict with these keys."""
+def check_keys(spec, where, needed, optional=()):
+    """UserError unless spec is a dict with the `needed` keys and no others than these and the `optional`:
+    what is not known would be left out in silence."""
     known = (*needed, *optional)
     if not isinstance(spec, dict):
         raise UserError(f"{where}: {one_line(repr(spec), 60)} should be KEY: VALUE with {', '.join(known)}")

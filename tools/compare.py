@@ -5,37 +5,25 @@
                                                     and seeds
     python -m tools.compare --task metaworld        the same in Meta-World's tasks, beside its experts
 
-The first shows what checkpoints do that are there. The second trains them: `budget` below says how.
+The first shows what checkpoints do that are there. The second trains them: budget.py says how.
 """
-import dataclasses
-import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import data
 import sample
-import train
-from demos import metaworld
-from robot.checkpoint import read_checkpoint
 from robot.cli import SEEDS, Parser
 from robot.environments import make_episodes
 from robot.errors import UserError, run_command, write_json
-from robot.metaworld import Scene, expert_of, tasks_of
-from robot.models import load_module, pick_device
-from robot.rollout import EVALUATION_SEEDS, closed_loop, wilson
-from tools import bench, regression, report
-from tools.options import make_config, parse_options, with_recipe
+from robot.rollout import EVALUATION_SEEDS, closed_loop
+from tools import report
+from tools.budget import METAWORLD, TASKS, budget
+from tools.cells import latency_cells, markdown, size_cells, success_cells
 from tools.pictures import frame_of_chunks, pictures, step_labels
 from tools.quality import compare_samples
-from tools.runs import read_rows, write_rows
 from tools.words import about
-
-# ----------------------------------------------------------------------------------------------------------
-# Side by side
 
 
 def side_by_side(args):
@@ -82,32 +70,6 @@ def unique_names(paths):
     names = [folder.resolve().name for folder in folders]
     names = [str(p) if names.count(name) > 1 else name for p, name in zip(paths, names)]
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def markdown(title, rows):
-    """[{column: value}] as a Markdown table."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns)] + [[str(row.get(key, "")) for key in columns] for row in rows]
-    return "\n".join([f"\n{title}", ""] + [f"| {' | '.join(cells)} |" for cells in lines]) + "\n"
-
-
-def success_cells(successes, episodes):
-    low, high = (100 * share for share in wilson(successes, episodes))
-    return {"success": f"{successes} of {episodes}", "95 % interval": f"{low:.1f} to {high:.1f} %"}
-
-
-def latency_cells(call, repeat=20):
-    """Milliseconds of call(), after two calls that do not count."""
-    times = []
-    for _ in range(repeat + 2):
-        began = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - began))
-    return {"p50 ms": f"{np.median(times[2:]):.3g}", "p95 ms": f"{np.percentile(times[2:], 95):.3g}"}
-
-
-def size_cells(model):
-    return {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
 
 
 def compare_policies(members, where, args):
@@ -159,7 +121,8 @@ def shared_moment(policies, environments, args, n=8, looks=6):
     best, running = None, np.ones(n, bool)
     for _ in range(worlds[0].max_steps):
         for policy, obs in zip(others, observed[1:]):
-            policy.observe(obs)
+            if len(driver.queue) < policy.model.config.n_obs_steps:
+                policy.observe(obs)
         looking = not driver.queue
         action = driver.act(observed[0])
         if looking:
@@ -202,139 +165,6 @@ def compare_generative(members, where, args):
         if np.ndim(picture["data"]) == 4:
             picture.pop("data")  # the real images stand there once, after the last
     return rows, {"samples": shown}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# An equal budget
-
-# What is trained for each task, and the YAML where a task needs one. "regression" is the network of dp_cnn.py
-# that answers with the mean (regression.py).
-# Of Meta-World: easy ones, and those that papers call hard or very hard.
-METAWORLD = ("assembly", "basketball", "button-press-topdown", "door-open", "drawer-close", "peg-insert-side",
-             "pick-place", "push", "stick-push", "window-open")
-TASKS = {
-    "tabletop": {name: "" for name in ("regression", "dp_cnn", "dp_transformer", "dit_policy", "rdt", "pi0",
-                                       "pi05")},
-    "metaworld": {"regression": "configs/metaworld_cnn.yaml", "dp_cnn": "configs/metaworld_cnn.yaml",
-                  "dp_transformer": "configs/metaworld_transformer.yaml"},
-    "pusht": {"regression": "configs/pusht_lowdim_cnn_cpu.yaml",
-              "dp_cnn": "configs/pusht_lowdim_cnn_cpu.yaml",
-              "dp_transformer": "configs/pusht_lowdim_transformer_cpu.yaml"},
-}
-
-
-def budget(args):
-    """Train every model of a task for the same minutes, from the same rollouts (on the tabletop whole for who
-    sees numbers, two in three up to the grasp for who sees pictures; each seed has its own), with each
-    training seed, and let it act in the same episodes (those of the seed). The minutes become a number of
-    steps by the time of a step, measured before, so that the learning rate's schedule ends when they do; what
-    the training took in the end is in the table. A line of results.jsonl per run: what is there is not done
-    again, and a run that was interrupted goes on."""
-    out = Path(args.out or "out/matched")
-    out.mkdir(parents=True, exist_ok=True)
-    lines = out / "results.jsonl"
-    wanted = args.only or list(TASKS[args.task])
-    worlds = tasks_of(args.tasks) if args.task == "metaworld" else [args.task]
-    demos = args.demos or (100 if args.task == "metaworld" else 2000)
-    done = read_rows(lines)
-    write_rows(lines, done)             # without what a killed comparison left half written
-    tables = {}
-    for world in worlds:
-        same = {"task": world, "minutes": args.minutes, "episodes": args.episodes, "demos": demos,
-                "preset": args.preset}
-        if args.task == "metaworld":
-            args.data = str(out / f"{world}_{demos}.hdf5")
-            if not Path(args.data).exists():
-                metaworld.generate([world], demos, args.data)
-        found = [row for row in done if all(row.get(k) == v for k, v in same.items())]
-        for seed in args.seeds:
-            for name in wanted:
-                if not any(row["name"] == name and row["seed"] == seed for row in found):
-                    folder = out / f"{world}_{args.preset}_{args.minutes:g}min_{name}_seed{seed}"
-                    row = {"name": name, "seed": seed} | same | train_one(name, seed, folder, args)
-                    with open(lines, "a", encoding="utf-8") as f:
-                        f.write(json.dumps(row) + "\n")
-                    found.append(row)
-        found = sorted((row for row in found if row["seed"] in args.seeds), key=lambda row: row["seed"])
-        tables[world] = [pooled(name, [row for row in found if row["name"] == name]) for name in wanted]
-        if args.task == "metaworld":
-            tables[world].append(expert_row(world, args))
-        print(markdown(f"{world}, {args.minutes:g} minutes of training each, seeds {args.seeds}",
-                       tables[world]), flush=True)
-    return tables
-
-
-def expert_row(world, args):
-    """The scripted expert, undisturbed, in the same scenes."""
-    expert, scene = expert_of(world), Scene(world, [world])
-    successes = 0
-    for seed in args.seeds:
-        for i in range(args.episodes):
-            obs, _ = scene.reset(EVALUATION_SEEDS + 1000 * seed + i)
-            done = success = False
-            while not done:
-                obs, _, success, cut, _ = scene.step(expert(obs["state"]))
-                done = success or cut
-            successes += success
-    return {"model": "expert", "sees": "numbers"} | success_cells(successes, args.episodes * len(args.seeds))
-
-
-def train_one(name, seed, folder, args):
-    """-> what results.jsonl keeps of one run"""
-    module = regression.MODULE if name == "regression" else load_module(name)
-    argv = {"model": module.__name__, "preset": args.preset if args.preset in module.PRESETS else "tiny",
-            "seed": seed, "out": folder, "episodes": args.episodes, "device": args.device, "eval_every": 0,
-            "rollout_every": 0, "demos": args.demos or 2000 if args.task == "tabletop" else 0}
-    if TASKS[args.task][name]:
-        argv["config"] = Path(__file__).parent.parent / TASKS[args.task][name]
-    argv |= {"data": args.data} if args.data else {}
-    options, explicit = parse_options([str(word) for key, value in argv.items()
-                                       for word in (f"--{key}", value)])
-    options = with_recipe(options, explicit, module)
-    if (folder / "checkpoint.pt").exists():
-        steps = read_checkpoint(folder)["options"]["steps"]  # as it was measured then
-    else:
-        steps = max(1, int(60 * args.minutes / step_seconds(options, module)))
-    options = dataclasses.replace(options, steps=steps, warmup=min(options.warmup, steps // 10), resume=(
-        folder / "checkpoint.pt").exists())
-    result = train.train(options, module)
-    config = read_checkpoint(folder)["config"]
-    sees = "pictures" if config["n_cameras"] and config.get("obs", "image") == "image" else "numbers"
-    sees += " and words" if config.get("text_len") else ""
-    return {"steps": steps, "sees": sees} | {key: result[key] for key in (
-        "parameters", "train_seconds", "success", "score", "outcomes", "action_error", "latency_ms")}
-
-
-def step_seconds(options, module):
-    """Seconds of one training step: fetch, loss, backward, optimiser, EMA."""
-    device, dtype = pick_device(options.device, options.dtype)
-    facts, make_items, *_ = data.open_data(options, module)
-    config = make_config(module, options, facts)
-    torch.manual_seed(options.seed)
-    model, items = module.Model(config).to(device), make_items(config, device)[0]
-    stream = data.batches(items, options.batch_size, options.seed)
-    fetch = bench.median_ms(lambda: next(stream), device, 10)
-    batch = {k: v.to(device) for k, v in next(stream)[1].items()}
-    step, _ = bench.time_training(model, batch, device, dtype, options.compile, 10)
-    return (fetch + step) / 1e3
-
-
-def pooled(name, runs):
-    """A row of the table: episodes of all seeds together."""
-    episodes = sum(row["episodes"] for row in runs)
-    if not episodes:
-        return {"model": name}
-    successes = [round(row["success"] * row["episodes"]) for row in runs]
-    failures = {}
-    for row in runs:
-        for outcome, n in row["outcomes"].items():
-            failures[outcome] = failures.get(outcome, 0) + n * (outcome != "success")
-    mean = lambda key: np.mean([row[key] for row in runs])
-    return {"model": name, "sees": runs[0]["sees"]} | success_cells(sum(successes), episodes) | {
-        "by seed": ", ".join(map(str, successes)), "score": f"{mean('score'):.3f}",
-        "failures": ", ".join(f"{n} {k}" for k, n in failures.items() if n) or "none",
-        "minutes": f"{mean('train_seconds') / 60:.1f}", "steps": f"{mean('steps'):,.0f}",
-        "parameters": f"{runs[0]['parameters']:,}"}
 
 
 def main(argv=None):

@@ -22,7 +22,7 @@ from robot.models import pick_device
 from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.realtime import STRATEGIES, RealTime, Simulated
-from robot.rollout import EVALUATION_SEEDS, wilson
+from robot.rollout import evaluation_seeds, wilson
 
 RANGES = {"episodes": (1, 100_000), "seed": SEEDS, "every": (0, 1000), "delays": (0, 1000)}
 KEY = ("run", "step", "strategy", "delay", "every", "episodes", "seed")   # what a row is known by
@@ -44,7 +44,7 @@ def play(policy, strategy, delay, every, episodes, seed):
     env = make_episodes("tabletop", episodes, policy.description)
     driver = RealTime(Simulated(policy, delay), strategy, stand_still, every, say=lambda note: None)
     policy.reset()
-    obs, info = env.reset(EVALUATION_SEEDS + 1000 * seed + np.arange(episodes))
+    obs, info = env.reset(evaluation_seeds(seed, episodes))
     done, steps = np.zeros(episodes, bool), np.zeros(episodes, int)
     way, last, jumps, changes = [obs["robot0_eef_pos"]], None, [], []
     while not done.all() and len(way) <= env.max_steps:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from demos.png import png
+from robot.looks import spread
 from tools.words import OUTCOMES
 
 MAX_STATES = 50        # states of a sampler that are kept: more cannot be told apart while they play
@@ -50,11 +51,6 @@ def pack(array):
 
 # ----------------------------------------------------------------------------------------------------------
 # What is kept, and the range of an axis
-
-
-def spread(count, limit):
-    """Indices of at most `limit` of `count` things, evenly spread, first and last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))
 
 
 def kept_states(trace, bytes_of_one):

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from data import batches, open_data
 from robot.cli import Parser
 from robot.errors import run_command
+from robot.looks import spread
 from robot.models import MODELS, pick_device
 from robot.text import decode_text
 from tools.options import make_config
@@ -281,8 +282,7 @@ def picture(seen, limit=20):
     down, across = groups(seen), groups(seen.T)
     ends = lambda sizes: torch.tensor(sizes).cumsum(0) - 1
     seen = seen[ends(down)][:, ends(across)]
-    thin = lambda n: torch.linspace(0, n - 1, min(n, limit)).round().long().tolist()
-    rows, columns = thin(len(down)), thin(len(across))
+    rows, columns = spread(len(down), limit).tolist(), spread(len(across), limit).tolist()
     width = max(len(str(across[c])) for c in columns)
     out = []
     if max(across) > 1:

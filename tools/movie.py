@@ -14,11 +14,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from robot import tabletop
-from robot.environments import make_episodes
 from robot.cli import SEEDS, Parser
+from robot.environments import make_episodes
 from robot.errors import UserError, run_command, written_aside
 from robot.policy import Policy
-from robot.rollout import EVALUATION_SEEDS
+from robot.rollout import evaluation_seeds
 from tools import movie_svg
 
 COPIES = 32                             # chunks sampled at each look
@@ -49,8 +49,8 @@ def sides_of(chunks):
 
 def find(policy, seed=0):
     """The Film of the first evaluation episode that has one; `seed` as in sample.py."""
-    for i in range(EPISODES):
-        film = play(policy, EVALUATION_SEEDS + 1000 * seed + i)
+    for episode_seed in evaluation_seeds(seed, EPISODES).tolist():
+        film = play(policy, episode_seed)
         if film:
             return film
     raise UserError(f"none of {EPISODES} episodes succeeds and has a look at which a quarter of the {COPIES} "

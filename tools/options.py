@@ -14,6 +14,7 @@ from robot.cli import SEEDS, Parser, check_ranges
 from robot.environments import fields_of
 from robot.errors import UserError, hint, input_text, one_line
 from robot.models import MODELS, model_config, typed
+from robot.steps import check_keys
 
 
 @dataclass
@@ -226,25 +227,15 @@ def check_options(options):
         raise UserError(f"--lr_schedule {options.lr_schedule!r} is unknown"
                         f"{hint(options.lr_schedule, schedules)}")
     name = options.env.get("id") if isinstance(options.env, dict) else None
-    check_keys("env", options.env, fields_of(name if isinstance(name, str) else ""))
+    check_keys(options.env, "env", (), fields_of(name if isinstance(name, str) else ""))
     for name, spec in options.robots.items():
-        check_keys(f"robots: {name}", spec, ("data", "action_names", "state_names"))
+        check_keys(spec, f"robots: {name}", (), ("data", "action_names", "state_names"))
     if options.shape_meta:
         check_shape_meta(options.shape_meta)
 
 
-def check_keys(where, found, known):
-    """A key that is not known would be left out in silence."""
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: {one_line(repr(found), 60)} should be KEY: VALUE lines with "
-                        f"{', '.join(known)}")
-    for key in found:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {one_line(repr(key), 60)}{hint(key, known)}")
-
-
 def check_shape_meta(meta):
-    check_keys("shape_meta", meta, ("obs", "action"))
+    check_keys(meta, "shape_meta", (), ("obs", "action"))
     if not meta.get("obs"):
         raise UserError("shape_meta: names no observation; leave it out to take all, or add obs: {KEY: ..}")
     parts = {"action": meta["action"]} if "action" in meta else {}
@@ -252,7 +243,7 @@ def check_shape_meta(meta):
         raise UserError(f"shape_meta: obs: {one_line(repr(meta['obs']), 60)} should be KEY: {{shape: ..}}")
     parts |= {f"obs: {key}": part for key, part in meta["obs"].items()}
     for name, part in parts.items():
-        check_keys(f"shape_meta: {name}", part, ("shape",) if name == "action" else ("shape", "type"))
+        check_keys(part, f"shape_meta: {name}", (), ("shape",) if name == "action" else ("shape", "type"))
         shape = part.get("shape")
         if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
             raise UserError(f"shape_meta: {name}: shape should be a list such as [3] or, of a camera, "

@@ -1,11 +1,12 @@
 """How a run starts: with a new model, with weights (--init), or where it stopped (--resume)."""
 import contextlib
 import dataclasses
-import os
 
 import torch
 
+from demos.limits import memory
 from robot.checkpoint import read_checkpoint
+from robot.downloads import FACTS
 from robot.errors import UserError, few, nearest, one_line, say, user_path, written_aside
 from robot.models import SAMPLER_FIELDS, load_module, pick_device, sampler_config
 from robot.normalizer import Normalizer
@@ -28,7 +29,6 @@ def one_model(name):
 
 
 # Fields of a Config that may differ from the release's: the weights mean the same with them.
-FACTS = ("action_dim", "state_dim", "n_cameras", "image_size")  # what the data decide
 FREE = (*SAMPLER_FIELDS, "n_action_steps", "train_on_padding", "random_crop", "checkpointing", "freeze_vlm")
 
 
@@ -164,9 +164,7 @@ def check_size(model, device, processes=1):
     allocated."""
     frozen = frozen_names(model)    # of these there is one copy
     need = sum(p.numel() * (4 if name in frozen else 8) for name, p in model.named_parameters()) / processes
-    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        has = torch.cuda.get_device_properties(device).total_memory
+    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory()
     if need > has:
         raise ValueError(f"{n_parameters(model):,} parameters and their average take {need / 1e9:.0f} GB, "
                          f"{device.type} has {has / 1e9:.0f} GB: take a smaller preset, or more processes "

@@ -8,7 +8,7 @@ from helpers import CAMERAS, LOW_DIM, rollout
 
 from demos import generated
 from demos.dataset import open_demos
-from demos.generated import DEMO_SEEDS, WHOLE, demonstrations
+from demos.generated import DEMO_SEEDS, WHOLE, segments
 from robot import tabletop
 from robot.tabletop import Expert, INSTRUCTIONS, Tabletop, WALL_Y, ZONE
 
@@ -30,7 +30,7 @@ def test_tabletop_is_made_once_and_read_like_any_file(tmp_path, monkeypatch, cap
     assert demos.fps == tabletop.FPS and demos.image_size == (64, 64) and len(demos.camera_keys) == 2
     assert not {"object", "goal"} & demos.state_keys.keys()
     assert set(demos.instructions) <= set(tabletop.INSTRUCTIONS)
-    made = demonstrations(4, seed=0, cameras=True)
+    made = list(segments(4, seed=0, cameras=True))
     assert demos.lengths.tolist() == [len(d["actions"]) for d in made]
     assert np.array_equal(demos.actions, np.concatenate([d["actions"] for d in made]))
     camera = made[1]["obs"][demos.camera_keys[0]]
@@ -55,7 +55,7 @@ def test_tabletop_is_made_once_and_read_like_any_file(tmp_path, monkeypatch, cap
 
 
 def test_demonstrations_have_the_promised_form():
-    demos = demonstrations(40, seed=1)
+    demos = list(segments(40, seed=1))
     for d in demos:
         T = len(d["actions"])
         assert T >= 2 and d["actions"].shape == (T, 3) and d["actions"].dtype == np.float32
@@ -67,20 +67,20 @@ def test_demonstrations_have_the_promised_form():
 
 
 def test_demonstrations_are_deterministic_and_continue_with_n():
-    few, more = demonstrations(10, seed=4), demonstrations(25, seed=4)
+    few, more = list(segments(10, seed=4)), list(segments(25, seed=4))
     assert len(more) > len(few) > 10
     for a, b in zip(few, more):
         assert a["episode"] == b["episode"] and a["instruction"] == b["instruction"]
         np.testing.assert_array_equal(a["actions"], b["actions"])
         for key in LOW_DIM:
             np.testing.assert_array_equal(a["obs"][key], b["obs"][key])
-    other = demonstrations(10, seed=5)
+    other = list(segments(10, seed=5))
     assert not np.array_equal(other[0]["obs"]["object"][0], few[0]["obs"]["object"][0])
 
 
 def test_demonstrations_with_cameras_are_the_same_ones_seen_most_of_them_up_to_the_grasp():
     n = 2 * WHOLE + 1
-    plain, seen = demonstrations(n, seed=2), demonstrations(n, seed=2, cameras=True, image_size=32)
+    plain, seen = list(segments(n, seed=2)), list(segments(n, seed=2, cameras=True, image_size=32))
     whole = lambda demos: [d for d in demos if d["episode"] % WHOLE == 0]
     assert len(whole(seen)) == len(whole(plain)) > 0
     for a, b in zip(whole(plain), whole(seen), strict=True):
@@ -105,7 +105,7 @@ def test_demonstrations_with_cameras_are_the_same_ones_seen_most_of_them_up_to_t
 
 
 def test_demonstrations_contain_recoveries_and_nothing_of_the_kicks():
-    demos = demonstrations(200, seed=0)
+    demos = list(segments(200, seed=0))
     episodes = {d["episode"] for d in demos}
     assert 0.9 * 200 <= len(episodes) < len(demos)                      # few failed, many were cut
     starts = [{key: value[0] for key, value in d["obs"].items()} for d in demos]
@@ -132,7 +132,7 @@ def test_demonstrations_contain_recoveries_and_nothing_of_the_kicks():
 
 
 def test_every_rollout_ends_in_success_and_takes_both_sides():
-    demos = demonstrations(400, seed=7)
+    demos = list(segments(400, seed=7))
     last = {d["episode"]: d for d in demos}                             # the last segment of each rollout
     # The last recorded step opens the fingers, with the asked block in the asked zone ...
     opened = [d for d in last.values() if d["actions"][-1, 2] == -1]
@@ -161,14 +161,14 @@ def test_recorded_actions_of_an_unperturbed_episode_replay_to_success():
 
 
 def test_demonstrations_start_from_seeds_kept_for_them():
-    first = demonstrations(5, seed=0)[0]
+    first = list(segments(5, seed=0))[0]
     env = Tabletop(1, cameras=False)
     obs, _ = env.reset(seed=DEMO_SEEDS + first["episode"])
     np.testing.assert_array_equal(obs["object"][0, :4], first["obs"]["object"][0, :4])
 
 
 def test_demonstrations_of_the_velocity_robot():
-    demos = demonstrations(40, seed=1, robot=tabletop.VelocityTabletop)
+    demos = list(segments(40, seed=1, robot=tabletop.VelocityTabletop))
     assert len({d["episode"] for d in demos}) > 30
     actions = np.concatenate([d["actions"] for d in demos])
     assert actions.dtype == np.float32 and np.abs(actions[:, :2]).max() <= 5 * tabletop.REACH + 1e-5
@@ -183,7 +183,7 @@ def test_sets_of_other_seeds_show_other_scenes_with_other_perturbations(monkeypa
     """No scene comes twice, in whatever place; the tremble, the kicks and the expert's choices are others."""
     asked, real = [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed=None: asked.append(str(seed)) or real(seed))
-    sets = [demonstrations(30, seed=seed) for seed in (0, 1, 2)]
+    sets = [list(segments(30, seed=seed)) for seed in (0, 1, 2)]
     first = [{d["episode"]: d for d in demos[::-1]}.values() for demos in sets]
     scenes = [{tuple(d["obs"]["object"][0, :4]) for d in demos} for demos in first]
     assert all(len(s) > 20 for s in scenes)

@@ -1,14 +1,18 @@
 """robot/metaworld.py and demos/metaworld.py: somebody else's benchmark, from its demonstrations on."""
+import copy
+
 import h5py
 import numpy as np
 import pytest
+from helpers import Recorder, scaled
 
 from demos import metaworld
 from demos.generated import DEMO_SEEDS
 from robot.environments import make_episodes
 from robot.errors import UserError
-from robot.gym_episodes import Later
-from robot.metaworld import WORDS, MetaworldEpisodes, Scene, expert_of, tasks_of, words_of
+from robot.gym_episodes import BLIND, Later
+from robot.metaworld import GLANCE, WORDS, MetaworldEpisodes, Scene, expert_of, tasks_of, words_of
+from robot.policy import Policy
 from robot.rollout import closed_loop
 
 
@@ -123,6 +127,47 @@ def test_pictures_are_drawn_when_somebody_looks(package):
         obs, *_ = env.step(np.zeros((2, 4)))
     assert not drawn
     assert np.asarray(obs["image"]).shape == (2, 4, 4, 3) and len(drawn) == 2
+
+
+def test_an_evaluation_draws_what_the_policy_looks_at(package, monkeypatch):
+    """Two steps seen, four executed: of eight steps the policy looks at 0, 3, 4 and 7. Films take their
+    pictures from these, but for one in GLANCE steps."""
+    drawn = []
+
+    def render(env):
+        drawn.append(round(env.data.time * 80))
+        return np.zeros((4, 4, 3), np.uint8)
+    monkeypatch.setattr("metaworld.sawyer_xyz_env.SawyerXYZEnv.render", render)
+    policy = Policy(Recorder(2, -1, action_dim=4), scaled(4, 4), {
+        "state_keys": {"hand": 4}, "camera_keys": ["image"], "image_size": (4, 4), "action_dim": 4,
+        "fps": 80.0, "instructions": [WORDS["reach"]]})
+    result = closed_loop(policy, {"id": "metaworld", "max_steps": 8}, 2, 0)
+    start = drawn[0]                            # the package lets the arm settle before an episode
+    assert [step - start for step in drawn] == [0, 0, 3, 3, 4, 4, 7, 7]
+    assert result["rollouts"][0]["frames"].shape == (4, 4, 4, 3)
+
+
+def test_a_film_has_a_new_picture_now_and_then(package, monkeypatch):
+    monkeypatch.setattr(Scene, "render", lambda self: np.full((4, 4, 3), self.steps, np.uint8))
+    env = make_episodes({"id": "metaworld"}, 1, ExpertPolicy.description)
+    BLIND.discard("metaworld")
+    obs, _ = env.reset(np.arange(1))
+    seen = []
+    for _ in range(2 * GLANCE + 1):
+        seen.append(env.glance(0, obs)[0, 0, 0])
+        obs, *_ = env.step(np.zeros((1, 4)))
+    assert seen == [0] * GLANCE + [GLANCE] * GLANCE + [2 * GLANCE]
+
+
+def test_a_copied_picture_is_that_of_its_time(package, monkeypatch):
+    """RealTime copies what it sees and computes later; the scene has moved on by then."""
+    monkeypatch.setattr("metaworld.sawyer_xyz_env.SawyerXYZEnv.render",
+                        lambda env: np.full((2, 2, 3), round(env.data.time * 80) % 256, np.uint8))
+    scene = Scene("reach-v3", ["reach-v3"], ["image"])
+    early = copy.deepcopy(scene.reset(0)[0])
+    late = scene.step(np.zeros(4, np.float32))[0]
+    assert (np.asarray(late["image"]) - early["image"] == 1).all()
+    assert np.asarray(late["image"]) is np.asarray(late["image"])       # drawn once
 
 
 def test_with_pictures_the_set_does_not_tell_where_the_objects_are(package, tmp_path, monkeypatch):

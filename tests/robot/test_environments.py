@@ -10,7 +10,7 @@ from helpers import LOWDIM, ROOT, Recorder, scaled
 
 from robot.environments import GymEpisodes, TabletopEpisodes
 from robot.errors import UserError, say_once
-from robot.gym_episodes import pick
+from robot.gym_episodes import BLIND, pick
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
 
@@ -236,9 +236,24 @@ def test_success_is_what_the_environment_says_and_unknown_where_it_is_silent(poi
                          ids=str)
 def test_an_evaluation_does_not_die_of_a_picture(how, point, capsys):
     say_once.cache_clear()
+    BLIND.discard("Point-v0")
     result = closed_loop(Pusher({"pos": 2}), point(**how), 2, seed=0)
     assert result["success"] == 1 and len(result["rollouts"]) == 2
     assert ("renders no picture" in capsys.readouterr().err) == ("renders" in how)
+
+
+def test_what_cannot_render_is_asked_once_in_a_process(point):
+    """Where MuJoCo finds no GL its second attempt ends the process, be it of another environment object."""
+    BLIND.discard("Point-v0")
+    asked, spec = [], point(renders="no screen")
+    for _ in range(2):
+        env = GymEpisodes(2, {"state_keys": {"pos": 2}, "camera_keys": [], "action_dim": 2}, spec)
+        for one in env.envs:
+            one.render = lambda: asked.append(0) or 1 / 0
+        env.reset([0, 1])
+        assert [env.glance(i, None).shape for i in range(2)] == [(8, 8, 3)] * 2
+    assert len(asked) == 1
+    BLIND.discard("Point-v0")
 
 
 def test_a_policy_that_reads_is_told(point):

@@ -9,6 +9,7 @@ import data
 import sample
 from demos.dataset import open_demos
 from robot.errors import UserError, say_once
+from robot.gym_episodes import Later
 from robot.policy import Policy
 from robot.text import decode_text
 from robot.transforms import resize
@@ -26,6 +27,27 @@ def test_receding_horizon(first_action):
         raw = (batch["state"] - 1) * 2                              # (1, To, a and b)
         assert raw[0].tolist() == [[t, 10 * t, 0.5] for t in history]
         assert batch["control_hz"].tolist() == [10.0]
+
+
+@pytest.mark.parametrize("n_obs_steps, looked_at", [(1, [0, 4, 8]), (3, [0, 2, 3, 4, 6, 7, 8])])
+@pytest.mark.parametrize("relative_to", ["chunk", "latest"])
+def test_only_what_a_chunk_will_see_is_looked_at(n_obs_steps, looked_at, relative_to):
+    """A picture may cost more than the control step: see Later in gym_episodes.py."""
+    drawn = []
+
+    def picture(t):
+        drawn.append(t)
+        return np.full((4, 6, 3), t, np.uint8)
+
+    description = LOWDIM | {"camera_keys": ["front"], "image_size": [4, 6],
+                            "processing": {"actions": [{"delta": {"to": "b"}}]}}
+    policy = Policy(Recorder(n_obs_steps, 1 - n_obs_steps), scaled(), description, relative_to=relative_to)
+    for t in range(9):
+        policy.act(observed(t) | {"front": Later(lambda t=t: picture(t))})
+    assert drawn == looked_at
+    for batch, now in zip(policy.model.batches, (0, 4, 8), strict=True):
+        assert batch["images"][0, :, 0, 0, 0, 0].tolist() == [
+            max(0, t) for t in range(now + 1 - n_obs_steps, now + 1)]
 
 
 def test_reset_forgets():
@@ -102,7 +124,7 @@ def test_a_model_file_may_bring_its_own_codes():
     policy.act(observed(0) | {"instruction": "go"})
     assert policy.model.batches[0]["text"].tolist() == [[7, 8, 9, 2]]
     with pytest.raises(UserError, match="'go there' is too long"):
-        policy.act(observed(1) | {"instruction": "go there"})
+        policy.observe(observed(1) | {"instruction": "go there"})
 
 
 def test_words_can_be_exchanged_to_see_whether_a_policy_listens():
@@ -158,6 +180,7 @@ def test_what_a_robot_may_hand_over_by_mistake(change, named):
     whole = observed(1) | {"camera": np.zeros((4, 6, 3), np.uint8), "instruction": "red block"}
     assert policy.act(whole).shape == (2,)
     wrong = {key: value for key, value in (whole | change).items() if value is not None}
+    policy.reset()
     with pytest.raises(UserError, match=named):
         policy.act(wrong)
 
@@ -305,11 +328,11 @@ def test_a_camera_that_an_observation_lacks_is_hidden_where_places_have_names(ca
     assert batch["image_mask"][0].tolist() == [[False, True]] * 3
     assert batch["images"][0, :, :, 0, 0, 0].tolist() == [[0, 50]] * 3
     assert "no camera 'hand': its place is hidden" in capsys.readouterr().err
-    policy.act(observed(1) | {"front": picture, "hand": picture})   # seen from now on, hidden before
+    policy.observe(observed(1) | {"front": picture, "hand": picture})   # seen from now on, hidden before
     policy.queue = []
     policy.act(observed(2) | {"front": picture, "hand": picture})
     assert policy.model.batches[-1]["image_mask"][0].tolist() == [[False, True], [True, True], [True, True]]
     with pytest.raises(UserError, match="the observation lacks 'front'"):
-        policy.act(observed(3))                                     # blind altogether
+        policy.observe(observed(3))                                     # blind altogether
     with pytest.raises(UserError, match="the observation lacks 'hand'"):
         recorder(cameras | {"processing": {}}).act(observed(0) | {"front": picture})

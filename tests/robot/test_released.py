@@ -143,7 +143,7 @@ def test_statistics_that_lack_a_key_or_have_another_length(spoil, named, tmp_pat
 
 
 def test_a_step_of_a_processor_that_is_not_known(tmp_path):
-    with pytest.raises(UserError, match="policy_preprocessor.json: the step mirror is not known"):
+    with pytest.raises(UserError, match="policy_preprocessor.json has a step .mirror., which is not done"):
         open_release(today(tmp_path / "folder", steps=[{"registry_name": "mirror"}]))
 
 

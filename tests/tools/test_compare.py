@@ -1,4 +1,4 @@
-"""compare.py: runs side by side face the same states, and budgets are equal and can be resumed."""
+"""compare.py: runs side by side face the same states."""
 import json
 import re
 import types
@@ -9,7 +9,6 @@ import torch
 from helpers import Recorder, command, refused, scaled, write_demos
 
 from tools import compare
-import dp_cnn
 import sample
 from robot import tabletop
 import train
@@ -180,99 +179,3 @@ def test_names():
     assert compare.unique_names(["out/a", "out/b/checkpoint.pt"]) == ["a", "b"]
     assert compare.unique_names(["x/a", "y/a", "out/b"]) == ["x/a", "y/a", "b"]
     assert compare.unique_names(["a", "a"]) == ["a (1)", "a (2)"]
-
-
-# -- an equal budget -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_budget(monkeypatch):
-    """dp_cnn and the regression, tiny, on few demonstrations; a step takes what the test says."""
-    real = compare.parse_options
-
-    def parse_options(argv):
-        return real([*argv, "--batch_size", "8", "--set", "down_dims=[16, 32]", "--set", "step_embed_dim=16"])
-    monkeypatch.setattr(compare, "parse_options", parse_options)
-    times = {"measured": 0, "seconds": 0.01}
-
-    def step_seconds(options, module):
-        times["measured"] += 1
-        return times["seconds"]
-    monkeypatch.setattr(compare, "step_seconds", step_seconds)
-    return times
-
-
-def test_budget(tiny_budget, tmp_path, monkeypatch, capsys):
-    argv = ["--minutes", "0.001", "--only", "dp_cnn", "--only", "regression", "--seeds", "0", "1",
-            "--episodes", "2", "--demos", "6", "--out", str(tmp_path / "out"), "--device", "cpu"]
-    rows = compare.main(argv)["tabletop"]
-    assert [row["model"] for row in rows] == ["dp_cnn", "regression"]
-    kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [(row["name"], row["seed"]) for row in kept] == [("dp_cnn", 0), ("regression", 0), ("dp_cnn", 1),
-                                                            ("regression", 1)]
-    assert all(row["steps"] == 6 for row in kept)                   # 60 ms of steps of 10 ms
-    for row in rows:
-        mine = [k for k in kept if k["name"] == row["model"]]
-        assert row["success"] == f"{round(sum(2 * k['success'] for k in mine))} of 4" and row["steps"] == "6"
-        assert row["sees"] == "numbers"
-    assert tiny_budget["measured"] == 4
-    assert compare.main(argv) == {"tabletop": rows}                 # nothing is done again
-    assert tiny_budget["measured"] == 4
-    assert compare.main([*argv, "--seeds", "0"])["tabletop"] != rows and tiny_budget["measured"] == 4
-    first = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_dp_cnn_seed0")
-    other = read_checkpoint(tmp_path / "out" / "tabletop_tiny_0.001min_regression_seed0")
-    assert first["data"] == other["data"] and first["options"]["demos"] == 6    # the same demonstrations
-    assert "| dp_cnn | numbers |" in capsys.readouterr().out
-
-
-def test_an_interrupted_budget_goes_on(tiny_budget, tmp_path, monkeypatch):
-    argv = ["--minutes", "0.001", "--only", "dp_cnn", "--seeds", "0", "--episodes", "1", "--demos", "6",
-            "--out", str(tmp_path / "out"), "--device", "cpu"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        def stop(*args):
-            raise KeyboardInterrupt
-        patch.setattr(train, "write_json", stop)                   # trained, not yet evaluated
-        compare.main(argv)
-    tiny_budget["seconds"] = 0.001                                  # another time of a step, the same run
-    row, = compare.main(argv)["tabletop"]
-    assert row["steps"] == "6" and tiny_budget["measured"] == 1
-
-
-def test_time_of_a_step(tmp_path):
-    options, explicit = train.parse_options([*CNN, *SMALL])
-    assert 1e-4 < compare.step_seconds(options, dp_cnn) < 5
-
-
-@pytest.mark.parametrize("argv, named", [
-    (["--only", "pi1"], "dp_transformer"), (["--minutes", "0"], "--minutes 0"),
-    (["--task", "pushed"], "pusht"), (["--minute", "1"], "did you mean 'minutes'")])
-def test_wrong_flags(argv, named, capsys, tmp_path):
-    refused(capsys, lambda: compare.main([*argv, "--out", str(tmp_path)]), named)
-
-
-def test_a_comparison_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, monkeypatch, capsys):
-    trained = []
-
-    def train_one(name, seed, folder, args):
-        trained.append((name, seed))
-        return {"steps": 1, "sees": "numbers", "parameters": 1, "train_seconds": 1.0, "success": 1.0,
-                "score": 1.0, "outcomes": {"success": 5}, "action_error": 0.0, "latency_ms": 1.0}
-    monkeypatch.setattr(compare, "train_one", train_one)
-    argv = ["--only", "dp_cnn", "--only", "regression", "--episodes", "5", "--out", str(tmp_path)]
-    compare.main([*argv, "--seeds", "0"])
-    whole = (tmp_path / "results.jsonl").read_text(encoding="utf-8")
-    (tmp_path / "results.jsonl").write_text(whole[:-30], encoding="utf-8")
-    compare.main([*argv, "--seeds", "0", "1"])
-    assert trained == [("dp_cnn", 0), ("regression", 0), ("regression", 0), ("dp_cnn", 1), ("regression", 1)]
-    lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert [(row["name"], row["seed"]) for row in rows] == [trained[0], *trained[2:]]
-
-
-@pytest.mark.parametrize("argv, named", [
-    (["--minutes", "nan"], ["--minutes nan"]), (["--minutes", "inf"], ["--minutes inf"]),
-    (["--minutes", "0"], ["--minutes 0"]), (["--seeds", "-1"], ["--seeds -1"]),
-    (["--demos", "0"], ["--demos 0"]), (["--episodes", "0"], ["--episodes 0"]),
-    (["--seed", "99999999999"], ["--seed 99999999999"])])
-def test_numbers_no_comparison_can_use(argv, named, capsys):
-    refused(capsys, lambda: compare.main(argv), *named)
