@@ -62,8 +62,8 @@ def read_ahead(windows, stream, workers):
 
 
 class Parts(torch.utils.data.Dataset):
-    """For DataLoader's workers: an "item" is a part of a batch, on the CPU, as a forked process has no GPU. An
-    error is handed over like a part, because DataLoader would wrap its one line into a traceback."""
+    """For DataLoader's workers: an "item" is a part of a batch, on the CPU, as a forked process has no GPU.
+    An error is handed over like a part, because DataLoader would wrap its one line into a traceback."""
 
     def __init__(self, windows):
         self.windows = copy.copy(windows)

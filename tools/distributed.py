@@ -120,7 +120,7 @@ def gather(x):
 
 
 def split(whole, like):
-    """What this process keeps of a tensor that all have whole, or mapped from a file, as `like` is divided."""
+    """What this process keeps of a tensor that all have whole (mapped from a file) as `like` is divided."""
     if not hasattr(like, "full_tensor"):
         return whole
     from torch.distributed.tensor import DTensor

@@ -17,11 +17,16 @@ import zipfile
 import torch
 
 from robot.checkpoint import (not_of_this_project, read_frozen, read_tensors, record, save_checkpoint,
-                              save_tensors)
+                              save_tensors, sound)
 from robot.cli import Parser
 from robot.errors import UserError, one_line, run_command, user_path
 from robot.models import load_module, model_config
 from tools import distributed
+
+
+# What head.pt holds at least; read_checkpoint looks at the rest.
+HEAD = {"shards": [str], "step": int, "model": str, "config": dict, "example": dict, "weights": dict,
+        "ema": dict, "optimizer": dict}
 
 
 def divided(x):
@@ -86,9 +91,9 @@ def newest(out):
 
 
 def read(folder):
-    """What `write` was given, its tensors whole. The files are mapped: memory holds no more than the result."""
+    """What `write` was given, its tensors whole. Files are mapped: memory holds no more than the result."""
     head = read_tensors(folder / "head.pt", "cpu")
-    if not isinstance(head.get("shards"), list) or not isinstance(head.get("step"), int):
+    if not sound(head, HEAD):
         raise not_of_this_project(folder / "head.pt")
     parts, found = [], sorted(folder.glob("[0-9]*.pt"))
     for rank, checked in enumerate(head.pop("shards")):
@@ -100,12 +105,15 @@ def read(folder):
         if checksums(path) != checked:
             raise UserError(f"{path} is of another run or step than head.pt beside it: copy the right one, "
                             f"or remove {folder}")
-    return joined(head, parts)
+    try:
+        return joined(head, parts)
+    except (KeyError, TypeError, RuntimeError):     # edited
+        raise not_of_this_project(folder / "head.pt") from None
 
 
 def merge(out, model=None):
-    """One process: make checkpoint.pt of the newest shards in `out`, if there are any, and remove them. model:
-    one of the run's kind, whose weights are overwritten; built if it is not given."""
+    """One process: make checkpoint.pt of the newest shards in `out`, if there are any, and remove them.
+    model: one of the run's kind, whose weights are overwritten; built if it is not given."""
     folder = newest(out)
     if folder is None:
         return
@@ -113,14 +121,14 @@ def merge(out, model=None):
     example, average = content.pop("example"), content["ema"]
     if content.get("frozen"):
         average = read_frozen(out / "checkpoint.pt", content["frozen"]) | average
-    if model is None:
-        module = load_module(content["model"])
-        try:
+    try:
+        if model is None:
+            module = load_module(content["model"])
             model = module.Model(model_config(module, content["config"], folder)).eval()
-        except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{folder} does not fit {module.__name__}.py, which has changed since: "
-                            f"{one_line(e)[:180]}") from None
-    model.load_state_dict(average)
+        model.load_state_dict(average)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{folder} does not fit {content['model']}.py, which has changed since: "
+                        f"{one_line(e)[:180]}") from None
     save_checkpoint(out / "checkpoint.pt", content | {"replay": record(model, example)})
     remove(out)
 

@@ -29,7 +29,9 @@ def state_of(rank, world, step, weights=WHOLE, **more):
     parts = {key: Part(x, rank, world) for key, x in weights.items()}
     optimizer = {"state": {0: {"step": torch.tensor(7.0), "exp_avg": parts["w"]}},
                  "param_groups": [{"lr": 0.1, "params": [0]}]} if "w" in parts else {"state": {}}
-    return {"step": step, "weights": parts | {"_extra_state": torch.tensor(3)}, "optimizer": optimizer} | more
+    rest = {"model": "dp_cnn", "config": {}, "example": {}, "ema": parts}
+    return rest | {"step": step, "weights": parts | {"_extra_state": torch.tensor(3)},
+                   "optimizer": optimizer} | more
 
 
 def write(out, step, world, **more):
@@ -54,7 +56,8 @@ def test_a_shard_holds_its_own_rows_only(tmp_path):
     """torch.save would write all that a view is of."""
     weights = {"w": torch.zeros(100_000)}
     write(tmp_path, 1, 4, weights=weights)
-    assert all(100_000 <= path.stat().st_size < 2.5 * 100_000 for path in tmp_path.glob("*/[0-9].pt"))
+    sizes = [path.stat().st_size for path in tmp_path.glob("*/[0-9].pt")]
+    assert len(sizes) == 4 and all(200_000 <= size < 250_000 for size in sizes)     # weights, average
 
 
 @pytest.mark.parametrize("survives", [0, 1, 2])
@@ -94,13 +97,17 @@ def spoil_flipped(folder, other):
 
 
 def spoil_head(folder, other):
-    torch.save({"step": 20}, folder / "head.pt")
+    torch.save(torch.load(folder / "head.pt") | {"config": 3}, folder / "head.pt")
+
+
+def spoil_part(folder, other):
+    torch.save(torch.load(folder / "head.pt") | {"optimizer": {}}, folder / "head.pt")
 
 
 @pytest.mark.parametrize("spoil, said", [
     (spoil_missing, "shards_20 has 1 shards, 1.pt is missing.*one file system"),
     (spoil_foreign, "1.pt is of another run or step"), (spoil_flipped, "1.pt is damaged"),
-    (spoil_head, "head.pt is not a checkpoint")])
+    (spoil_head, "head.pt is not a checkpoint"), (spoil_part, "head.pt is not a checkpoint")])
 def test_shards_that_do_not_belong_together(spoil, said, tmp_path):
     write(tmp_path, 20, 2)
     write(tmp_path / "other", 20, 2, weights={key: x + 1 for key, x in WHOLE.items()})
