@@ -177,10 +177,11 @@ class Windows:
             self.state *= self.valid["state_valid"][self.item_episode]
         self.control_hz = torch.tensor(demos.episode_fps[self.episodes], dtype=torch.float32)
         encode = encode or (lambda texts, _: torch.stack([encode_text(t, text_len) for t in texts]))
-        self.told = [demos.instructions[e] for e in self.episodes] if text_len else []
-        self.text = encode(self.told, self.state[starts]) if self.told else None        # of their first steps
-        # What `batch` writes into every item's text: on the CPU, wherever the data are held.
-        self.written = (encode, self.item_episode.numpy(), self.state.numpy()) if state_in_text else None
+        self.instructions = [demos.instructions[e] for e in self.episodes] if text_len else []
+        self.text = encode(self.instructions, self.state[starts]) if self.instructions else None
+        # A text that holds the state is encoded in `batch`, from rows that stay on the CPU.
+        self.encode = encode if state_in_text and self.instructions else None
+        self.rows_on_cpu = self.item_episode.numpy(), self.state.numpy()
 
         self.images = None
         if demos.camera_keys and not demos.embeddings:
@@ -232,10 +233,9 @@ class Windows:
         if len(self.demos.processing.places) and (self.hide_before_start or not self.demos.shown.all()):
             has = torch.from_numpy(self.demos.shown[self.episodes[episode.cpu().numpy()]])      # (B, V)
             batch["image_mask"] = has[:, None] & ~(before.cpu() & self.hide_before_start)[..., None]
-        if self.text is not None and self.written:
-            encode, *rows = self.written
-            episodes, states = (x[indices.numpy()] for x in rows)
-            batch["text"] = encode([self.told[e] for e in episodes], torch.from_numpy(states))
+        if self.encode:
+            episodes, states = (x[indices.numpy()] for x in self.rows_on_cpu)
+            batch["text"] = self.encode([self.instructions[e] for e in episodes], torch.from_numpy(states))
         elif self.text is not None:
             batch["text"] = self.text[episode]
         return to_device(batch, self.device)

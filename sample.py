@@ -28,7 +28,6 @@ from tools.quality import compare_samples
 from tools.starting import released_policy
 from tools.words import about
 
-
 RANGES = {"episodes": (1, 100_000), "seed": SEEDS, "sampler_steps": (0, 100_000)}
 
 

@@ -7,10 +7,10 @@
                           [--image_size H W]   what resizing would make of the pictures, and what it costs
                           [--colour rgb]       of JPEG frames, as for train.py
 
-What it lists under "must be mended" training refuses (open_demos raises the first such line). What stands
-under "worth a look" it takes as it is, and most likely it should not. Notes are true as well, but many sound
-sets have them. The table says what becomes of every array, for a policy with cameras where the file has some.
-Exit status 2, with one line, only if nothing can be read.
+"must be mended" lists what training refuses (open_demos raises the first such line). "worth a look" lists
+what training accepts, though it is most likely wrong. Notes are findings that many good sets have. The table
+says what every array is used for, by a policy with cameras if the file has some. The exit status is 2, with
+one line, only if nothing can be read.
 
 The examinations: demos/doctor.py (numbers), demos/doctor_cameras.py (pictures); all names: demos/findings.py.
 """
@@ -103,7 +103,7 @@ def examine(path, image_size=None, colour="bgr", horizon=TP):
     if not episodes:
         raise UserError(report.wrong[0])
 
-    pictures = any(array.kind in ("camera", "jpeg") for array in episodes[0].obs.values())
+    pictures = any(array.is_camera for array in episodes[0].obs.values())
     keys = sort_keys(episodes, "image" if pictures else "lowdim")
     sound = []                  # episodes that fit together; the others are named and left out of all figures
     for e in episodes:
@@ -267,13 +267,13 @@ def examine_numbers(report, horizon):
         *doctor.dimensions(found), *idle, *doctor.angle_wraps(found), *doctor.late_actions(found, pairs),
         *doctor.slow_states(found, pairs, horizon), *beyond, *short, *doctor.duplicates(found),
         *doctor.clocks(found), *doctor.outliers(found, horizon)]
-    report.facts |= {"padding": padded, "clipped": share, "lag": [
-        {"action": p.action, "state": list(found.places[p.state]), "kind": p.kind, "steps": p.lag, "r": p.r}
-        for p in pairs]}
+    lags = [{"action": p.action, "state": list(found.state_columns[p.state]), "kind": p.kind, "steps": p.lag,
+             "r": p.r} for p in pairs]
+    report.facts |= {"padding": padded, "clipped": share, "lag": lags}
 
 
 def report_memory(report, image_size):
-    """What a set takes in memory, and what resizing makes of that."""
+    """How much memory a set takes, as it is and resized."""
     found, odd = report.found, report.findings
     sizes = {key: list(dict.fromkeys(s.size for s in those.values())) for key, those in report.seen.items()}
     every = [f"{key} {height} x {wide}" for key, sized in sizes.items() for height, wide in sized]
@@ -312,9 +312,7 @@ def main(argv=None):
     parser.add_argument("--horizon", type=int, default=TP, metavar="TP", help="of the policy (default 16)")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="as for train.py")
     parser.add_argument("--colour", default="bgr", help="as for train.py: bgr | rgb")
-    args = parser.parse(argv, {"horizon": (1, 10_000)})
-    if args.image_size and min(args.image_size) < 1:
-        raise UserError(f"--image_size {args.image_size} must be height and width, both at least 1")
+    args = parser.parse(argv, {"horizon": (1, 10_000), "image_size": (1, 20_000)})
     report = examine(args.path, args.image_size, args.colour, args.horizon)
     if args.json:
         json.dump(report.plain(), sys.stdout, indent=1)

@@ -11,7 +11,7 @@ from math import prod
 
 from demos import zarr
 from demos.dataset import rates
-from demos.episodes import faults
+from demos.episodes import faults, notes_of
 from demos.files import find_files, open_file, read_episodes
 from demos.limits import refuse_beyond_memory
 from demos.to_hdf5 import AT_ONCE, write_hdf5
@@ -52,13 +52,12 @@ def open_source(source, images=False, fps=None, instruction="", missing_zeros=Fa
 def check(episodes, resized):
     """Refuse episodes that do not fit together; say what was left out or guessed."""
     first = episodes[0]
-    cameras = [key for key, x in first.obs.items() if x.kind in ("camera", "jpeg")]
+    cameras = [key for key, x in first.obs.items() if x.is_camera]
     for e in episodes:
         for fault in faults(e, first, [key for key in first.obs if key not in cameras], cameras, resized):
             raise UserError(fault)
-    for note in dict.fromkeys(note for e in episodes for note in e.notes):
-        said = [e.name for e in episodes if note in e.notes]
-        say(f"{said[0]}{f' and {len(said) - 1} more' if said[1:] else ''}: {note}")
+    for note in notes_of(episodes):
+        say(note)
 
 
 def convert(source, out, images=False, fps=None, instruction="", missing_zeros=False, image_size=None,

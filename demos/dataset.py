@@ -6,11 +6,9 @@
 Numbers (actions, state) are read once and stay in memory: five million steps of 50 dimensions are 1 GB.
 Images stay in the files until they are asked for.
 """
-import collections
-
 import numpy as np
 
-from demos.episodes import coarse, faults, label_of, nonfinite
+from demos.episodes import coarse, faults, first_of, label_of, nonfinite, notes_of
 from demos.files import find_files, read_episodes
 from demos.generated import tabletop_file
 from demos.keys import check_extra, choose_keys, width
@@ -29,15 +27,17 @@ from robot.transforms import same_shape
 class Demos:
     """A checked set of demonstrations, see open_demos.
 
-    Of the set: state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim, action_dim,
-    action_names and state_names ([] where the file has none), image_size (H, W) or None, camera_sizes {key:
-    (H, W)} before resizing, fps (of the first episode), processing, notes (what a user should know).
-    Of each episode: lengths, instructions, episode_names, episode_fps, shown (episodes, V) bool: whether a
-    camera fills this place of the network. train_episodes, valid_episodes: numbers. Of each step: actions (N,
-    action_dim), state (N, state_dim): float32, all episodes in a row; episode e begins at starts[e]. They are
-    in the units of the file, or what the steps of `processing` make of these; but they are not yet relative,
-    which depends on the window. The state keys stand side by side in their order. So do the labels: labels
-    (N, sum of their dims).
+    the set        state_keys {key: dim in the file}, camera_keys, label_keys {name: dim}, state_dim,
+                   action_dim, action_names and state_names ([] where the file has none), image_size (H, W)
+                   or None, camera_sizes {key: (H, W)} before resizing, fps (of the first episode),
+                   processing, notes (what a user should know)
+    each episode   lengths, starts, instructions, episode_names, episode_fps; shown (episodes, V) bool:
+                   whether a camera fills this place of the network; train_episodes, valid_episodes: numbers
+    each step      actions (N, action_dim), state (N, state_dim), labels (N, sum of their dims): float32, all
+                   episodes in a row; episode e begins at starts[e]
+
+    Several state keys, or labels, stand side by side in their order. Actions and state are in the units of
+    the file, after the steps of `processing`. Only delta is left to the windows, on which it depends.
     """
 
     def __init__(self, source, episodes, keys, label_keys, split, memory_gb, image_size=None, colour="bgr",
@@ -101,7 +101,7 @@ class Demos:
         return self.reader.frames(episode, key, 0, 1).shape[1:3]
 
     def raw_actions(self, e):
-        """Of episode e, as the file has them: (T, A) float32, with the steps that are left out."""
+        """The actions of episode e as the file has them, (T, A) float32, with the steps that are left out."""
         return self.reader.read(self.episodes[e], self.episodes[e].actions).astype(np.float32)
 
     def _numbers(self, episode, key, array):
@@ -112,8 +112,7 @@ class Demos:
         return x
 
     def _processed(self, raw, obs):
-        """What the steps of `processing` make of the numbers, an episode at a time, so that a fault has a
-        name."""
+        """The numbers after the steps of `processing`; one episode at a time, so that a fault can name it."""
         actions = np.empty((len(raw), self.action_dim), np.float32)
         state = np.empty((len(raw), self.state_dim), np.float32)
         for name, start, length in zip(self.episode_names, self.starts, self.lengths):
@@ -193,12 +192,8 @@ def remarks(demos):
     for v, (place, key) in enumerate(demos.processing.places):
         without = [name for name, has in zip(demos.episode_names, demos.shown[:, v]) if key and not has]
         if without:
-            more = f" and {len(without) - 1} more" if without[1:] else ""
-            yield f"{without[0]}{more}: no camera '{key}', the place '{place}' is hidden there (image_mask)"
-    said = collections.Counter(note for e in demos.episodes for note in e.notes)
-    for note, count in said.items():
-        name = next(e.name for e in demos.episodes if note in e.notes)
-        yield f"{name}{f' and {count - 1} more' if count > 1 else ''}: {note}"
+            yield f"{first_of(without)}: no camera '{key}', the place '{place}' is hidden there (image_mask)"
+    yield from notes_of(demos.episodes)
     at = np.cumsum([0, *demos.processing.state_dims.values()])
     parts = {"actions": demos.actions} | {
         key: demos.state[:, lo:hi] for key, lo, hi in zip(demos.state_keys, at, at[1:])}

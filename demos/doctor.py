@@ -1,4 +1,4 @@
-"""What can be wrong with the numbers of a data set: an examination each, which gives Findings.
+"""What can be wrong with the numbers of a data set. Each function examines one thing and gives Findings.
 
 A threshold is either a convention of the training (its horizon, what its normaliser calls near-constant), or
 so far out that no clean recording comes near it; the comment beside it says which. demos/doctor_cameras.py
@@ -96,7 +96,7 @@ def slow_states(found, pairs, horizon):
 
 
 def pair_name(found, pair):
-    key, d = found.places[pair.state]
+    key, d = found.state_columns[pair.state]
     return f"actions[{pair.action}] -> {'change of ' * (pair.kind == 'velocity')}{one_line(key, 24)}[{d}]"
 
 
@@ -274,7 +274,7 @@ def outlier_starts(found, scaled):
     if len(far):
         worst = far[near[far].argmax()]
         d = kept[int(abs(start[worst] - np.median(start, axis=0)).argmax())]
-        key, d = found.places[d] if found.places else ("actions", d)
+        key, d = found.state_columns[d] if found.state_columns else ("actions", d)
         episodes = some[far].tolist()
         yield Finding("outlier start", f"{of(len(far), len(some))} begin {near[worst]:.0%} of the range away "
                       f"from others, most in {key}[{d}]: {found.named(episodes)}", "fault", episodes)

@@ -1,11 +1,10 @@
 """The picture that goes with demos/check.py: one HTML file that needs no network and no script. Every
 dimension over time, every episode a thin line, and the first frames of every camera."""
-import base64
 import html
 
 import numpy as np
 
-from demos.png import png
+from demos.png import data_uri
 from robot.errors import one_line, written_aside
 from robot.looks import spread
 
@@ -80,8 +79,7 @@ def cameras(report, chosen):
         shown = [e for e in dict.fromkeys([*chosen, *of_episode]) if e in of_episode][:FRAMES]
         yield f"<h2>{html.escape(one_line(camera, 80))}</h2><div class=frames>"
         for e in shown:
-            uri = base64.b64encode(png(np.ascontiguousarray(of_episode[e].first))).decode()
-            yield (f"<figure><img alt='' src='data:image/png;base64,{uri}'><figcaption>"
+            yield (f"<figure><img alt='' src='{data_uri(of_episode[e].first)}'><figcaption>"
                    f"{html.escape(report.found.named([e]))}, step 0</figcaption></figure>")
         yield "</div>"
 

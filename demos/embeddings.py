@@ -50,7 +50,7 @@ def open_part(path):
 
 
 def identity(demos, e):
-    """By which an episode is known again: its name, and its actions as the file has them."""
+    """What identifies an episode: its name, and a fingerprint of its actions as the file has them."""
     return demos.episode_names[e], fingerprint(demos.raw_actions(e))
 
 
@@ -61,8 +61,8 @@ def read_language(folder):
 
 
 class Embeddings:
-    """Of a data set: demos, demos.dataset.Demos. places: camera keys in the network's order, None where there
-    is no camera. Raises UserError for what was made of other data."""
+    """The tokens of a data set. demos: a demos.dataset.Demos. places: camera keys in the network's order,
+    None for a place without a camera. Raises UserError if the tokens were made from other data."""
 
     def __init__(self, folder, demos, places):
         self.folder, self.places, self.files = user_path(folder), list(places), OpenFiles(open_part)

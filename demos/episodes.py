@@ -1,4 +1,4 @@
-"""What an episode on disk is, and what can be wrong with its shapes. Every layout makes its own of these."""
+"""An episode on disk, and what can be wrong with its shapes. Every layout turns its files into Episodes."""
 import math
 from dataclasses import dataclass, field
 
@@ -17,6 +17,10 @@ class Array:
     kind: str = "state"         # or "camera", "jpeg" (a compressed camera), "other" (used if asked for)
     why: str = ""               # it is neither a state nor a camera
     names: list = field(default_factory=list)       # of its numbers, where the file says them
+
+    @property
+    def is_camera(self):
+        return self.kind in ("camera", "jpeg")
 
 
 class Rows:
@@ -65,6 +69,17 @@ class Episode:
         return self.steps - self.begin
 
 
+def notes_of(episodes):
+    """What was guessed or passed over, a line each with the episodes it is about."""
+    for note in dict.fromkeys(note for e in episodes for note in e.notes):
+        yield f"{first_of([e.name for e in episodes if note in e.notes])}: {note}"
+
+
+def first_of(names):
+    """"name and 3 more", for a message."""
+    return names[0] + f" and {len(names) - 1} more" * (len(names) > 1)
+
+
 def kind_of(shape, dtype):
     """(kind, why it is neither a state nor a camera) of an array that is not compressed; see Array."""
     per_step = shape[1:]
@@ -109,7 +124,7 @@ def faults(episode, first, state_keys, camera_keys, resized=False):
             yield f"{e.name}: actions have {e.steps} steps, '{key}' is {array.shape}: cut the longer one"
         if key in state_keys and array.dtype.kind not in "fiub":
             yield f"{e.name}: '{key}' is {one_line(array.dtype, 60)}, write a state as float (T, D)"
-        if key in camera_keys and array.kind not in ("camera", "jpeg"):
+        if key in camera_keys and not array.is_camera:
             yield (f"{e.name}: camera '{key}' is {one_line(array.dtype, 60)} {array.shape}: write uint8 "
                    f"(T, H, W, 3), 0..255")
         camera = key in camera_keys

@@ -1,4 +1,4 @@
-"""What a set of demonstrations says about a policy's Config, so that a file in a known form needs no flag."""
+"""Fields of a policy's Config that a set of demonstrations decides, so that they need no flags."""
 import torch
 
 from robot import tabletop

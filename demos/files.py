@@ -57,12 +57,12 @@ LAYOUTS = [lerobot, zarr, aloha, robomimic]
 
 
 def set_opener(path):
-    """What opens a folder that is one set; None if it is none."""
+    """The opener of a folder that is one set; None if it is none."""
     return next((opener for is_one, opener in SETS if is_one(path)), None)
 
 
 def unreadable(error):
-    """What is the matter with data that HDF5 does not read, and what to do."""
+    """Why HDF5 does not read some data, and what to do, for a message."""
     if any(words in str(error) for words in ("not registered", "plugin", "can't open directory")):
         return f"needs a compression filter that h5py lacks, repack the file: {one_line(error)}"
     return f"cannot be read, copy the file again: {one_line(error)}"

@@ -74,8 +74,8 @@ class Recordings:
         self.states = [key for key in self.numbers if key != "actions"]
         nothing = self.numbers["actions"][:, :0]
         self.state = np.concatenate([nothing, *(self.numbers[key] for key in self.states)], axis=1)
-        self.places = [(key, d) for key in self.states for d in range(self.numbers[key].shape[1])]
-        self.motion = self.state if self.places else self.numbers["actions"]   # what tells that the arm moves
+        self.state_columns = [(key, d) for key in self.states for d in range(self.numbers[key].shape[1])]
+        self.motion = self.state if self.state_columns else self.numbers["actions"]     # how the arm moved
 
     def rows(self, e):
         """Where the steps of episode e lie in the arrays of `numbers`."""

@@ -26,10 +26,10 @@ def segments(n, seed=0, cameras=False, image_size=64, robot=Tabletop):
     ...)} with Tabletop's keys, "instruction" str, "episode" int}. A larger n gives the same ones, continued.
     robot: one of ROBOTS.
 
-    Who has only seen the perfect way does not know how to return to it. So the hand is made to tremble
-    (correlated noise on the set-point), and at times it is kicked: for some steps it goes elsewhere, mostly
-    closing on nothing, and the expert has to recover. Recorded is always what the expert wanted, never what
-    the perturbation made of it.
+    A policy that has only seen the perfect path does not know how to return to it. So the hand is made to
+    tremble (correlated noise on the set-point), and at times it is kicked: for some steps it goes elsewhere,
+    mostly closing on nothing, and the expert has to recover. What is recorded is always what the expert
+    wanted, never what the perturbation made of it.
 
     A kick is nobody's intention, so its steps are no data. The rollout is cut there: a segment ends with the
     last step before a kick, the next one begins with the first step after it; single steps are dropped.

@@ -1,8 +1,8 @@
 """What an HDF5 file says, as plain values: arrays under their own names, attributes as texts and numbers.
 
-HDF5 gives zeros for what is missing behind a virtual data set, a repr looks like a text, and a link has a
-name of its own in another file. So everything is read through here, and refused here (UserError) where it
-cannot be read rightly.
+What h5py returns is not always what was stored: zeros where the source of a virtual data set is missing,
+bytes or arrays where a text was meant, nothing for a broken link. Everything is read through these functions,
+which raise UserError for what cannot be read rightly.
 """
 import collections
 import json
@@ -191,7 +191,7 @@ def json_of(nodes, name, notes):
 
 
 def instruction_of(nodes, where, notes):
-    """What the innermost node says that says anything; "" if none does."""
+    """The instruction of the innermost node that has one; "" if none has."""
     for node in nodes:
         said = attribute([node], *INSTRUCTIONS)
         inside = [node[key] for key in INSTRUCTIONS if isinstance(node.get(key), h5py.Dataset)]

@@ -3,11 +3,12 @@ import math
 from dataclasses import dataclass
 
 from robot.errors import UserError, nearest, one_line
+from robot.steps import check_keys
 
-# What a batch holds already, see data.Windows.
+# Names that a batch already has, see data.Windows.
 TAKEN = ("actions", "action_mask", "state", "images", "text", "control_hz", "action_valid", "state_valid")
 
-# What no camera and no joint tells: robomimic's name of it, and LeRobot's.
+# States that only a simulator knows: robomimic's name of them, and LeRobot's.
 SIMULATED = ("object", "observation.environment_state")
 
 LINE = 380                      # characters of a line that is meant to be read
@@ -86,7 +87,7 @@ def choose_keys(episodes, obs, text, shape_meta, extra):
         keys.unused = {key: "not in shape_meta" for key in first.obs if key not in named}
     else:
         if obs == "auto":
-            obs = "image" if any(x.kind in ("camera", "jpeg") for x in first.obs.values()) else "lowdim"
+            obs = "image" if any(x.is_camera for x in first.obs.values()) else "lowdim"
         if obs not in ("lowdim", "image"):
             raise UserError(f"obs is 'lowdim' or 'image', not {obs!r}{nearest(obs, ('lowdim', 'image'))}")
         keys = sort_keys(episodes, obs, text, extra)
@@ -99,21 +100,34 @@ def choose_keys(episodes, obs, text, shape_meta, extra):
     return keys
 
 
+def check_shape_meta(meta):
+    """Raises UserError unless meta is {"obs": {key: {"shape": [..], "type": "rgb" or "low_dim"}}, "action":
+    {"shape": [..]}}; `type` and `action` may be left out."""
+    check_keys(meta, "shape_meta", (), ("obs", "action"))
+    if not meta.get("obs"):
+        raise UserError("shape_meta: names no observation; leave it out to take all, or add obs: {KEY: ..}")
+    if not isinstance(meta["obs"], dict):
+        raise UserError(f"shape_meta: obs: {one_line(repr(meta['obs']), 60)} should be KEY: {{shape: ..}}")
+    parts = {"action": meta["action"]} if "action" in meta else {}
+    parts |= {f"obs: {key}": part for key, part in meta["obs"].items()}
+    for name, part in parts.items():
+        check_keys(part, f"shape_meta: {name}", (), ("shape",) if name == "action" else ("shape", "type"))
+        shape, kind = part.get("shape"), part.get("type", "low_dim")
+        if not isinstance(shape, (list, tuple)) or not all(type(n) is int and n > 0 for n in shape):
+            raise UserError(f"shape_meta: {name}: shape should be a list such as [3] or, of a camera, "
+                            f"[3, H, W], not {one_line(repr(shape), 60)}")
+        if kind not in ("rgb", "low_dim"):
+            raise UserError(f"shape_meta: {name}: type is rgb or low_dim, not {one_line(repr(kind), 60)}")
+
+
 def keys_of_shape_meta(first, shape_meta):
-    try:
-        wanted = {key: (m.get("type", "low_dim"), tuple(m["shape"])) for key, m in shape_meta["obs"].items()}
-        actions = tuple(shape_meta["action"]["shape"]) if "action" in shape_meta else first.actions.shape[1:]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError("shape_meta must read {obs: {KEY: {shape: [..], type: rgb or low_dim}}, action: "
-                        f"{{shape: [..]}}}}, not {one_line(shape_meta, 150)}") from None
-    if not wanted:
-        raise UserError("shape_meta: obs names no observation, a policy would see nothing: name some")
+    check_shape_meta(shape_meta)
+    wanted = {key: (m.get("type", "low_dim"), tuple(m["shape"])) for key, m in shape_meta["obs"].items()}
+    actions = tuple(shape_meta["action"]["shape"]) if "action" in shape_meta else first.actions.shape[1:]
     if actions != first.actions.shape[1:]:
         raise UserError(f"shape_meta: actions have shape {list(actions)}, but in {first.name} "
                         f"{list(first.actions.shape[1:])}: correct it")
     for key, (kind, shape) in wanted.items():
-        if kind not in ("rgb", "low_dim"):
-            raise UserError(f"shape_meta: the type of '{key}' is 'rgb' or 'low_dim', not {kind!r}")
         array = first.obs.get(key)
         if array is None or (kind, array.kind) == ("rgb", "jpeg"):
             continue                    # `faults` names a missing key; JPEGs show their size once decoded

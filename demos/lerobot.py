@@ -98,7 +98,7 @@ class LeRobot(collections.abc.Mapping):
         return self.spans[e]
 
     def shape(self, key):
-        """Of a step. LeRobot says [1] of a plain number."""
+        """Shape of a feature in one step. LeRobot writes [1] for a single number."""
         shape = tuple(self.features[key].get("shape") or ())
         return () if shape == (1,) else shape
 

@@ -67,7 +67,7 @@ def steps_gone(lengths):
 
 
 def steps_left(lengths):
-    """... from it on, itself among them."""
+    """How many steps of its episode are left at every step, itself counted."""
     return np.repeat(lengths, lengths) - steps_gone(lengths)
 
 

@@ -1,4 +1,4 @@
-"""What the normaliser is fitted to: the numbers that are trained on."""
+"""The numbers to which the normaliser is fitted: those of the training episodes."""
 import numpy as np
 import torch
 
@@ -7,11 +7,11 @@ from robot.normalizer import Normalizer
 
 
 def columns(demos, kind, steps=None):
-    """Number by number, the values of "actions" or "state" in the training episodes: D arrays.
+    """The values of every dimension of "actions" or "state" in the training episodes: D arrays.
 
-    Of several robots those of the robots that have it, since it means the same for all of them. Of an action
-    that is relative to the present state, those of all steps (offsets from "now") of all windows, as far as
-    they are within the episode.
+    With several robots, a dimension has the values of the robots that have it, since it means the same for
+    all of them. A relative action has one value for each step (offset from "now") of every window that lies
+    within the episode.
     """
     rows, x = demos.rows(demos.train_episodes), getattr(demos, kind)
     if isinstance(demos, MixedDemos):

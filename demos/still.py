@@ -11,9 +11,10 @@ from robot.errors import UserError, few
 
 
 def leave_out(episodes, state_keys, still, shortest):
-    """-> (the episodes of at least `shortest` steps, [notes]). Of each, the steps are left out before the one
-    that precedes the first step at which a number of the state (of qpos, where there is one) differs by more
-    than `still` from step 0, in the units of the file; 0: none. Raises UserError where nothing is left."""
+    """-> (the episodes of at least `shortest` steps, [notes]). The first move of an episode is the first step
+    at which a number of the state (of qpos, if there is one) differs from step 0 by more than `still`, in the
+    units of the file. The episode begins one step before it; with still = 0, nothing is left out. Raises
+    UserError if nothing is left."""
     kept, notes = [e for e in episodes if e.steps >= shortest], []
     short = [e.name for e in episodes if e.steps < shortest]
     if not kept:

@@ -77,7 +77,7 @@ def write_demo(file, episode, reader):
     if episode.instruction:
         demo.attrs["language_instruction"] = episode.instruction
     for name, array in arrays_of(episode).items():
-        if array.kind in ("camera", "jpeg"):
+        if array.is_camera:
             write_pictures(demo, name, episode, reader)
         else:
             demo[name] = reader.read(episode, array)
@@ -97,7 +97,7 @@ def write_pictures(demo, name, episode, reader):
 
 
 def write_attributes(file, data, episodes):
-    """What holds for all episodes; which belong together, and which are held out."""
+    """Attributes of the whole set; which episodes belong together, and which are held out."""
     first = episodes[0]
     data.attrs.update(format_version=1, fps=first.fps, total=sum(e.length for e in episodes))
     if first.action_names:

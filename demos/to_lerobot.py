@@ -72,7 +72,7 @@ def sources_of(episode):
         name = f"observation.{key}"
         if key.startswith("observation."):
             name = key
-        elif array.kind in ("camera", "jpeg"):
+        elif array.is_camera:
             name = f"observation.images.{key}"
         elif key in SIMULATED:
             name = ENVIRONMENT
@@ -91,7 +91,7 @@ def describe(episodes, sources, reader):
     arrays = every[0]
     for name, ours in sources.items():
         parts = [arrays[key] for key in ours]
-        if parts[0].kind in ("camera", "jpeg"):
+        if parts[0].is_camera:
             height, width = reader.frames(episode, ours[0].removeprefix("obs/"), 0, 1).shape[1:3]
             features[name] = {"dtype": "video", "shape": [height, width, 3],
                               "names": ["height", "width", "channels"], "info": {

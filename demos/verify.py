@@ -14,12 +14,12 @@ def compare(episodes, reader, written, names=None):
     one by one, pictures at steps drawn at random.
     """
     rng, ends, pictures = np.random.default_rng(0), {}, 0
-    frames = sum(e.length * sum(x.kind in ("camera", "jpeg") for x in e.obs.values()) for e in episodes)
+    frames = sum(e.length * sum(x.is_camera for x in e.obs.values()) for e in episodes)
     for i, e in enumerate(episodes):
         for name, array in arrays_of(e).items():
             if names and name not in names:
                 continue
-            if array.kind in ("camera", "jpeg"):
+            if array.is_camera:
                 steps = [t for t in range(e.length) if rng.random() < SAMPLES / frames or not (t or pictures)]
                 source = [reader.frames(e, name.removeprefix("obs/"), t, t + 1) for t in steps]
                 same = all(np.array_equal(x, written(i, name, t, t + 1)) for t, x in zip(steps, source))

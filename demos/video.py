@@ -45,8 +45,8 @@ class Video:
         """The frames at these rising times (seconds), each at most `within` away: (len(times), H, W, 3)
         uint8, RGB. Raises UserError if one is missing or broken.
 
-        Decoding can begin at a key frame only. What follows closely on the last call is decoded on from
-        there; anything else is sought."""
+        Decoding can only begin at a key frame. Frames soon after those of the last call are reached by
+        decoding on; for all others, the file is sought."""
         if self.time is None or not 0 < times[0] - within - self.time < AHEAD:
             self._seek(times[0])
         out = np.empty((len(times), *self.size, 3), np.uint8)

@@ -35,12 +35,12 @@ def save_frozen(folder, weights):
     return name
 
 
-# What a checkpoint holds, and of which type; [str]: a list of these.
+# The parts of a checkpoint and their types; [str] means a list of texts.
 CONTENT = {"model": str, "preset": str, "config": dict, "data": dict, "normalizer": (dict, type(None)),
            "options": {"data": str, "seed": int, "steps": int, "demos": int, "env": dict},
            "step": int, "train_seconds": (int, float), "weights": dict, "ema": dict, "optimizer": dict,
            "replay": {"batch": dict, "output": torch.Tensor}}
-# ... and "data" of it, of a policy and of a generative model.
+# Those of its part "data", for a policy (DATA) and for a generative model (SAMPLES).
 DATA = {"source": str, "state_keys": dict, "camera_keys": [str], "image_size": (list, type(None)),
         "fps": (int, float, type(None)), "action_dim": int, "state_dim": int, "action_names": [str],
         "instructions": [str]}
@@ -77,7 +77,7 @@ def faults(content):
     else:
         try:
             check_normalizer(Normalizer.from_state(content["normalizer"]), content["data"])
-        except Exception:  # any: whatever an edited one makes of these few lines
+        except Exception:  # an edited normaliser can raise anything here
             yield "normalizer"
 
 
@@ -156,7 +156,7 @@ def not_of_this_project(path):
 
 
 def record(model, batch):
-    """What the model makes of one batch with given noise: stored in the checkpoint, replayed when it is
+    """A batch and the model's output for it with given noise: stored in the checkpoint, replayed when it is
     loaded."""
     batch = {k: v.cpu() for k, v in batch.items()}
     return {"batch": batch, "output": sample_two_steps(model, batch)}
@@ -170,9 +170,9 @@ def sample_two_steps(model, batch):
 
 def load_model(path, device="cpu", module=None, replay=True):
     """-> (model with the averaged weights, in evaluation mode, and the checkpoint). Verifies by replay that
-    this code computes what the code that trained it did. module: what the checkpoint was trained with, if
-    that was no model file of its name but, say, one with a head of your own. replay=False: no verification,
-    after a change that is meant.
+    this code computes what the code that trained it did; replay=False leaves that out, after an intended
+    change. module: the module with the Model that was trained, if it is not the model file of that name (for
+    example a head of your own, docs/extending.md). Raises UserError.
     """
     checkpoint = read_checkpoint(path, device)
     module = module or load_module(checkpoint["model"])

@@ -1,4 +1,4 @@
-"""What a release is: as it lies in its folder, and as what the rest of the project needs of it."""
+"""A release, as it is downloaded (Download) and as the rest of the project needs it (Release)."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class Part:
 
 @dataclass
 class Download:
-    """What lies there, before a reader of robot/released.py knows whose it is."""
+    """The files, before a reader of robot/released.py has recognised their format."""
     name: str                 # as the user wrote it, for messages
     parts: list               # of Part
     notes: list               # what was left out so far
@@ -32,7 +32,7 @@ class Download:
 
     @property
     def weights(self):
-        """Of all parts."""
+        """{official name: tensor} of all parts."""
         weights = {}
         for part in self.parts:
             twice = [key for key in part.weights if key in weights]

@@ -1,4 +1,4 @@
-"""What a user can get wrong, and files that are whole or not there.
+"""A user's mistakes, each as one line, and files that are written whole or not at all.
 
 Every mistake ends as a UserError: one line that says what, where and how to mend it. `run_command` prints it
 and exits with status 2.
@@ -17,8 +17,8 @@ from pathlib import Path
 
 
 def one_line(foreign, most=200):
-    """What others wrote (an error of a library, a name or a text in a file), for a message: on one line,
-    without control characters, and cut where it is long."""
+    """A text that is not ours (an error of a library, a name or a text in a file), for a message: on one
+    line, without control characters, and cut if it is long."""
     text = " ".join(str(foreign)[:4 * most].split())
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= most else text[:most - 4] + " ..."
@@ -32,8 +32,8 @@ def few(names, most=8):
 
 
 class UserError(Exception):
-    """What a user can get wrong. The message is one line: what, where, how to mend it. Of one that is too
-    long the middle is left out: it begins with what is wrong, and ends with how to mend it."""
+    """A user's mistake. The message is one line: what is wrong, where, and how to mend it. If it is too long,
+    its middle is left out, since it begins with what is wrong and ends with how to mend it."""
 
     def __init__(self, message):
         text = one_line(message, 1_000_000)
@@ -89,7 +89,7 @@ def input_file(path):
 
 
 def input_text(path):
-    """What stands in a text file: UTF-8, whatever the locale."""
+    """The content of a text file, read as UTF-8 whatever the locale is."""
     try:
         return input_file(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -120,7 +120,7 @@ def write_json(path, content):
         aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-# What the system says, and how to mend it.
+# How to mend what the operating system reports.
 FULL = {number: "make room or choose another folder" for number in (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)}
 ADVICE = FULL | {errno.EACCES: "change its permissions or choose another",
@@ -128,7 +128,7 @@ ADVICE = FULL | {errno.EACCES: "change its permissions or choose another",
 
 
 def drop_output():
-    """What cannot be written is not tried again at exit, where Python would complain."""
+    """Do not try to write again at exit, where Python would complain."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -136,8 +136,8 @@ def drop_output():
 
 
 def run_command(main):
-    """Call main(); a user's mistake becomes one line on stderr and exit status 2. What libraries have to say
-    becomes notes."""
+    """Call main(). A user's mistake becomes one line on stderr and exit status 2; warnings of libraries
+    become notes."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):      # a locale that lacks a character writes it as \\x..
             stream.reconfigure(errors="backslashreplace")

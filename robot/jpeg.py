@@ -1,4 +1,4 @@
-"""Compressed frames."""
+"""Frames that are stored as JPEG."""
 import io
 import warnings
 
@@ -6,9 +6,9 @@ import numpy as np
 
 from .errors import UserError, hint, one_line
 
-# What a plain decoder takes for the order of colours. OpenCV writes arrays as if they were BGR, and ALOHA's
-# and RDT's recorders hand it RGB: red and blue are swapped in the file itself. OpenCV swaps them back as it
-# reads; any other decoder has to do so by hand. A file that Pillow or a video tool wrote has "rgb".
+# Order of the colours in the file. OpenCV expects arrays to be BGR, but ALOHA's and RDT's recorders give it
+# RGB: red and blue are swapped in the file itself. OpenCV swaps them back as it reads; any other decoder has
+# to swap them by hand ("bgr"). Files that Pillow or a video tool wrote are "rgb".
 COLOURS = ("bgr", "rgb")
 
 

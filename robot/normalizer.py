@@ -94,10 +94,6 @@ class Normalizer:
         """The inverse of `normalize`."""
         return (x.cpu().double() / self.scale[key] + self.centre[key]).float().to(x.device)
 
-    def offset(self, key):
-        """What y = x * scale + offset would have: Diffusion Policy's parameter of this name."""
-        return -self.centre[key] * self.scale[key]
-
     def state(self):
         """Everything as plain dicts, lists and tensors, for torch.save and torch.load(weights_only=True)."""
         return {name: getattr(self, name) for name in ("mode", "scale", "centre", "stats", "near_constant")}

@@ -26,15 +26,16 @@ class Robot:
     instruction: str = ""       # where none is given
 
     def processing(self):
-        """Pictures are shrunk by Pillow, in bytes, and stand in the middle of black."""
+        """As YAML's processing:. openpi resizes pictures with Pillow, as uint8, and centres them on black."""
         return {"obs": dict(self.obs), "actions": list(self.actions), "cameras": dict(self.cameras),
                 "images": {"fit": "pad", "filter": "bilinear", "fill": 0}}
 
 
 def aloha(model, delta=True, **more):
     """Two arms, the left one first: six joints (rad) and a gripper (0..1) each. Some joints turn the other
-    way than those of the robots that pi0 was trained on. pi0 counts a gripper from 0.5476 rad on; a command
-    is 0..1 of the range -0.6213 .. 1.4910 rad. What the robot reports is another number, by a curve."""
+    way than those of the robots that pi0 was trained on. For pi0 a gripper begins at 0.5476 rad; a command is
+    0..1 of the range -0.6213 .. 1.4910 rad. What the robot reports is converted by AlohaGripper (steps.py).
+    """
     signs = {"linear": {"at": [1, 2, 8, 9], "factor": [-1.0, -1.0, -1.0, -1.0]}}
     grippers = [6, 13]
     command = {"linear": {"at": grippers, "factor": [1.4910 + 0.6213] * 2, "offset": [-0.6213 - 0.5476] * 2}}
@@ -65,7 +66,7 @@ def droid(model, delta=False, **more):
                  state_in_text=model == "pi05", **more)
 
 
-# The first one of a robot is taken where only its statistics say which it is.
+# If only the folder of the statistics says which robot it is, the first configuration of that robot is taken.
 ROBOTS = {
     "pi0_aloha": aloha("pi0"),
     "pi05_aloha": aloha("pi05"),

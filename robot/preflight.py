@@ -14,6 +14,7 @@ demos/usual.py). Exit status: 0 GO, 1 NO-GO, 2 for mistakes such as a file that 
 
 A reason is a NO-GO; a remark is not. What is compared, and with what: preflight_checks.py, docs/preflight.md.
 """
+import contextlib
 import json
 import sys
 import time
@@ -106,10 +107,8 @@ def main(argv=None):
     d = policy.description
     colour = (d.get("usual") or {}).get("colour", "bgr")
     recording = Recording(args.episode, [*d["state_keys"], *d["camera_keys"]], args.demo, colour)
-    try:
+    with contextlib.closing(recording):
         flight = fly(policy, recording, args.instruction or recording.instruction)
-    finally:
-        recording.close()
     found = judge(flight)
     go = not any(level == "reason" for level, _, _ in found)
     if args.json:

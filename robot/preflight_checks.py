@@ -12,7 +12,8 @@ BEYOND = 0.1                    # of the data's range: further out, an action or
 FACTOR = 2.0                    # times the data's largest step, or its largest distance from the present pose
 STILL = 0.01                    # of the data's range: a smaller step is no speed
 RATE = 0.05                     # by which two control rates differ if they are not the same
-# By which a state is too large; the smallest first, since a larger one might bring it into the range as well.
+# Factors by which a state in the wrong unit is too large. The smallest comes first, since a larger one may
+# bring the state into the range as well.
 UNITS = {"degrees instead of rad": 180 / np.pi, "millimetres instead of metres": 1000.0,
          "rad instead of degrees": np.pi / 180, "metres instead of millimetres": 1e-3}
 

@@ -1,4 +1,4 @@
-"""What lies between a robot and a network, apart from the normaliser: steps per key, declared in YAML.
+"""Conversions between a robot and a network, apart from the normaliser: steps per key, declared in YAML.
 
 They are applied to the data in training, and applied and undone by the policy:
 
@@ -22,7 +22,7 @@ import torch
 
 from .errors import UserError, few, hint, one_line
 from .normalizer import Normalizer
-from .steps import check_keys, do, parse_steps, part, places, undo, within
+from .steps import check_keys, do, indices, parse_steps, part, undo, within
 from .transforms import check_rule, resize
 
 
@@ -34,8 +34,8 @@ class Processing:
 
     state_dims: {key: numbers in the network's form}, state_dim their sum. places: [(place of the network,
     camera key or None)]. relative: whether the actions end with a delta. by_model: the network's own `fit`
-    resizes a robot's pictures, as floats. Raises UserError for what does not fit; whether the steps fit the
-    actions is for action_dim to say.
+    resizes a robot's pictures, as floats. Raises UserError for what does not fit; action_dim checks whether
+    the steps fit the actions.
     """
     KEYS = ("obs", "actions", "normalize", "images", "cameras")
 
@@ -74,7 +74,7 @@ class Processing:
         for key in keys or [""]:
             self.known(key, f"{where}: to: {one_line(key, 40)}")
         none = spec.get("except") in (None, [])
-        return keys, [] if none else places(spec["except"], f"{where}: except")
+        return keys, [] if none else indices(spec["except"], f"{where}: except")
 
     def parse_cameras(self, camera_keys):
         where, cameras = "processing: cameras", part(self.spec, "cameras")
@@ -105,7 +105,7 @@ class Processing:
                                 f"{hint(name, Normalizer.MODES)}")
         if isinstance(given, str):
             return given
-        pairs = [(d, name) for name, at in given.items() for d in places(at, f"{where}: {name}")]
+        pairs = [(d, name) for name, at in given.items() for d in indices(at, f"{where}: {name}")]
         if len(dict(pairs)) < len(pairs):
             raise UserError(f"{where}: a number has two modes: {one_line(given, 100)}")
         if key != "actions":

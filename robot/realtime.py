@@ -9,8 +9,8 @@ that is in calls of `act`. What the arm does meanwhile is the strategy's choice:
     wait        it stands still, then executes the chunk from its beginning
     naive       it goes on with the old chunk, and changes over as soon as the new one is there. The new chunk
                 does not know what was done meanwhile: where two ways are open it may take the other one
-    ensembling  a chunk is begun as often as possible, and what is executed is a mean of all that they say
-                about this step (ACT, arXiv:2304.13705)
+    ensembling  a chunk is begun as often as possible, and the mean of all their actions for this step is
+                executed (ACT, arXiv:2304.13705)
     rtc         real-time chunking (Black, Galliker and Levine, arXiv:2506.07339), see below
 
 Real-time chunking: the actions that will have been executed when the chunk arrives are known, for the old
@@ -92,7 +92,7 @@ def guidance(target, weight, places, clip=0.0, beta=BETA, spread=SPREAD):
                 error = torch.zeros_like(x0)
                 error[..., places] = weight[:, None].to(x0) * (target.to(x0) - near[..., places])
                 pull, = torch.autograd.grad(x0, x, error)
-            # What the sampler would clip anyway moves nothing; without a pull, `out` is what it was.
+            # Both ends are clipped as the sampler clips: where the pull is 0, `out` stays exactly the same.
             moved = cut(near + strength * pull) - near                          # [4]
             return out.detach() + (moved if scale is None else -scale / sigma * moved)
         return guided
@@ -149,7 +149,8 @@ class RealTimeChunking(Naive):
 
 
 class Ensembling(Naive):
-    """The mean of all chunks that speak of this step, each weighted by exp(-0.01 i), i = 0 for the oldest."""
+    """The mean of all chunks that hold an action for this step, weighted by exp(-0.01 i), i = 0 for the
+    oldest."""
 
     def __init__(self, now, every):
         super().__init__(now, every)
@@ -177,7 +178,7 @@ STRATEGIES = {"wait": Wait, "naive": Naive, "ensembling": Ensembling, "rtc": Rea
 # ---------------------------------------------------------------- workers: who computes a chunk
 
 def settings_of(policy):
-    """What RealTime has to know of a policy. Plain values, since they may come over a wire."""
+    """What RealTime has to know of a policy: plain values, which remote.py sends over the network."""
     config, data = policy.model.config, policy.description
     return {"n_obs_steps": config.n_obs_steps, "first_action": config.first_action,
             "n_action_steps": config.n_action_steps, "fps": data["fps"],
@@ -204,8 +205,8 @@ class InThread:
         self.pool = ThreadPoolExecutor(1)
 
     def submit(self, observations, plan):
-        """-> a job: done() without waiting, result() is the chunk or raises: OSError, the job is lost and is
-        begun anew; anything else ends the program."""
+        """-> a job. done() does not wait; result() is the chunk, or raises: after an OSError the job is lost
+        and RealTime begins another one, any other error ends the program."""
         return self.pool.submit(compute, self.policy, observations, plan)
 
     def close(self):
@@ -273,8 +274,8 @@ class RealTime:
         self.trouble = ""                       # "late" or "lost", once it was said
 
     def act(self, observation):
-        """The action of this control step, raw units: as Policy.act, but never later than the observation is
-        copied. Raises UserError if the worker did."""
+        """The action of this control step, raw units, as Policy.act, but at once: the network is not waited
+        for. Raises UserError if the worker did."""
         self.observations.append(copy.deepcopy(observation))    # a camera may write into its buffer again
         del self.observations[:-self.worker.settings["n_obs_steps"]]
         self.changed = False

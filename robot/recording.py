@@ -93,30 +93,24 @@ class Recording:
     def __getitem__(self, t):
         observation = {}
         for key, array in self.arrays.items():
-            if array is not None:
-                try:
-                    value = array[t]
-                except (OSError, RuntimeError) as e:
-                    raise UserError(f"{self.name}: '{key}' of step {t} cannot be read: "
-                                    f"{one_line(e, 120)}") from None
-                compressed = array.dtype.kind in "SO" or array.dtype == np.uint8 and array.ndim == 2
-                camera = not compressed and array.dtype == np.uint8 and array.ndim == 4
-                observation[key] = (self._decoded(value) if compressed else value if camera
-                                    else np.ravel(value))
+            if array is None:
+                continue
+            compressed = array.dtype.kind in "SO" or array.dtype == np.uint8 and array.ndim == 2
+            camera = array.dtype == np.uint8 and array.ndim == 4
+            try:
+                value = decode_jpeg(array[t], self.colour) if compressed else array[t]
+            except (OSError, RuntimeError, UserError) as e:
+                raise UserError(f"{self.name}: '{key}' of step {t} cannot be read: {one_line(e, 120)}"
+                                ) from None
+            observation[key] = value if compressed or camera else np.ravel(value)
         return observation
-
-    def _decoded(self, buffer):
-        try:
-            return decode_jpeg(buffer, self.colour)
-        except UserError as e:
-            raise UserError(f"{self.name}: {e}") from None
 
     def close(self):
         self.file.close()
 
 
 def control_freq(value):
-    """Of robomimic's env_args, JSON: there, or among its env_kwargs; None if it is in neither."""
+    """The control frequency in robomimic's env_args, a JSON text: at its top or in env_kwargs; else None."""
     found = json.loads(text(value))
     return found.get("control_freq") or found.get("env_kwargs", {}).get("control_freq")
 

@@ -1,9 +1,9 @@
-"""What people download -> what this project needs of it.
+"""Downloaded weights -> a Release, with which this project trains and acts.
 
     release = open_release("FOLDER")        a LeRobot folder, weights with an index.json, a torch file, ...
     model = build_model(release)            the model with these weights, float32
 
-A reader of READERS looks at a Download and makes a Release of it, or says that it is not his: None.
+Each reader in READERS gets a Download. It returns a Release, or None if the files are not in its format.
 """
 import re
 
@@ -17,7 +17,7 @@ from .released_pi0 import lerobot, openpi, paligemma
 from .released_rdt import read_rdt
 from .weight_files import refuse_not_finite
 
-# One line of the names of each model's official weights, by which a bare file is known.
+# A part of the names of each model's official weights, by which a file without config.json is recognised.
 MARKS = {"pi0": "paligemma_with_expert.", "rdt": "img_adaptor.", "dp_cnn": "down_modules.",
          "dit": "x_embedder.", "dp_transformer": "cond_pos_emb", "dit_policy": "noise_net."}
 # Scales of actions and observations among the weights: LeRobot's until 2025, and Diffusion Policy's.
@@ -25,7 +25,7 @@ STATISTICS = re.compile(r"(un)?normalize_(inputs|targets|outputs)\.buffer_|norma
 
 
 def bare(download, model, hints):
-    """Weights without a word about what they are: --model, --preset and --set say it."""
+    """Weights without a config.json that says what they are: --model, --preset and --set say it."""
     weights, kind = download.weights, download.config.get("type")
     if isinstance(kind, str):
         raise UserError(f"{download.name}: its config.json is that of a policy of type "
@@ -48,8 +48,9 @@ READERS = [lerobot_diffusion, original, lerobot, openpi, paligemma, read_rdt, ba
 
 
 def open_release(path, model=None, **hints):
-    """path: a folder or file, or several with commas. model: what the user says it is, or None. hints: what a
-    folder may not say and a reader asks for. -> Release. Raises UserError."""
+    """path: a folder or file, or several with commas. model: what the user says it is, or None. hints: what
+    the folder may not say and only one of the readers needs (robot, tokenizer_path, ...). -> Release. Raises
+    UserError."""
     try:
         download = open_download(path)
         refuse_not_finite(download.weights)

@@ -1,7 +1,7 @@
 """Diffusion Policy as people download it: LeRobot's folders, and the state_dicts of the original.
 
 github.com/huggingface/lerobot, src/lerobot/policies/diffusion; github.com/real-stanford/diffusion_policy.
-Both -> a Release of dp_cnn. What a file says and this code does not do is refused by its name.
+Both become a Release of dp_cnn. A setting in their files that this code cannot follow is refused by its name.
 """
 import re
 
@@ -13,7 +13,7 @@ from .normalizer import Normalizer
 from .released_lerobot import (features, known_steps, normalizer, recipe_of, renames_of, scale_of,
                                statistics)
 
-# Fields of LeRobot's DiffusionConfig -> ours, where the name alone differs.
+# Fields of LeRobot's DiffusionConfig -> ours, if at most the name differs.
 FIELDS = {"horizon": "horizon", "n_obs_steps": "n_obs_steps", "n_action_steps": "n_action_steps",
           "down_dims": "down_dims", "kernel_size": "kernel_size", "n_groups": "n_groups",
           "diffusion_step_embed_dim": "step_embed_dim", "use_film_scale_modulation": "film_scale",
@@ -59,16 +59,12 @@ def lerobot_diffusion(download, model, hints):
                         f"LeRobot's has observation.state and action")
     notes += [f"the input {name} is not used, as in LeRobot" for name in inputs
               if name not in (*cameras, *state_keys)]
-    sizes = {tuple(inputs[name][1]) for name in cameras}
-    if len(sizes) > 1 or any(len(size) != 3 or size[0] != 3 for size in sizes):
-        raise UserError(f"config.json: pictures of {few(sizes)}; all should be of one [3, height, width]")
     stats = statistics(download, weights)
     keys = {"actions": {"action": outputs["action"][1][0]}, "state": state_keys}
     fields = lerobot_fields(config, notes) | encoder_fields(config, stats, cameras, weights)
     fields |= {"action_dim": keys["actions"]["action"], "state_dim": sum(state_keys.values()),
                "n_cameras": len(cameras), "obs": "image" if cameras else "lowdim"}
-    size = list(sizes.pop()[1:]) if cameras else None
-    if size:
+    if size := picture_size(inputs[name][1] for name in cameras):
         fields["image_size"] = size
     renames = renames_of(download, known_steps(download, STEPS))
     description = describe(download.name, {renames.get(k, k): d for k, d in state_keys.items()},
@@ -76,6 +72,14 @@ def lerobot_diffusion(download, model, hints):
     order = [state_keys["observation.state"], *cameras, *(state_keys[name] for name in env)]
     return Release("dp_cnn", fields, weights, normalizer(stats, keys), description, notes, {"order": order},
                    recipe_of(config))
+
+
+def picture_size(shapes):
+    """[H, W] of pictures of these shapes, each [3, H, W]; None if there are none. Raises UserError."""
+    found = {tuple(shape) for shape in shapes}
+    if len(found) > 1 or any(len(shape) != 3 or shape[0] != 3 for shape in found):
+        raise UserError(f"config.json: pictures of {few(found)}; all should be of one [3, height, width]")
+    return list(found.pop()[1:]) if found else None
 
 
 def known(name, value, names, where="config.json"):
@@ -109,7 +113,7 @@ def lerobot_fields(config, notes):
 
 
 def encoder_fields(config, stats, cameras, weights):
-    """The way of a picture."""
+    """Scale, resizing and crop of the pictures, and the ResNet."""
     if not cameras:
         return {}
     scales = [scale_of(stats, name) or (torch.zeros(3), torch.ones(3)) for name in cameras]
@@ -161,14 +165,10 @@ def original(download, model, hints):
         known(f"shape_meta: {key}: type", kind, ("rgb", "low_dim"))
     cameras = [key for key, (kind, _) in obs.items() if kind == "rgb"]
     state_keys = {key: shape[0] for key, (kind, shape) in obs.items() if kind == "low_dim"}
-    sizes = {tuple(obs[key][1]) for key in cameras}
-    if len(sizes) > 1:
-        raise UserError(f"config.json: pictures of {few(sizes)}; they should all be of one size")
     scale = original_scales(download.name, weights, [*obs, "action"])
     fields = original_fields(config, cameras, weights, scale)
     fields |= {"action_dim": action_dim, "state_dim": sum(state_keys.values()), "n_cameras": len(cameras)}
-    size = list(sizes.pop()[1:]) if cameras else None
-    if size:
+    if size := picture_size(obs[key][1] for key in cameras):
         fields["image_size"] = size
     order = [key if key in cameras else state_keys[key] for key in obs]
     if fields["conditioning"] == "inpaint" and order != [*cameras, *state_keys.values()]:
@@ -217,7 +217,8 @@ def original_normalizer(scale, state_keys):
 
 
 def absolute_arms(action_dim, scale, state_keys):
-    """Arms of an absolute action, 0 for another: ten numbers each, of which only the position is scaled."""
+    """How many arms have their absolute pose in an action, 0 if it is something else. A pose has ten numbers,
+    of which only the three of the position are scaled."""
     plain = scale["scale"].reshape(-1, 10)[:, 3:] if action_dim % 10 == 0 else torch.zeros(1)
     return action_dim // 10 if (plain == 1).all() and "robot0_eef_pos" in state_keys else 0
 

@@ -131,7 +131,8 @@ def of_processor(settings, state, name, kind):
 
 
 def early_mode(config, name, kind):
-    """... by config.json: of 2025 by the kind of feature, of 2024 by its name."""
+    """Mode of a feature by config.json: files of early 2025 say it by the kind of feature, those of 2024 by
+    its name."""
     by_name = {**config.get("input_normalization_modes", {}), **config.get("output_normalization_modes", {})}
     return str(by_name.get(name) or config.get("normalization_mapping", {}).get(kind, "IDENTITY")).upper()
 
@@ -146,8 +147,8 @@ def take_buffers(weights):
 
 
 def scale_of(stats, name):
-    """A feature's (centre, width) as (x - centre) / width, (dim,) each: of pictures, whose scale is in the
-    model's Config."""
+    """(centre, width) of a feature, (dim,) each, normalised as (x - centre) / width; None if it is not. For
+    pictures, whose scale is in the model's Config."""
     mode, has = stats[name]
     kind, *pair = MODES[mode]
     if kind == "none":
@@ -160,8 +161,8 @@ def scale_of(stats, name):
 
 
 def normalizer(stats, keys):
-    """Normalizer from `statistics`. keys: {"actions": {feature: dim}, "state": {feature: dim, ...}}; those of
-    a key stand one after the other."""
+    """Normalizer from `statistics`. keys: {"actions": {feature: dim}, "state": {feature: dim, ...}}; the
+    features of a key stand side by side."""
     modes, values, eps = {}, {}, {}
     for key, names in keys.items():
         modes[key], parts = [], []

@@ -19,7 +19,7 @@ from .weight_files import read_json
 
 # Heads are in no shape. Gemma's 8 are fixed in openpi's code (gemma_pytorch.py), SigLIP has those of So400m.
 HEADS = {"n_heads": 8, "vit_heads": 16}
-# What LeRobot's config.json could say otherwise, and pi0.py has as constants.
+# Settings of LeRobot's config.json that are constants in pi0.py: other values are refused.
 CONSTANTS = {"n_obs_steps": 1, "time_sampling_beta_alpha": 1.5, "time_sampling_beta_beta": 1.0,
              "time_sampling_scale": 0.999, "time_sampling_offset": 0.001,
              "min_period": 0.004, "max_period": 4.0,
@@ -133,8 +133,8 @@ def relative(options, state_key, action_dim):
 
 
 def openpi(download, model, hints):
-    """What openpi's convert_jax_model_to_pytorch.py or its PyTorch training has written, with statistics in
-    assets/<robot>/norm_stats.json. hints: robot, a name in ROBOTS."""
+    """A folder that openpi's convert_jax_model_to_pytorch.py or its PyTorch training wrote, with statistics
+    in assets/<robot>/norm_stats.json. hints: robot, a name in ROBOTS."""
     names = load_module("pi0").convert_official(dict.fromkeys(download.weights))
     if "type" in download.config or "expert.layers.0.q.weight" not in names:
         return None
@@ -180,7 +180,8 @@ def chosen_robot(download, kind, asked):
 
 
 def openpi_normalizer(download, robot, fields):
-    """Standard scores for pi0, 1 % and 99 % to -1 and 1 for pi0.5. What pads the statistics is cut off."""
+    """Mean 0 and deviation 1 for pi0; the 1 % and 99 % quantiles to -1 and 1 for pi0.5. The zeros that pad
+    the statistics are cut off."""
     path = download.folder / "assets" / robot.assets / "norm_stats.json"
     if not path.is_file():
         raise UserError(f"{download.name} lacks assets/{robot.assets}/norm_stats.json, the statistics of the "
@@ -220,7 +221,7 @@ def paligemma(download, model, hints):
 
 
 def unnamed(kind, fields, download, notes):
-    """Weights of nobody's robot: the data of the training say the rest."""
+    """Weights without a robot: the training data decide what the observations and actions are."""
     fields = {key: value for key, value in fields.items() if key not in FACTS}
     return Release(kind, fields, download.weights, None, {}, notes, recipe=official_recipe(kind), free=FREE)
 
@@ -260,7 +261,8 @@ def fields_of(download, kind):
 
 
 def with_tokenizer(fields, download, hints, folders=(".",)):
-    """Enter the SentencePiece file that the user names, or that lies in one of these folders. -> notes"""
+    """Set fields["tokenizer_path"]: the file that the user names, or the one in the first of these folders
+    that has it. -> notes"""
     files = [download.folder / name / "tokenizer.model" for name in folders]
     found = hints.get("tokenizer_path") or next((str(path) for path in files if path.is_file()), "")
     fields["tokenizer_path"] = found

@@ -94,8 +94,8 @@ def latency(policy, repeat=10):
 
 
 def to_film(success, n_seen, n):
-    """Which of the first n_seen episodes are shown: failures first, for they teach most, but two places are
-    kept for successes where there are any."""
+    """Which of the first n_seen episodes are shown: failures first, since they teach most, but two places are
+    kept for successes."""
     failed, worked = np.flatnonzero(~success[:n_seen]), np.flatnonzero(success[:n_seen])
     failed = failed[:n - min(2, len(worked))]
     return [*failed, *worked[:n - len(failed)]]

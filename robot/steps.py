@@ -25,7 +25,7 @@ class Linear:
     @classmethod
     def parse(cls, spec, where):
         check_keys(spec, where, ("at", "factor"), ("offset",))
-        at = places(spec["at"], f"{where}: at")
+        at = indices(spec["at"], f"{where}: at")
         factor, offset = (numbers(spec.get(key, 0), len(at), f"{where}: {key}")
                           for key in ("factor", "offset"))
         if 0 in factor:
@@ -56,7 +56,7 @@ class AlohaGripper:
     @classmethod
     def parse(cls, spec, where):
         check_keys(spec, where, ("at",))
-        return cls(places(spec["at"], f"{where}: at"))
+        return cls(indices(spec["at"], f"{where}: at"))
 
     def width(self, dim, where):
         within(self.at, dim, where)
@@ -93,7 +93,7 @@ class Rotation:
                                 f"{hint(spec[key], FORMS)}")
         if type(spec["at"]) is not int:
             raise UserError(f"{where}: at: {one_line(repr(spec['at']), 60)} should be its first number")
-        return cls(*places(spec["at"], f"{where}: at"), spec["from"], spec["to"])
+        return cls(*indices(spec["at"], f"{where}: at"), spec["from"], spec["to"])
 
     def width(self, dim, where):
         within([self.at + FORMS[self.source] - 1], dim, f"{where}: {self.source} from {self.at} on")
@@ -127,7 +127,7 @@ class RobosuiteAxisAngle:
     @classmethod
     def parse(cls, spec, where):
         check_keys(spec, where, ("at",))
-        return cls(places(spec["at"], f"{where}: at")[0])
+        return cls(indices(spec["at"], f"{where}: at")[0])
 
     def width(self, dim, where):
         within([self.at + 3], dim, where)
@@ -174,8 +174,8 @@ def check_keys(spec, where, needed, optional=()):
             raise UserError(f"{where}: lacks {key!r}")
 
 
-def places(value, where):
-    """Which numbers of a vector: one, or a list of them without repetition."""
+def indices(value, where):
+    """`at:` of a step: which numbers of a vector, one or several, none twice -> a list of indices."""
     found = value if isinstance(value, list) else [value]
     if not found or not all(type(n) is int and n >= 0 for n in found) or len(set(found)) < len(found):
         raise UserError(f"{where}: {one_line(repr(value), 60)} should say which numbers, counted from 0, for "

@@ -1,4 +1,4 @@
-"""What lies between a camera and a network: the one way in which pictures are resized."""
+"""Pictures between a camera and a network. All of them are resized here, in training and on the robot."""
 import math
 
 import numpy as np

@@ -24,11 +24,13 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Where a folder keeps its weights, best first.
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
          "pytorch_model.bin.index.json", "diffusion_pytorch_model.safetensors", "model.pt", "model.pth")
-# What programs save beside an optimiser's state. Of several the first: authors evaluate an average.
+# Keys under which programs save weights. If a file has several, the first of these is taken: averages come
+# first, since authors evaluate those.
 WRAPPERS = ("state_dicts", "ema_model", "ema", "module", "state_dict", "model_state_dict", "model", "params")
 # DDP, torch.compile (anywhere in a name), Diffusion Policy's and ema_pytorch's averages.
 PREFIXES = ("module.", "ema_model.")
-# "model." belongs to the names of some releases; before one of these it is a program's that held the policy.
+# Some releases have "model." in their own names. In front of one of these names it comes from a program that
+# held the policy as its attribute `model`.
 HELD = re.compile(r"model\.(model|diffusion|obs_encoder|normalizer|normalize_inputs|noise_net|x_embedder)\.")
 
 

@@ -155,7 +155,8 @@ def main(argv=None):
         policy, step = open_policy(run, args)
         own = policy.model.config.n_action_steps
         for strategy in args.strategies:
-            # Who stands still for every chunk has no reason to look before the actions are used up.
+            # `wait` stands still for every chunk: it has no reason to begin one before the actions are used
+            # up.
             every = own if strategy == "wait" else args.every or own
             wanted += [(policy, dict(zip(KEY, (run, step, strategy, delay, every, args.episodes, args.seed))))
                        for delay in args.delays]

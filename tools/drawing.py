@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from demos.png import png
+from demos.png import data_uri
 from robot.looks import spread
 from tools.words import OUTCOMES
 
@@ -24,8 +24,7 @@ def sprite(frames):
     sheet = np.zeros((rows * columns, H, W, *rgb), np.uint8)
     sheet[:T] = frames
     sheet = sheet.reshape(rows, columns, H, W, *rgb).swapaxes(1, 2).reshape(rows * H, columns * W, *rgb)
-    uri = "data:image/png;base64," + base64.b64encode(png(sheet)).decode()
-    return {"count": T, "columns": columns, "width": W, "height": H, "uri": uri}
+    return {"count": T, "columns": columns, "width": W, "height": H, "uri": data_uri(sheet)}
 
 
 def photo(image):
@@ -180,7 +179,7 @@ def samples_for_page(samples):
 
 
 def films_for_page(rollouts):
-    """Failures first, for they teach most. Of a comparison the scenes with a failure, all runs in it."""
+    """Failures first, since they teach most; in a comparison, the scenes in which any run failed."""
     failed = {r.get("scene") for r in rollouts if not r["success"]}
     first = lambda r: r["scene"] not in failed if "scene" in r else bool(r["success"])
     rollouts = sorted(rollouts, key=first)

@@ -5,7 +5,7 @@
 
 The two folders are as transformers writes them: config.json, weights (one file, or shards with their
 index.json) and, of T5, spiece.model. Stopped at any time, the same command goes on with the first episode
-that is not there yet. Of T5 one layer at a time is in memory. What is written: demos/embeddings.py.
+that is not there yet. Only one layer of T5 at a time is in memory. demos/embeddings.py describes the files.
 """
 import shutil
 
@@ -154,7 +154,7 @@ def check_marks(path, marks):
 
 
 def mark_of(part, key):
-    """By which weights are known again: one tensor of them."""
+    """What identifies weights: a fingerprint of one of their tensors."""
     return fingerprint(part.weights[key].float().numpy())
 
 

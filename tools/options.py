@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from demos.keys import check_shape_meta
 from robot.cli import SEEDS, Parser, check_ranges
 from robot.environments import fields_of
 from robot.errors import UserError, hint, input_text, one_line
@@ -19,109 +20,58 @@ from robot.steps import check_keys
 
 @dataclass
 class Options:
-    """Every flag; a YAML file given with --config may hold any of them, and flags win over it. A model
-    file's RECIPES hold the values that suit its presets, and are overridden by both."""
-
-    # which file: one of MODELS
-    model: str = ""
-    # a name in the file's PRESETS
-    preset: str = "tiny"
-    # YAML file with any of these options
-    config: str = ""
-    # tabletop | HDF5 file, folder or glob | moons, checkerboard, ..., shapes | images as .npz
-    data: str = ""
-    # where the run goes; default out/<model>
-    out: str = ""
-    # optimiser steps
-    steps: int = 5000
-    # items per step and process
-    batch_size: int = 128
-    # batches whose gradients are added up before a step
-    grad_accum: int = 1
-    # peak learning rate
-    lr: float = 1e-3
-    # cosine | linear | constant | pi0, after a linear warm-up
-    lr_schedule: str = "cosine"
-    # optimiser steps of warm-up
-    warmup: int = 200
-    # AdamW's weight decay, on the groups that the model decays
-    weight_decay: float = 1e-6
-    # AdamW's betas
-    betas: tuple = (0.95, 0.999)
-    # largest gradient norm; 0 = no clipping
-    clip: float = 0.0
-    # EMA: decay = 1 - (1 + step)^-ema_power, at most ema_max
-    ema_power: float = 0.75
-    # ... and its largest value
-    ema_max: float = 0.9999
-    # seed of everything random
-    seed: int = 0
-    # generated episodes to train on, for --data tabletop (0: demos/dataset.py's default) and the 2-D sets
-    demos: int = 0
-    # demonstrations to train on at most, 0 = all
-    max_train_episodes: int = 0
-    # share of the episodes held out for validation, where the file does not say itself; 0 = as the file says
-    val_ratio: float = 0.0
-    # minmax | meanstd | quantile | maxabs | none | checkpoint (the statistics that came with --init)
-    normalizer: str = "minmax"
-    # gigabytes of memory for images; what takes more stays in the files
-    memory_gb: float = 4.0
-    # height and width that pictures are brought to as they are read; 0 0 = they stay as they are
-    image_size: tuple = (0, 0)
-    # order of the colours in JPEG frames: bgr (ALOHA's and RDT's recorders) | rgb, see robot/jpeg.py
-    colour: str = "bgr"
-    # folder that python -m tools.embed wrote: pictures and instructions as tokens, for rdt
-    embeddings: str = ""
-    # leave out the steps before a number of the state has moved so far (RDT: 0.01); 0 = keep all
-    still: float = 0.0
-    # leave out episodes of less steps (RDT: 128)
-    shortest: int = 0
-    # worker processes that read files (sets that fit into memory need none)
-    workers: int = 0
-    # a logged line every N steps
-    log_every: int = 50
-    # validation loss and error of sampled actions every N steps; 0 = at the end only
-    eval_every: int = 1000
-    # closed-loop success every N steps; 0 = at the end only
-    rollout_every: int = 0
-    # closed-loop episodes at the end; 0 = none
-    episodes: int = 100
-    # checkpoint every N steps
-    checkpoint_every: int = 1000
-    # auto | cpu | cuda | mps
-    device: str = "auto"
-    # auto (bfloat16 on CUDA, float32 elsewhere) | float32 | bfloat16
-    dtype: str = "auto"
-    # compile the training step with torch.compile
-    compile: bool = False
-    # show what one batch meets inside the model file, and train nothing
-    explain: bool = False
-    # several GPUs: share out weights, gradients, average and optimiser (FSDP2), for the largest presets
-    fsdp: bool = False
-    # go on with the run in --out
-    resume: bool = False
-    # keep every N-th checkpoint as checkpoint_<step>.pt; 0 = the newest only
-    keep_every: int = 0
-    # keep the checkpoint with the lowest held-out loss as checkpoint_best.pt
-    keep_best: bool = False
-    # weights to start from: a run of one's own, or a folder or file that was downloaded (docs/weights.md)
-    init: str = ""
-    # with --init: weights whose names begin so start fresh, for example a new head; several with commas
-    fresh: str = ""
-    # fields of the model's Config
-    set: dict = field(default_factory=dict)
-    # observation and action keys of the data, as in Diffusion Policy's YAML (YAML only)
-    shape_meta: dict = field(default_factory=dict)
-    # labels of a step that the loss reads beside the actions: {name in the file: dimensions} (YAML only)
-    extra: dict = field(default_factory=dict)
-    # with --init of openpi's weights: whose statistics and units, a name in robot/openpi_robots.py
-    robot: str = ""
-    # several robots in one run: {name: {data, action_names, state_names}}, for rdt (YAML only)
-    robots: dict = field(default_factory=dict)
-    # steps between the robot's numbers and pictures and the network's, see docs/data.md (YAML only)
-    processing: dict = field(default_factory=dict)
-    # environment of the closed loop: {id, kwargs, obs, ...}, see robot/environments.py (YAML only)
-    env: dict = field(default_factory=dict)
+    """Every flag, with its help as a comment. A YAML file given with --config may hold any of them, and flags
+    win over it. A model file's RECIPES hold the values that suit its presets, and are overridden by both."""
+    model: str = ""                 # which file: one of MODELS
+    preset: str = "tiny"            # a name in the file's PRESETS
+    config: str = ""                # YAML file with any of these options
+    data: str = ""                  # tabletop | file, folder or glob | moons, shapes, ...: docs/data.md
+    out: str = ""                   # where the run goes; default out/<model>
+    steps: int = 5000               # optimiser steps
+    batch_size: int = 128           # items per step and process
+    grad_accum: int = 1             # batches whose gradients are added up before a step
+    lr: float = 1e-3                # peak learning rate
+    lr_schedule: str = "cosine"     # cosine | linear | constant | pi0, after a linear warm-up
+    warmup: int = 200               # optimiser steps of warm-up
+    weight_decay: float = 1e-6      # AdamW's weight decay, on the groups that the model decays
+    betas: tuple = (0.95, 0.999)    # AdamW's betas
+    clip: float = 0.0               # largest gradient norm; 0 = no clipping
+    ema_power: float = 0.75         # EMA: decay = 1 - (1 + step)^-ema_power, at most ema_max
+    ema_max: float = 0.9999         # EMA: largest decay
+    seed: int = 0                   # seed of everything random
+    demos: int = 0                  # rollouts generated for tabletop, or points of a 2-D set; 0 = its default
+    max_train_episodes: int = 0     # training episodes at most; 0 = all
+    val_ratio: float = 0.0          # share of the episodes held out; 0 = as the file says, else 0.05
+    normalizer: str = "minmax"      # minmax | meanstd | quantile | maxabs | none | checkpoint (of --init)
+    memory_gb: float = 4.0          # gigabytes of memory for images; what takes more stays in the files
+    image_size: tuple = (0, 0)      # height and width that pictures are brought to; 0 0 = as they are
+    colour: str = "bgr"             # of JPEG frames: bgr (ALOHA's and RDT's recorders) | rgb
+    embeddings: str = ""            # folder of tools.embed: pictures and instructions as tokens, for rdt
+    still: float = 0.0              # leave out steps before the first move of more than this; 0 = none
+    shortest: int = 0               # leave out episodes of fewer steps (RDT: 128)
+    workers: int = 0                # processes that read files (sets that fit into memory need none)
+    log_every: int = 50             # a logged line every N steps
+    eval_every: int = 1000          # held-out loss and error of sampled actions every N steps; 0 = at the end
+    rollout_every: int = 0          # closed-loop success every N steps; 0 = at the end only
+    episodes: int = 100             # closed-loop episodes at the end; 0 = none
+    checkpoint_every: int = 1000    # checkpoint every N steps
+    device: str = "auto"            # auto | cpu | cuda | mps
+    dtype: str = "auto"             # auto (bfloat16 on CUDA, float32 elsewhere) | float32 | bfloat16
+    compile: bool = False           # compile the training step with torch.compile
+    explain: bool = False           # show what one batch meets inside the model file, and train nothing
+    fsdp: bool = False              # several GPUs share weights, gradients, average and optimiser (FSDP2)
+    resume: bool = False            # go on with the run in --out
+    keep_every: int = 0             # keep every N-th checkpoint as checkpoint_<step>.pt; 0 = the newest only
+    keep_best: bool = False         # keep the checkpoint with the lowest held-out loss, checkpoint_best.pt
+    init: str = ""                  # weights to start from: a run, or what was downloaded (docs/weights.md)
+    fresh: str = ""                 # with --init: weights that start fresh, by the beginning of their names
+    set: dict = field(default_factory=dict)         # fields of the model's Config
+    shape_meta: dict = field(default_factory=dict)  # keys of the data, as in Diffusion Policy (YAML only)
+    extra: dict = field(default_factory=dict)       # labels per step: {name: dimensions} (YAML only)
+    robot: str = ""                 # openpi's weights: whose statistics and units (robot/openpi_robots.py)
+    robots: dict = field(default_factory=dict)      # several in one run, for rdt: docs/data.md (YAML only)
+    processing: dict = field(default_factory=dict)  # between robot and network: docs/data.md (YAML only)
+    env: dict = field(default_factory=dict)         # of the closed loop: docs/environments.md (YAML only)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -182,8 +132,7 @@ def parse_set(items):
 def parse_options(argv):
     """Flags and YAML -> Options, and the names of those that were given in either."""
     parser = Parser(description=f"Train one model file of: {', '.join(MODELS)}")
-    # The comment above a field is its help.
-    comments = {name: text for text, name in re.findall(r"# (.*)\n    (\w+):", inspect.getsource(Options))}
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Options), re.M))
     for name, default in vars(Options()).items():
         kind = {"help": f"{comments[name]} (default: {default})".replace("%", "%%"), "default": None}
         if name == "set":
@@ -234,22 +183,6 @@ def check_options(options):
         check_shape_meta(options.shape_meta)
 
 
-def check_shape_meta(meta):
-    check_keys(meta, "shape_meta", (), ("obs", "action"))
-    if not meta.get("obs"):
-        raise UserError("shape_meta: names no observation; leave it out to take all, or add obs: {KEY: ..}")
-    parts = {"action": meta["action"]} if "action" in meta else {}
-    if not isinstance(meta["obs"], dict):
-        raise UserError(f"shape_meta: obs: {one_line(repr(meta['obs']), 60)} should be KEY: {{shape: ..}}")
-    parts |= {f"obs: {key}": part for key, part in meta["obs"].items()}
-    for name, part in parts.items():
-        check_keys(part, f"shape_meta: {name}", (), ("shape",) if name == "action" else ("shape", "type"))
-        shape = part.get("shape")
-        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-            raise UserError(f"shape_meta: {name}: shape should be a list such as [3] or, of a camera, "
-                            f"[3, H, W], not {one_line(repr(shape), 60)}")
-
-
 def read_yaml(path):
     """{option: value} of a YAML file, types checked."""
     try:
@@ -272,6 +205,11 @@ def with_recipe(options, explicit, module):
     return dataclasses.replace(options, **{k: v for k, v in recipe.items() if k not in explicit})
 
 
+def tuple_of(value):
+    """A list of YAML as the tuple that a Config holds."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def make_config(module, options, facts):
     """The model's Config: preset, then facts of the data, then --set. `facts` {field: value} are used
     where the Config has such a field, and --set may not contradict them."""
@@ -281,8 +219,7 @@ def make_config(module, options, facts):
     names = {f.name for f in dataclasses.fields(module.Config)}
     facts = {k: v for k, v in facts.items() if k in names}
     for key, fact in facts.items():  # n_classes = 0 means: do not look at the labels
-        value = options.set.get(key, fact)
-        value = tuple(value) if isinstance(value, list) else value
+        value = tuple_of(options.set.get(key, fact))
         if value != fact and (key, value) != ("n_classes", 0):
             raise UserError(f"--set {key}={value}: the data decide this, it is {fact}; leave it out")
     return model_config(module, module.PRESETS[options.preset] | facts | options.set, "--set")

@@ -31,7 +31,7 @@ def step_labels(states):
 
 
 def sample(model, batch, generator, trace=None):
-    """As model.sample. Of tokens of pictures, thousands a row, 4 rows at a time."""
+    """As model.sample, but 4 rows at a time if pictures come as tokens: a row has thousands of them."""
     if "image_embeds" not in batch:
         return model.sample(batch, generator=generator, trace=trace)
     chunks, traces = [], []
@@ -45,7 +45,7 @@ def sample(model, batch, generator, trace=None):
 
 
 def chunks_of(model, windows, normalizer, description, generator, environments, n):
-    # Of 16 observations the one whose chunks differ most: there the policy has to choose.
+    # The one of 16 observations whose chunks differ most: there the policy has to choose.
     items = torch.randint(len(windows), (16,), generator=generator)
     batch = windows.batch(items.repeat_interleave(4))
     spread = sample(model, batch, generator).unflatten(0, (16, 4)).std(1).flatten(1).mean(1)

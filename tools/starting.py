@@ -13,7 +13,7 @@ from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.released import build_model, open_release
 from tools import distributed, shards
-from tools.options import check_options, parse_set
+from tools.options import check_options, parse_set, tuple_of
 from tools.runs import frozen_names, n_parameters, read_rows
 
 
@@ -33,14 +33,14 @@ FREE = (*SAMPLER_FIELDS, "n_action_steps", "train_on_padding", "random_crop", "c
 
 
 def is_run(init):
-    """Whether --init is a run of one's own."""
+    """Whether --init names a run of train.py."""
     path = user_path(init)
     return (path / "checkpoint.pt").exists() or path.match("checkpoint*.pt")
 
 
 def with_release(options, explicit):
-    """What the weights of --init say about themselves becomes options, where the user does not. -> (options,
-    names of those that are given, Release or None). A resumed run has it all in its checkpoint."""
+    """Options that the weights of --init decide, unless the user gives them. -> (options, names of the
+    options that are given, Release or None). A resumed run has all of them in its checkpoint."""
     if not options.init or is_run(options.init):
         return options, explicit, None
     out = user_path(options.out or f"out/{options.model}")
@@ -94,10 +94,6 @@ def released_policy(args):
     return policy.model, checkpoint, policy
 
 
-def tuple_of(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
 def units(options, earlier, release):
     """The normaliser that a run begins with: that of the run it goes on from, or of the release. None: it is
     fitted to the data."""
@@ -132,7 +128,7 @@ def fits(release, facts, description):
 
 
 def say_notes(release, out):
-    """What of the weights is not used: a line, and the whole of it in a file of the run."""
+    """The first note on weights that are not used; all of them are written to a file of the run."""
     if release and release.notes:
         with written_aside(out / "init.log") as aside:
             aside.write_text("\n".join(release.notes) + "\n", encoding="utf-8")
@@ -187,8 +183,8 @@ def earlier_run(options, out, rank):
 
 
 def start_from(model, checkpoint, options):
-    """--init out/run: the averaged weights of an own run. What --fresh names keeps its random initialisation.
-    Raises UserError for what does not fit."""
+    """--init out/run: the averaged weights of an earlier run. Weights that --fresh names keep their random
+    initialisation. Raises UserError for weights that do not fit."""
     if checkpoint["model"] != options.model:
         raise UserError(f"--init {options.init} is a run of {checkpoint['model']}, not of {options.model}")
     relative = [is_relative(spec) for spec in (checkpoint["data"].get("processing"), options.processing)]
@@ -222,7 +218,7 @@ def is_relative(processing):
     return any("delta" in step for step in (processing or {}).get("actions", []))
 
 
-# What the result depends on: a change is named, since it makes another run of it.
+# Options on which the result depends: if one changes, it is another run, and a note says so.
 SHAPING = ("data", "seed", "steps", "batch_size", "grad_accum", "lr", "warmup", "lr_schedule", "clip",
            "weight_decay", "betas", "ema_power", "ema_max", "dtype", "normalizer",
            "image_size", "colour")
@@ -256,7 +252,8 @@ def resume(run, checkpoint):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(f"{path} does not fit {run.options.model}.py, which has changed since: "
                         f"{one_line(e)[:200]}") from None
-    run.rows = read_metrics(run.out / "metrics.jsonl", up_to=run.step)
+    rows = read_rows(run.out / "metrics.jsonl")             # without those after the checkpoint
+    run.rows = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= run.step]
     if run.step == run.options.steps:  # its last evaluation is made anew
         run.rows = [row for row in run.rows if row["step"] < run.step or "lr" in row]
 
@@ -285,8 +282,3 @@ def same_data(was, now, out):
             what += f" ({len(was[key])} then, {len(now[key])} now)" if isinstance(was[key], list) else ""
             raise UserError(f"--resume: the data have changed since the run began, other {what}: use the same"
                             f" files and split, or start a new run from this one: --init {out} --out NEW")
-
-
-def read_metrics(path, up_to):
-    """Rows of the run's earlier part, without those after the checkpoint."""
-    return [row for row in read_rows(path) if isinstance(row.get("step"), int) and row["step"] <= up_to]

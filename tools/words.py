@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-# Keys of result.json -> what a reader calls them. Of several robots a key ends in _<robot>.
+# Keys of result.json -> words for a reader. With several robots, a key ends in _<robot>.
 LABELS = {
     "model": "Model", "preset": "Preset", "parameters": "Parameters", "device": "Device",
     "step": "Optimiser steps", "train_seconds": "Training time",
@@ -86,7 +86,7 @@ def error_in_words(result):
 
 
 def table_in_words(rows):
-    """Of a comparison: one sentence for all runs."""
+    """One sentence for all runs of a comparison."""
     if all("success" in row for row in rows):
         return ["Episodes that succeeded: " + ", ".join(f"{row['run']} {row['success']}" for row in rows)]
     if all("distance" in row for row in rows):
@@ -151,7 +151,7 @@ def units_of(data):
 
 
 def label(key):
-    """What a reader calls a key of result.json; its own name if nobody said."""
+    """The words for a key of result.json; the key itself if LABELS has none."""
     for known in sorted(LABELS, key=len, reverse=True):
         if key == known or key.startswith(f"{known}_"):
             robot = key.removeprefix(known)[1:]

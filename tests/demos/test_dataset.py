@@ -42,13 +42,14 @@ def test_shape_meta_names_keys_and_their_order(tmp_path):
     for key, spec, words in [("pos", {"shape": [4]}, r"low_dim \[4\], but in a.hdf5:demo_0 float64 \[3\]"),
                              ("left", {"shape": [4, 6, 3], "type": "rgb"}, r"rgb is \[3, H, W\]"),
                              ("pos", {"shape": [3], "type": "rgb"}, "'pos' is rgb"),
-                             ("pos", {"shape": [3], "type": "depth"}, "'rgb' or 'low_dim'"),
+                             ("pos", {"shape": [3], "type": "depth"},
+                              "obs: pos: type is rgb or low_dim, not 'depth'"),
                              ("pso", {"shape": [3]}, "no 'pso', did you mean 'pos'")]:
         with pytest.raises(UserError, match=words):
             open_demos(path, shape_meta={"obs": {key: spec}})
     with pytest.raises(UserError, match=r"actions have shape \[7\]"):
         open_demos(path, shape_meta={"obs": {"pos": {"shape": [3]}}, "action": {"shape": [7]}})
-    with pytest.raises(UserError, match="shape_meta must read"):
+    with pytest.raises(UserError, match="shape_meta: unknown key 'pos'"):
         open_demos(path, shape_meta={"pos": [3]})
 
 

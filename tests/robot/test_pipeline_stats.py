@@ -1,4 +1,4 @@
-"""openpi's statistics of raw samples, after its conversions, against Processing and tools/openpi_stats.py."""
+"""The statistics of what Processing makes of openpi's raw samples are those in its norm_stats.json."""
 import json
 
 import numpy as np
@@ -8,8 +8,8 @@ from golden_cases import GOLDEN_DIR
 
 from robot.normalizer import Normalizer
 from robot.processing import Processing
-from tools.openpi_stats import BINS, histogram_quantiles, openpi_statistics
 
+BINS = 5000                                     # of openpi's histogram
 FOLDERS = sorted(path.parent for path in (GOLDEN_DIR / "pipelines").glob("openpi_*/case.npz"))
 NONE = [pytest.param(None, marks=pytest.mark.skip(reason="GOLDEN_DIR/pipelines has no openpi case"))]
 
@@ -28,6 +28,36 @@ def processing_of(meta, state_dim, action_dim):
         absolute = [d for d in range(action_dim) if d % 7 == 6]
         spec["actions"] = spec.get("actions", []) + [{"delta": {"to": "state", "except": absolute}}]
     return Processing(spec, {"state": state_dim})
+
+
+def openpi_statistics(batches):
+    """Arrays (..., D), one after the other -> {"mean", "std", "q01", "q99"}: (D,) float64. The deviation is
+    that of a population (divided by N). src/openpi/shared/normalize.py RunningStats."""
+    rows = [np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1]) for x in batches]
+    every = np.concatenate(rows)
+    q01, q99 = histogram_quantiles(rows, (0.01, 0.99))
+    return {"mean": every.mean(0), "std": every.std(0), "q01": q01, "q99": q99}
+
+
+def histogram_quantiles(batches, shares):
+    """Of rows (n, D) that come batch by batch: the left edge of the bin in which a share of all is reached,
+    (D,) for each share. When a batch widens the range of any number, the bins of all are laid out anew, and
+    what was counted moves with the left edge of its bin."""
+    low, high = batches[0].min(0), batches[0].max(0)
+    edges = np.linspace(low - 1e-10, high + 1e-10, BINS + 1, axis=1)        # (D, BINS + 1)
+    counts = np.zeros((len(low), BINS))
+    for x in batches:
+        wider = np.minimum(low, x.min(0)), np.maximum(high, x.max(0))
+        if not np.array_equal(wider, (low, high)):
+            low, high = wider
+            moved = np.linspace(low, high, BINS + 1, axis=1)
+            counts = np.stack([np.histogram(old[:-1], new, weights=n)[0]
+                               for old, new, n in zip(edges, moved, counts)])
+            edges = moved
+        counts += np.stack([np.histogram(column, bins)[0] for column, bins in zip(x.T, edges)])
+    n = sum(len(x) for x in batches)
+    at = [[np.searchsorted(row.cumsum(), share * n) for row in counts] for share in shares]
+    return [edges[np.arange(len(low)), places] for places in at]
 
 
 @pytest.mark.parametrize("folder", FOLDERS or NONE, ids=lambda folder: getattr(folder, "name", "none"))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from test_house import MODELS, ROOT, each_model, source
 
-from tools import explain
+from tools import equations, explain
+from tools.watch import Watch, attention_of, pattern
 import pi0
 import train
 from robot.models import load_module
@@ -46,7 +47,7 @@ def section(text, title):
 
 @each_model
 def test_every_line_that_is_named_is_the_line_where_it_happens(name, printed):
-    lines, carrying, calls = source(name).splitlines(), explain.computed(source(name)), 0
+    lines, carrying, calls = source(name).splitlines(), equations.computed(source(name)), 0
     for row in section(printed(name), "LOSS") + section(printed(name), "SAMPLE"):
         found = re.match(rf" +{name}\.py:(\d+) +(.*)", row)
         if not found:
@@ -71,9 +72,9 @@ def test_the_equations_that_ran_are_named(name, printed):
     """Every number of the docstring has its row; noising runs in `loss`, and something only in `sample`."""
     rows = [re.match(r"  (.{5}).{60}  (.{24})([\d, ]+)$", row).groups()
             for row in section(printed(name), "EQUATIONS")]
-    assert [int(number.strip(" []")) for number, *_ in rows] == list(explain.stated(source(name)))
+    assert [int(number.strip(" []")) for number, *_ in rows] == list(equations.stated(source(name)))
     assert any("loss" in met for _, met, _ in rows) and any("sample" in met for _, met, _ in rows)
-    tags = explain.tagged(source(name))
+    tags = equations.tagged(source(name))
     for number, met, lines in rows:
         assert re.fullmatch(r"-|building|loss|sample|\w+, \w+|building, loss, sample", met.strip())
         assert all(int(number.strip(" []")) in tags[int(n)] for n in lines.split(", "))
@@ -130,9 +131,9 @@ def test_probabilities_of_the_fused_attention(kind):
     lower = torch.ones(5, 5, dtype=torch.bool).tril()
     given = {"bool": {"attn_mask": lower}, "causal": {"is_causal": True}, "none": {},
              "float": {"attn_mask": torch.zeros(5, 5).masked_fill(~lower, -torch.inf)}}[kind]
-    p = explain.attention_of(q, k, v, **given)
+    p = attention_of(q, k, v, **given)
     assert torch.allclose(p @ v, F.scaled_dot_product_attention(q, k, v, **given), atol=1e-6)
-    seen = explain.pattern(p > 0)
+    seen = pattern(p > 0)
     assert seen.tolist() == (lower.tolist() if kind != "none" else [[True] * 5])
 
 
@@ -141,7 +142,7 @@ def test_patterns_of_grouped_queries_and_of_heads():
     grouped = lower.repeat(2, 1).expand(3, 2, 8, 4)                 # (B, kv heads, group x N, M)
     heads_last = lower[:, None].expand(3, 4, 6, 4)                  # (B, N, H, M)
     for seen in (grouped, heads_last, lower.expand(3, 2, 4, 4)):
-        assert explain.pattern(seen).tolist() == lower.tolist()
+        assert pattern(seen).tolist() == lower.tolist()
 
 
 def test_a_picture_groups_what_is_alike_and_thins_out_what_is_large():
@@ -209,7 +210,7 @@ def test_what_happens_in_a_toy(which, reached, toy):
     model = toy.Toy()
     x = torch.randn(5, 4)
     want = model.loss(x, which)
-    with explain.Watch(toy.__file__, model) as watch:
+    with Watch(toy.__file__, model) as watch:
         assert torch.equal(model.loss(x, which), want)              # watching changes nothing
     assert watch.reached == reached and watch.masks == {}
     at = lambda text: TOY[:TOY.index(text)].count("\n") + 1
@@ -245,9 +246,9 @@ def test_equations_md_is_what_the_files_say(capsys):
 
 
 def test_every_equation_of_the_map_has_its_text_and_its_lines():
-    text = explain.equation_map(ROOT)
+    text = equations.equation_map(ROOT)
     rows = re.findall(r"^\| \[(\d+)\] \| `(.+)` \| (.+) \|$", text, re.M)
-    assert len(rows) == sum(len(explain.stated(source(name))) for name in MODELS)
+    assert len(rows) == sum(len(equations.stated(source(name))) for name in MODELS)
     for number, _, links in rows:
         for line, name, again in re.findall(r"\[(\d+)\]\((\w+\.py)#L(\d+)\)", links):
             assert line == again and f"[{number}]" in source(name[:-3]).splitlines()[int(line) - 1]
