@@ -21,7 +21,7 @@ B, STEPS = 4, 3
 # One draw per item, no end of an episode, one length of text: then the mean of two halves is that of all.
 PLAIN = {"n_draws": 1, "text_share": 1.0, "vae_steps": 0}
 CASES = [*small.FIRST.values()]
-LOW = "pi0-images"              # also in bfloat16
+LOW, WIDER = "pi0-images", {"mlp": 128}     # also in bfloat16
 
 
 def half(x, rank):
@@ -44,7 +44,8 @@ def gathered(model):
 
 def train_case(case, way, rank, dtype=torch.float32):
     known = vars(small.make_config(case))
-    model = small.make_model(case, **{key: x for key, x in PLAIN.items() if key in known})
+    changes = PLAIN | (WIDER if dtype == torch.bfloat16 else {})
+    model = small.make_model(case, **{key: x for key, x in changes.items() if key in known})
     model.eval()                                # no dropout, no random crops
     batch, draws, most = joint_batch(model.config), small.make_draws(model.config, B), [0]
     own = None if way == "alone" else rank
@@ -123,7 +124,7 @@ def main():
     rank, _ = distributed.join(torch.device("cpu"), fsdp=True)
     found = {case: {way: train_case(case, way, rank) for way in ("alone", "ddp", "fsdp")} for case in CASES}
     low = {way: train_case(LOW, way, rank, torch.bfloat16) for way in ("alone", "fsdp")}
-    found["bfloat16"] = low | {"float32": found[LOW]["alone"]}
+    found["bfloat16"] = low
     found["bytes"] = {processes: measure(processes) for processes in (1, 2)}
     distributed.leave()
     return found

@@ -1,6 +1,6 @@
 """Streams a generated set that memory does not hold, and says what each process takes:
 
-    python tests/measure_streaming.py /tmp/large --gigabytes 20 --workers 2
+    python tests/measure_streaming.py large --gigabytes 20 --workers 2
 
 Writes files of random pictures of two cameras into the folder, unless they are there, and reads all of them
 once in shuffled order, as train.py does. Resident bytes are what the system reports (Linux): pages that

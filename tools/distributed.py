@@ -87,11 +87,18 @@ def groups(model):
                 yield part
 
 
+def gathered_in(part, dtype):
+    """In which type a group is gathered. Torch's own norms, and those with statistics, want float32."""
+    norms = (torch.nn.LayerNorm, torch.nn.GroupNorm)
+    wants = any(isinstance(m, norms) and [*m.parameters()] for m in part.modules()) or [*part.buffers()]
+    return torch.float32 if wants else dtype
+
+
 def shard(models, device, world, dtype=torch.float32):
     """--fsdp: each weight is divided along its first axis. A block's weights are whole from the beginning of
     its forward to the end, and again in the backward pass; the rest (embeddings, heads, ...) is whole for the
     whole step. Of models that come from the CPU, the device never holds more than a block whole. dtype: in
-    which the blocks' weights are gathered."""
+    which blocks are gathered, see gathered_in."""
     from torch.distributed.device_mesh import init_device_mesh  # seconds, which others need not wait for
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(device.type, (world,))
@@ -99,11 +106,11 @@ def shard(models, device, world, dtype=torch.float32):
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     # Autocast would keep a bfloat16 copy of each weight until the backward pass. What is gathered in bfloat16
     # needs no copy. Gradients are summed in float32, and inputs keep their type.
-    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32,
-                                  cast_forward_inputs=False)
+    policy = lambda part: MixedPrecisionPolicy(gathered_in(part, dtype), torch.float32,
+                                               cast_forward_inputs=False)
     for model in models:
         for part in groups(model):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy(part))
             for name in ways_in(part):
                 register_fsdp_forward_method(part, name)
         fully_shard(model, mesh=mesh)

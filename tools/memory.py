@@ -136,14 +136,20 @@ def per_gpu(module, config, batch_size, processes, dtype):
     with torch.device("meta"):
         model = module.Model(config).eval()         # no dropout: its masks are small
     size = lambda part: sum(p.numel() for p in part.parameters())
-    blocks = [size(block) for block in distributed.blocks(model)]
-    every, largest = size(model), max(blocks, default=0)
-    rest, trained = every - sum(blocks), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    low, copies = (2, 2) if dtype == torch.bfloat16 else (4, 0)
-    gathered, average = copies * every, 4 * trained
+    blocks = [(size(block), distributed.gathered_in(block, dtype)) for block in distributed.blocks(model)]
+    every, trained = size(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copied = 2 if dtype == torch.bfloat16 else 0            # bytes of the copy of a float32 weight
+    rest = every - sum(n for n, _ in blocks)
+    low = min([kind.itemsize for _, kind in blocks], default=4)
+    gathered, average = copied * every, 4 * trained
     if processes > 1:
-        gathered, average = (4 + copies) * rest + 2 * low * largest, 4 * every / processes
-    step = functools.partial(step_bytes, model.to(dtype), meta_batch(config, batch_size))
+        copies = copied * (rest + sum(n for n, kind in blocks if kind == torch.float32))
+        gathered = 4 * rest + copies + 2 * max([n * kind.itemsize for n, kind in blocks], default=0)
+        average = 4 * every / processes
+    batch = meta_batch(config, batch_size)
+    with torch.no_grad():
+        model.to(dtype).loss(batch)                 # tables that a model file keeps are made here
+    step = functools.partial(step_bytes, model, batch)
     stays = {"weights": 4 * every / processes, "AdamW": 8 * trained / processes, "average": average,
              "gathered": gathered}
     return stays | {"gradients": 4 * trained / processes, "activations": step(0),
