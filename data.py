@@ -190,7 +190,7 @@ class Windows:
             if demos.lengths[used].sum() * np.prod(shape) <= demos.memory_gb * 1e9:
                 self.images = torch.empty((len(rows), *shape), dtype=torch.uint8)
                 for e, start, length in zip(self.episodes, starts.tolist(), lengths.tolist()):
-                    self.images[start:start + length] = torch.from_numpy(demos.images(e, 0, length))
+                    demos.images(e, 0, length, self.images[start:start + length].numpy())
                 demos.close()
         held = {name: x for name, x in vars(self).items() if torch.is_tensor(x)}
         all_held = self.images is not None or not demos.camera_keys

@@ -348,11 +348,10 @@ def coefficients(alpha_bar):
 
 
 @functools.lru_cache
-@torch.compiler.assume_constant_result
 def step_table(schedule, K, device, levels=None):
     """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
-    `device`. Cached: a copy from the host in every step would make the host wait; compiled code takes it as
-    a constant. Not a buffer of the model: .to(bfloat16) would round alpha_bar_0 to 1."""
+    `device`. Cached: a copy from the host in every step would make the host wait. Not a buffer of the model:
+    .to(bfloat16) would round alpha_bar_0 to 1."""
     alpha_bar = alpha_bars(schedule, K)
     return coefficients(alpha_bar if levels is None else alpha_bar[list(levels[::-1])]).float().to(device)
 

@@ -558,7 +558,6 @@ def linear_alpha_bar(K):
 
 
 @functools.lru_cache
-@torch.compiler.assume_constant_result
 def step_table(K, device, levels=None):
     """Coefficients of the chain of all levels, or of a tuple of some, noisiest first: float32 (fields, S) on
     `device`. Cached: a copy from the host in every step would make the host wait. Not a buffer of the model:

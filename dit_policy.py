@@ -383,7 +383,6 @@ class FilmResNet(nn.Module):
 
 
 @functools.lru_cache
-@torch.compiler.assume_constant_result
 def imagenet(device):
     """Mean and deviation of ImageNet's images in [0, 1], (3, 1, 1) each, with which the original normalises.
     Cached for the same reason as cosine_alpha_bar."""
@@ -444,7 +443,6 @@ class TextEncoder(nn.Module):
 
 # ---------------------------------------------------------------- the policy: loss and sampler
 @functools.lru_cache
-@torch.compiler.assume_constant_result
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
     would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.

@@ -410,14 +410,12 @@ class ImageEncoder(nn.Module):
 
 # ---------------------------------------------------------------- the policy: loss and sampler
 @functools.lru_cache
-@torch.compiler.assume_constant_result  # as below
 def per_channel(numbers, device):
     """Three numbers, one for each colour, (3, 1, 1) on `device`."""
     return torch.tensor(numbers, device=device)[:, None, None]
 
 
 @functools.lru_cache
-@torch.compiler.assume_constant_result  # torch.compile ignores the cache: this keeps one constant
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
     would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.
@@ -431,7 +429,6 @@ def cosine_alpha_bar(K, device):
 
 
 @functools.lru_cache
-@torch.compiler.assume_constant_result
 def linear_schedule(K, device, ends, power):
     """alpha_bar_t of betas whose power-th root rises linearly: 1 is Ho et al.'s, 2 is "scaled_linear"."""
     first, last = (end ** (1 / power) for end in ends)

@@ -464,7 +464,6 @@ class ImageEncoder(nn.Module):
 
 # ---------------------------------------------------------------- the policy: loss and sampler
 @functools.lru_cache
-@torch.compiler.assume_constant_result  # torch.compile ignores the cache: this keeps one constant
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
     would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.

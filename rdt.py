@@ -249,7 +249,6 @@ CAMERA_PLACES = ("external", "right_wrist", "left_wrist")
 
 
 @functools.lru_cache
-@torch.compiler.assume_constant_result
 def constants(numbers, device):
     """A tuple as a tensor. Kept: a copy from the host in every step would make the host wait."""
     return torch.tensor(numbers, device=device)
@@ -524,7 +523,6 @@ def position_table(at, dim):
 # ---------------------------------------------------------------- diffusion
 
 @functools.lru_cache
-@torch.compiler.assume_constant_result
 def cosine_alpha_bar(K, device):
     """alpha_bar_t of [1] for t = 0 .. K-1, float32 (K,) on `device`. Kept: a copy from the host in every step
     would make the host wait. No buffer of the model: .to(bfloat16) would round 1 - alpha_bar_0 to 0.

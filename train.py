@@ -30,10 +30,8 @@ from robot.errors import UserError, one_line, run_command, write_json
 from robot.models import load_module, pick_device
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
-from tools import distributed, report, words
-from tools.explain import explain_one_batch
+from tools import compiling, distributed
 from tools.options import make_config, parse_options, with_recipe
-from tools.pictures import pictures
 from tools.quality import compare_samples, validate
 from tools.runs import (Run, Since, averaged, catch_signals, collect, keep_best, locked, log, n_parameters,
                         prepare_out, release_signals, save, stop_status, worker_is_mourned, write_rows)
@@ -123,7 +121,7 @@ def prepare(options, module, out, device, dtype, rank, world, release=None):
 def loop(run, stream):
     """Fetch, loss, backward, clip, step, EMA, log. Nothing here waits for the device but `after_steps`."""
     options, model, optimizer = run.options, run.model, run.optimizer
-    loss_step = torch.compile(run.loss_step) if options.compile else run.loss_step
+    loss_step = compiling.compiled(run.loss_step) if options.compile else run.loss_step
     if run.world > 1 and not options.fsdp:
         loss_step = torch.nn.parallel.DistributedDataParallel(loss_step)
     autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.dtype == torch.bfloat16)
@@ -276,11 +274,8 @@ def finish(run):
                   "train_seconds": round(run.seconds, 1), "device": run.device.type} | row
         result.pop("loss_t", None)  # drawn as a curve
         write_json(run.out / "result.json", result)
-        shown = pictures(run.shown, run.held_out if len(run.held_out) else run.items, run.normalizer,
-                         run.description, options.seed, arenas(options))
-        report.write(run.out / "report.html", f"{options.model} ({options.preset})", run.rows, result,
-                     dataclasses.asdict(run.config), rollouts=rollouts, about=words.about(run.description),
-                     **shown)
+        from tools.report import write_of_run  # nothing is imported for the start that the end needs alone
+        write_of_run(run, result, rollouts, arenas(options))
         print(json.dumps(result))
         print(f"wrote checkpoint.pt, metrics.jsonl, result.json and report.html to {run.out}")
     distributed.leave()
@@ -343,7 +338,10 @@ def main(argv=None):
     options, explicit, release = with_release(*parse_options(sys.argv[1:] if argv is None else argv))
     module = load_module(options.model)
     options = with_recipe(options, explicit, module)
-    return explain_one_batch(options, module) if options.explain else train(options, module, release)
+    if options.explain:
+        from tools.explain import explain_one_batch
+        return explain_one_batch(options, module)
+    return train(options, module, release)
 
 
 if __name__ == "__main__":

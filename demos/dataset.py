@@ -6,6 +6,8 @@
 Numbers (actions, state) are read once and stay in memory: five million steps of 50 dimensions are 1 GB.
 Images stay in the files until they are asked for.
 """
+import math
+
 import numpy as np
 
 from demos.episodes import coarse, faults, first_of, label_of, nonfinite, notes_of
@@ -125,15 +127,17 @@ class Demos:
                 raise UserError(f"{name}: {error}") from None
         return actions, state
 
-    def images(self, e, lo, hi):
-        """Steps lo .. hi-1 of episode e at all V places of the network: (hi - lo, V, 3, H, W) uint8, RGB. A
-        place without a camera (`shown` is False) is black."""
+    def images(self, e, lo, hi, out=None):
+        """Steps lo .. hi-1 of episode e at all V places of the network: (hi - lo, V, 3, H, W) uint8, RGB,
+        written into `out` if it is given. A place without a camera (`shown` is False) is black."""
         places = self.processing.places
-        out = np.zeros((hi - lo, len(places), 3, *self.image_size), np.uint8)
+        out = np.empty((hi - lo, len(places), 3, *self.image_size), np.uint8) if out is None else out
+        out[:, ~self.shown[e]] = 0
         for v, key in [(v, places[v][1]) for v in np.flatnonzero(self.shown[e])]:
-            for at in range(lo, hi, 16):            # a whole episode at its own size may be gigabytes
+            block = max(16, 2**24 // math.prod(self.camera_sizes[key]))  # a whole episode may be gigabytes
+            for at in range(lo, hi, block):
                 begin = self.episodes[e].begin
-                frames = self.reader.frames(self.episodes[e], key, begin + at, begin + min(at + 16, hi))
+                frames = self.reader.frames(self.episodes[e], key, begin + at, begin + min(at + block, hi))
                 if frames.shape[1:3] != self.image_size and not self.resizing:
                     raise UserError(f"{self.episode_names[e]}: '{key}' is {frames.shape[1:3]}, others are "
                                     f"{self.image_size}: --image_size H W brings pictures to one size")

@@ -33,6 +33,7 @@ class Rows:
         if isinstance(at, slice):
             lo, hi, _ = at.indices(self.length)
             return self.read(lo, hi)
+        at = range(self.length)[at]
         return self.read(at, at + 1)[0]
 
 

@@ -5,7 +5,6 @@
 import contextlib
 import hashlib
 import io
-import json
 import os
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from demos import flat
 from robot import tabletop
 from robot.errors import run_command, say, user_path, written_aside
 from robot.tabletop import FPS, MAX_STEPS, REACH, Expert, Tabletop, render
@@ -99,7 +99,7 @@ def new_hdf5(path):
 def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
     """The generated set, as a file like any other: made on first use, and anew when the task changes."""
     rollouts = rollouts or (2000 if cameras else 1000)
-    sources = Path(tabletop.__file__).read_bytes() + Path(__file__).read_bytes()
+    sources = b"".join(Path(module).read_bytes() for module in (tabletop.__file__, __file__, flat.__file__))
     version = hashlib.sha256(sources).hexdigest()[:8]
     folder = cache or os.environ.get("ACTION_DIFFUSION_CACHE") or "~/.cache/action_diffusion"
     name = f"{robot}_{rollouts}_{'cameras' if cameras else 'lowdim'}_seed{seed}_{version}.hdf5"
@@ -107,15 +107,10 @@ def tabletop_file(cameras, rollouts, seed, cache, robot="tabletop"):
     if path.exists():
         return path
     say(f"generating {rollouts} demonstrations, kept in {path}")
+    robot = tabletop.ROBOTS[robot]
     with new_hdf5(path) as file:
-        data = file.create_group("data")
-        robot = tabletop.ROBOTS[robot]
-        names = json.dumps(robot.action_names)
-        data.attrs.update(format_version=1, fps=float(robot.fps), action_names=names)
-        for i, demo in enumerate(segments(rollouts, seed=seed, cameras=cameras, robot=robot)):
-            group = data.create_group(f"demo_{i}")
-            group.attrs["rollout"] = demo["episode"]
-            write_demo(group, demo["actions"], demo["obs"], demo["instruction"])
+        flat.write(file, segments(rollouts, seed=seed, cameras=cameras, robot=robot), robot.fps,
+                   robot.action_names)
     return path
 
 

@@ -56,11 +56,12 @@ class MixedDemos(Demos):
         self.shown = np.ones((len(self.lengths), len(self.camera_keys)), bool)
         self.fingerprint = fingerprint(self.actions, self.state)
 
-    def images(self, e, lo, hi):
-        demos = self.parts[self.robot[e]]
-        out = np.full((hi - lo, len(self.camera_keys), 3, *self.image_size), BACKGROUND, np.uint8)
-        if demos.camera_keys:
-            out[:, :len(demos.camera_keys)] = demos.images(e - self.offsets[self.robot[e]], lo, hi)
+    def images(self, e, lo, hi, out=None):
+        demos, size = self.parts[self.robot[e]], (hi - lo, len(self.camera_keys), 3, *self.image_size)
+        out, own = np.empty(size, np.uint8) if out is None else out, len(demos.camera_keys)
+        out[:, own:] = BACKGROUND
+        if own:
+            demos.images(e - self.offsets[self.robot[e]], lo, hi, out[:, :own])
         return out
 
     def close(self):

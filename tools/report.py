@@ -9,6 +9,7 @@ What the page says in words comes from words.py, what it draws from drawing.py a
 is in page/: page.html, its style, and the scripts, which are put into it in the order of SCRIPTS. Sections
 without data are cut out between their <!--name--> marks; {{name}} is filled in.
 """
+import dataclasses
 import html
 import json
 import re
@@ -20,10 +21,19 @@ from robot.errors import written_aside
 from tools import words
 from tools.charts import charts_and_numbers
 from tools.drawing import all_chunks, films_for_page, samples_for_page
+from tools.pictures import pictures
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("canvas", "chunks", "samples", "films", "charts")
 MAX_ROLLOUTS = 8
+
+
+def write_of_run(run, result, rollouts, environments):
+    """report.html of a run of train.py. environments: see train.arenas."""
+    shown = pictures(run.shown, run.held_out if len(run.held_out) else run.items, run.normalizer,
+                     run.description, run.options.seed, environments)
+    write(run.out / "report.html", f"{run.options.model} ({run.options.preset})", run.rows, result,
+          dataclasses.asdict(run.config), rollouts=rollouts, about=words.about(run.description), **shown)
 
 
 def write(path, title, metrics=(), result=None, config=None, chunks=None, rollouts=(), samples=None,

@@ -5,6 +5,7 @@ from helpers import write
 
 from demos import check
 from demos.dataset import open_demos
+from demos.episodes import Array, Episode, notes_of
 from demos.files import unreadable
 from robot.errors import UserError
 
@@ -112,6 +113,13 @@ def test_numbers_that_float32_is_too_coarse_for_are_named(tmp_path, capsys):
 def test_shape_meta_that_names_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="names no observation"):
         open_demos(write(tmp_path / "a.hdf5"), shape_meta={"obs": {}})
+
+
+def test_notes_name_the_episodes_they_are_about():
+    actions = Array("actions", (5, 2), np.dtype(np.float32))
+    episodes = [Episode("a.hdf5", f"demo_{i}", actions, {}, notes=notes)
+                for i, notes in enumerate([["late"], ["late", "dark"], [], ["late"]])]
+    assert list(notes_of(episodes)) == ["demo_0 and 2 more: late", "demo_1: dark"]
 
 
 def test_a_missing_filter_is_named():

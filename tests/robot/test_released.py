@@ -15,6 +15,7 @@ from robot.checkpoint import load_model
 from robot.errors import UserError
 from robot.policy import Policy
 from robot.released import build_model, open_release
+from robot.released_dp import picture_size
 from robot.weight_files import read_safetensors
 from helpers import refused, write_safetensors
 from tools.runs import read_rows
@@ -107,6 +108,13 @@ def test_modes_that_do_nothing_and_ranges_that_are_zero(tmp_path):
     release = open_release(today(tmp_path / "pixels", {"VISUAL": "MIN_MAX"}))
     assert release.config["image_mean"] == pytest.approx([0.5] * 3)             # 0.1 .. 0.9 to -1 .. 1
     assert release.config["image_std"] == pytest.approx([0.4] * 3)
+
+
+def test_pictures_have_one_size():
+    assert picture_size([[3, 4, 6], [3, 4, 6]]) == [4, 6] and picture_size([]) is None
+    for shapes in ([[3, 4, 6], [3, 4, 8]], [[4, 6, 3]], [[4, 6]]):
+        with pytest.raises(UserError, match="all should be of one"):
+            picture_size(shapes)
 
 
 def test_a_robots_own_names_by_the_rename_map(tmp_path):
