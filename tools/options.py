@@ -82,10 +82,11 @@ class Loader(yaml.SafeLoader):
     """YAML as PyYAML reads it safely, but a key that stands twice is a mistake: one value would be lost."""
 
     def construct_mapping(self, node, deep=False):
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
+        # Looked at before PyYAML enters the keys of `<<: *other`, which those that are written win over.
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
             raise yaml.YAMLError(f"a key stands twice{node.start_mark}")
-        return mapping
+        return super().construct_mapping(node, deep)
 
 
 def read_values(text, where):

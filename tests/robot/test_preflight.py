@@ -252,7 +252,9 @@ def test_a_real_run_is_read_from_aloha_too(trained, capsys, tmp_path):
 @pytest.mark.parametrize("argv, named", [
     (["{run}", "nowhere.hdf5"], ["nowhere.hdf5"]), (["{run}/nothing", "{data}"], ["there is no"]),
     (["{run}", "{data}", "--demo", "demo_99"], ["no episode 'demo_99'"]),
-    (["{run}", "{run}/checkpoint.pt"], ["cannot be opened as HDF5"]), (["{run}"], ["required", "episode"]),
+    (["{run}", "{run}/checkpoint.pt"], ["cannot be opened as HDF5"]),
+    (["{run}", "{run}"], ["is a folder", "python -m demos.convert FOLDER"]),
+    (["{run}"], ["required", "episode"]),
     (["{run}", "{data}", "--sampler_steps", "0"], ["--sampler_steps 0"])])
 def test_mistakes_end_in_one_line(argv, named, trained, capsys):
     run, data = trained
