@@ -8,13 +8,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-import yaml
 from golden_cases import golden, manifest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dp_transformer
 from tools import options
-import sample
 import train
 from dp_transformer import (PRESETS, BertTransformer, Config, DecoderTransformer, DiffusionPolicyTransformer,
                             convert_official, official_normalizer)

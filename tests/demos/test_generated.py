@@ -3,7 +3,6 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-import pytest
 from helpers import CAMERAS, LOW_DIM, rollout
 
 from demos import generated
