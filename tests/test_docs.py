@@ -136,7 +136,7 @@ def test_the_processing_shown_is_understood():
 def test_the_environments_shown_are_those_of_the_configurations():
     page = (ROOT / "docs" / "environments.md").read_text()
     shown = re.findall(r"`(configs/\w+\.yaml)`\):\n\n```yaml\n(.*?)^```", page, re.M | re.S)
-    assert len(shown) == 2
+    assert len(shown) == 3
     for config, text in shown:
         assert yaml.safe_load(text)["env"] == yaml.safe_load((ROOT / config).read_text())["env"]
 
