@@ -64,6 +64,7 @@ def test_a_shard_holds_its_own_rows_only(tmp_path):
 def test_a_kill_in_the_middle_loses_nothing(survives, tmp_path, monkeypatch):
     """The step before can be read until the new one is whole, however many files had been written."""
     write(tmp_path, 10, 2)
+    write(tmp_path / "again", 10, 2)
     real, left = shards.save_tensors, [survives]
 
     def dies(path, content):
@@ -74,11 +75,14 @@ def test_a_kill_in_the_middle_loses_nothing(survives, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "save_tensors", dies)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 20, 2)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "again", 10, 2)        # a set of this step that is half old and half new is no set
+    assert shards.newest(tmp_path / "again") is None
     assert shards.newest(tmp_path).name == "shards_10"
     assert torch.equal(shards.read(tmp_path / "shards_10")["weights"]["w"], WHOLE["w"])
     monkeypatch.undo()
     write(tmp_path, 20, 2)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["shards_20"]
+    assert [folder.name for folder in tmp_path.glob("shards_*")] == ["shards_20"]
 
 
 def spoil_missing(folder, other):
