@@ -126,8 +126,8 @@ OBSERVATIONS = {
     "proportions": ("refused", "at step 0: observation 'front' is uint8 (16, 16, 3), a picture must be",
                     lambda obs: obs.update(front=obs["front"][:, :, :16])),
     "lacking": ("refused", "at step 0: the observation lacks 'hand'", lambda obs: obs.pop("hand")),
-    "non-finite": ("refused", "at step 3: observation 'joint' is not finite",
-                   lambda obs: obs["joint"].__setitem__((3, 1), np.nan)),
+    "non-finite": ("refused", "at step 2: observation 'joint' is not finite",
+                   lambda obs: obs["joint"].__setitem__((2, 1), np.nan)),
 }
 
 
