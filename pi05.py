@@ -69,7 +69,7 @@ Differs from the original:
     positions. Without these, attention starts nearly even, patches differ less from each other than words do,
     and the few tokens that matter (some letters, a small block) are lost among the rest.
  6. Not here, nor in openpi's code: FAST tokens of actions in pre-training, no gradient of the flow into
-    PaliGemma ("knowledge insulation"), and the policy that first says a subtask and then acts on it.
+    PaliGemma ("knowledge insulation"), and the policy that first says a subtask (tools/subtask.py tries it).
 
 Run alone, this file learns to obey a one-letter instruction, in half a minute on two CPU cores.
 """

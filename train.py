@@ -60,8 +60,8 @@ def lr_factor(step, warmup, total, schedule="cosine", final=0.1):
 
 
 def ema_decay(step, power=0.75, max_value=0.9999, inv_gamma=1.0, min_value=0.0, update_after_step=0):
-    """Decay of the averaged weights at optimiser step 0, 1, ... [E24]. The first two steps copy the
-    weights, since Diffusion Policy's counter (ema_model.py) lags by one."""
+    """Decay of the averaged weights at optimiser step 0, 1, ... The first two steps copy the weights, since
+    Diffusion Policy's counter (ema_model.py) lags by one."""
     step = max(0, step - update_after_step - 1)
     return 0.0 if step <= 0 else min(max(1 - (1 + step / inv_gamma) ** -power, min_value), max_value)
 

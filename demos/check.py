@@ -15,7 +15,6 @@ one line, only if nothing can be read.
 The examinations: demos/doctor.py (numbers), demos/doctor_cameras.py (pictures); all names: demos/findings.py.
 """
 import collections
-import contextlib
 import json
 import sys
 import time
@@ -33,6 +32,7 @@ from demos.findings import CLOCKS, FINDINGS, Finding, Recordings
 from demos.generated import tabletop_file
 from demos.keys import beside, sort_keys, width
 from demos.motion import pairs_of
+from demos.reading import OpenFiles
 from demos.split import split_episodes
 from robot.cli import Parser
 from robot.errors import UserError, few, one_line, run_command, say
@@ -132,20 +132,20 @@ def read_values(report, episodes, keys, colour):
     """Numbers of all episodes, a sample of their pictures; what cannot be read goes into report.wrong."""
     readable, numbers, times, seen = [], collections.defaultdict(list), [], collections.defaultdict(dict)
     steps = sample([e.length for e in episodes], len(keys.cameras)) if episodes else {}
+    files = OpenFiles(open_file)
     for i, e in enumerate(episodes):
-        with contextlib.closing(open_file(e.file)) as file:
-            try:
-                looks = {key: look_at(file, e.obs[key], steps[i], colour)
-                         for key in keys.cameras if i in steps}
-                arrays = {"actions": e.actions} | {key: e.obs[key] for key in keys.state}
-                values = {key: file[array.path][:] for key, array in arrays.items()}
-                clock = time_stamps(file, e)
-            except (OSError, KeyError, RuntimeError) as error:
-                report.wrong.append(f"{e.name} {unreadable(error)}")
-                continue
-            except UserError as error:
-                report.wrong.append(f"{e.name}: {error}")
-                continue
+        file = files[e.file]
+        try:
+            looks = {key: look_at(file, e.obs[key], steps[i], colour) for key in keys.cameras if i in steps}
+            arrays = {"actions": e.actions} | {key: e.obs[key] for key in keys.state}
+            values = {key: file[array.path][:] for key, array in arrays.items()}
+            clock = time_stamps(file, e)
+        except (OSError, KeyError, RuntimeError) as error:
+            report.wrong.append(f"{e.name} {unreadable(error)}")
+            continue
+        except UserError as error:
+            report.wrong.append(f"{e.name}: {error}")
+            continue
         for key, look in looks.items():
             seen[key][len(readable)] = look
         for key, x in values.items():
@@ -155,6 +155,7 @@ def read_values(report, episodes, keys, colour):
             numbers[key].append(x)
         times.append(clock)
         readable.append(e)
+    files.close()
     if readable:
         numbers = {key: np.concatenate(x) for key, x in numbers.items()}
         report.seen = {key: seen[key] for key in keys.cameras}

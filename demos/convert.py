@@ -41,7 +41,8 @@ def open_source(source, images=False, fps=None, instruction="", missing_zeros=Fa
     for e, rate in zip(episodes, rates(episodes)):
         e.notes += [] if e.fps or fps else [f"does not say its rate, {rate:g} Hz assumed: --fps sets it"]
         e.fps, e.instruction = float(fps or rate), instruction or e.instruction
-        numbers = {key for key, x in (e.obs | e.labels).items() if x.dtype.kind in "fiub" or x.kind == "jpeg"}
+        numbers = {key for key, x in (e.obs | e.labels).items() if (
+            x.dtype.kind in "fiub" or x.kind == "jpeg") and (key in e.obs or x.shape[:1] == (e.steps,))}
         left = [key for key in [*e.obs, *e.labels, *e.unread] if key not in numbers]
         e.notes += [f"not taken: {few(left)} (no numbers of steps)"] if left else []
         e.obs = {key: x for key, x in e.obs.items() if key in numbers}

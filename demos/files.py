@@ -10,27 +10,27 @@ names to arrays that can be sliced, with close(). docs/extending.md adds a layou
 """
 import contextlib
 import glob
+import os
 import re
 from pathlib import Path
 
 import h5py
 
 from demos import aloha, flat, lerobot, robomimic, zarr
-from robot.errors import UserError, few, input_file, nearest, one_line, user_path
+from robot.errors import UserError, few, input_file, nearest, one_line, say, user_path
 
 
 def find_files(source):
     """Files of a path, a folder (searched to the bottom) or a glob; episode_10 comes after episode_9. A
     folder that is one set counts as a file."""
     source, path = str(source), user_path(source)
+    buffers = []
     if path.is_dir() and not set_opener(path):
-        found = [p for p in path.rglob("*") if p.suffix in OPENERS]
-        found += [p.parent.parent for p in path.rglob("meta/info.json")]
+        found, buffers = search(path)
     else:
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
     if not found:
-        if path.is_dir() and any(path.glob("*.zarr*")):
-            buffers = sorted(p.name for p in path.glob("*.zarr*"))
+        if buffers:
             reason = f": name the replay buffer itself, {few(buffers)}"
         elif path.is_dir():
             reason = f": the folder holds no {' or '.join('*' + suffix for suffix in OPENERS)}"
@@ -38,8 +38,33 @@ def find_files(source):
             beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             reason = nearest(path.name, ["tabletop", *beside]) or ": check the path"
         raise UserError(f"no demonstrations at {source}{reason}")
-    natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(p))]
+    if buffers:                 # one of them may be what a file beside it was converted from
+        say(f"{source}: replay buffers are not read unless --data names one: {few(buffers)}")
+    natural = lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(p))]
     return sorted(found, key=natural)
+
+
+def search(folder):
+    """([files, LeRobot sets], [names of replay buffers]) in a folder, to the bottom, through links as well.
+    What lies inside a set is not searched."""
+    found, buffers, seen = [], [], set()
+    unread = lambda error: say(f"{error.filename} is not searched: {error.strerror}")
+    for here, folders, names in os.walk(folder, onerror=unread, followlinks=True):
+        folders.sort()
+        here, real = Path(here), os.path.realpath(here)
+        if real in seen or set_opener(here):
+            folders.clear()
+        if real in seen:        # a link that leads back, or a second one to the same folder
+            continue
+        seen.add(real)
+        if lerobot.is_lerobot(here):
+            found.append(here)
+        elif zarr.is_zarr(here):
+            buffers.append(here.name)
+        else:
+            found += [here / name for name in names if Path(name).suffix.lower() in OPENERS]
+            buffers += [name for name in names if name.endswith(".zarr.zip")]
+    return found, sorted(buffers)
 
 
 def open_hdf5(path):

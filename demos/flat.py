@@ -1,6 +1,6 @@
-"""The layout of our generated sets: all episodes in a row, so that thousands of them open at once. (In
-robomimic's each has a dozen objects of its own, and it takes seconds to find them all.) Your own are better
-written in robomimic's, which other programs know.
+"""The layout of the generated sets: all episodes in a row, so that thousands of them open at once. (In
+robomimic's layout, every episode has its own objects in the file, and finding them takes seconds.) For
+demonstrations of your own, robomimic's is the better choice: other programs know it.
 
     actions         (N, A) float32
     obs/<key>       (N, D) float32: state; (N, H, W, 3) uint8, RGB: camera
@@ -32,6 +32,8 @@ class Flat(collections.abc.Mapping):
 
     def __getitem__(self, name):
         e, _, key = name.partition("/")
+        if not e.isdigit() or int(e) >= len(self.ends) or key not in self.arrays:
+            raise KeyError(name)
         lo, hi = self.starts[int(e)], self.ends[int(e)]
         if self.arrays[key].ndim < 4:
             self.arrays[key] = self.arrays[key][:]

@@ -5,6 +5,7 @@
 
 Shapes are read and judged before any array is: a few kilobytes of .npz can declare gigabytes.
 """
+import contextlib
 import math
 import zipfile
 from pathlib import Path
@@ -35,7 +36,7 @@ def declared(path, generated=()):
                 return {name.removesuffix(".npy"): header(parts, name) for name in parts.namelist()}
         except Exception as error:      # zipfile, zlib and numpy have errors of their own for a broken file
             raise UserError(f"{path} cannot be read as .npz, write it again: {one_line(error)}") from None
-    with open_file(path) as file:
+    with contextlib.closing(open_file(path)) as file:
         try:
             return {key: (file[key].shape or (), file[key].dtype) for key in file
                     if isinstance(file[key], h5py.Dataset)}
@@ -65,7 +66,7 @@ def read_arrays(path, names):
                 return {key: file[key] for key in found}
         except Exception as error:      # zipfile, zlib and numpy have errors of their own for a broken file
             raise UserError(f"{path} cannot be read as .npz, write it again: {one_line(error)}") from None
-    with open_file(path) as file:
+    with contextlib.closing(open_file(path)) as file:
         try:
             return {key: np.asarray(file[key][()]) for key in found}     # an Empty one, too
         except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:

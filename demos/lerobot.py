@@ -68,7 +68,8 @@ class LeRobot(collections.abc.Mapping):
             raise UserError(f"{path}: meta/info.json says {said} episodes, meta/episodes has {len(rows)}: "
                             f"copy it again")
         # The texts are the index of a pandas table, whose column has a name that depends on the version.
-        self.tasks = {row["task_index"]: next(x for x in row.values() if isinstance(x, str))
+        text = lambda row: next(x for x in (row.get("task"), *row.values()) if isinstance(x, str))
+        self.tasks = {row["task_index"]: text(row)
                       for row in read("meta/tasks.parquet" if self.many else "meta/tasks")}
 
     def path(self, kind, e, camera=""):
@@ -126,7 +127,9 @@ class LeRobot(collections.abc.Mapping):
         if self.features[key]["dtype"] == "video":
             times = self.numbers(e, "timestamp", lo, hi).astype(np.float64)
             begin = self.meta[e][f"videos/{key}/from_timestamp"] if self.many else 0.0
-            return self.video(e, key).at(times + begin, WITHIN / self.fps)
+            video = self.video(e, key)
+            within = min(WITHIN, 0.5 / video.per_step(self.fps)) / self.fps     # else the frame before it
+            return video.at(times + begin, within)
         file, first, _ = self.span(e)
         found = []
         for step, data in enumerate(self.tables.pictures(file, key, first + lo, first + hi), lo):
@@ -288,8 +291,7 @@ def describe_camera(file, e, key):
     """A camera's size and number of frames are what the header of its video says; without av, what meta says,
     so that a policy without cameras does not need it."""
     feature, frames, shape = file.features[key], file.span(e)[2], file.shape(key)
-    names = feature.get("names")
-    if isinstance(names, list) and str(names[0]).startswith("channel"):
+    if len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3):   # what is decoded has them last
         shape = (*shape[1:], *shape[:1])
     info = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
     depth = info.get("is_depth_map") or info.get("video.is_depth_map")
@@ -297,7 +299,7 @@ def describe_camera(file, e, key):
         video = file.video(e, key) if has_av() else None
         if video and video.frames:          # some containers do not count them
             begin = round(file.meta[e][f"videos/{key}/from_timestamp"] * file.fps) if file.many else 0
-            frames = min(frames, max(video.frames - begin, 0)) if file.many else video.frames
+            frames = min(frames, max(-(-video.frames // video.per_step(file.fps)) - begin, 0))
         shape = (*video.size, *shape[2:]) if video else shape
     kind, why = ("other", "a depth map") if depth else kind_of((frames, *shape), np.dtype(np.uint8))
     return Array(f"{e}/{key}", (frames, *shape), np.dtype(np.uint8), kind, why)

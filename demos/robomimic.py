@@ -27,6 +27,8 @@ def episodes(path, file):
     demos = {key: demo for key, demo in children(data, name) if re.fullmatch(r"demo_\d+", key)}
     demos = {key: demos[key] for key in sorted(demos, key=lambda key: int(key[5:]))}   # demo_2, then demo_10
     splits, fault, note = read_masks(file, list(demos))
+    others = [key for key, x in children(data, name) if isinstance(x, h5py.Group) and key not in demos]
+    note += [f"data/ also holds {few(others, 4)}, which are not read: rename them to demo_<i>"] * bool(others)
     found = []
     for d, demo in demos.items():
         parts = dict(children(demo, f"{name}:{d}"))
@@ -58,7 +60,7 @@ def read_masks(file, demos):
     if both:
         return None, f"{few(both)} {'stand' if both[1:] else 'stands'} in both mask/train and mask/valid", []
     if not named:
-        return None, "", []
+        return None, "", [f"mask/ holds {few(group, 4)}, but neither train nor valid: it is not used"]
     splits = {d: next((split for split in named if d in named[split]), "") for d in demos}
     if len(named) == 2:
         return splits, "", []

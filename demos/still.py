@@ -2,11 +2,10 @@
 
 data/hdf5_vla_dataset.py of github.com/thu-ml/RoboticsDiffusionTransformer, `parse_hdf5_file`.
 """
-import contextlib
-
 import numpy as np
 
-from demos.files import open_file, unreadable
+from demos.files import unreadable
+from demos.reading import Reader
 from robot.errors import UserError, few
 
 
@@ -24,23 +23,24 @@ def leave_out(episodes, state_keys, still, shortest):
         notes.append(f"{len(short)} episodes of less than {shortest} steps are left out: {few(short, 3)}")
     if still:
         keys = ["qpos"] if "qpos" in state_keys else state_keys
+        reader = Reader()
         for e in kept:
-            e.begin = begin_of(e, keys, still)
+            e.begin = begin_of(reader, e, keys, still)
+        reader.close()
         total = sum(e.begin for e in kept)
         notes.append(f"{total} steps before the first move of more than {still:g} are left out")
     return kept, notes
 
 
-def begin_of(episode, keys, still):
+def begin_of(reader, episode, keys, still):
     """The step before the first that has moved. Raises UserError for an episode that never moves."""
     moved = np.zeros(episode.steps, bool)
-    with contextlib.closing(open_file(episode.file)) as file:
-        for key in keys:
-            try:
-                x = np.asarray(file[episode.obs[key].path][:], np.float32).reshape(episode.steps, -1)
-            except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-                raise UserError(f"{episode.name}: {key!r} {unreadable(error)}") from None
-            moved |= (np.abs(x - x[:1]) > still).any(1)
+    for key in keys:
+        try:
+            x = reader.read(episode, episode.obs[key]).reshape(episode.steps, -1).astype(np.float32)
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{episode.name}: {key!r} {unreadable(error)}") from None
+        moved |= (np.abs(x - x[:1]) > still).any(1)
     if not moved.any():
         raise UserError(f"{episode.name}: no number of {few(keys)} moves by more than {still:g}: leave the "
                         f"episode out, or lower --still")

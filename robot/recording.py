@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from .errors import UserError, few, hint, input_file, one_line
+from .errors import UserError, few, hint, input_file, one_line, user_path
 from .jpeg import decode_jpeg
 
 # Names under which files have the instruction, as an attribute or as a text of its own.
@@ -26,6 +26,9 @@ class Recording:
             import h5py
         except ImportError:
             raise UserError("a recorded episode is read with a package: pip install h5py") from None
+        if user_path(path).is_dir():
+            raise UserError(f"{path} is a folder, a recorded episode is an HDF5 file: of a LeRobot set or a "
+                            f"replay buffer, python -m demos.convert FOLDER EPISODES.hdf5 makes one")
         path = input_file(path)
         try:
             self.file = h5py.File(path, "r")

@@ -22,7 +22,7 @@ from robot.steps import check_keys
 class Options:
     """Every flag, with its help as a comment. A YAML file given with --config may hold any of them, and flags
     win over it. A model file's RECIPES hold the values that suit its presets, and are overridden by both."""
-    model: str = ""                 # which file: one of MODELS
+    model: str = ""                 # which model file: dp_cnn, pi0, ...
     preset: str = "tiny"            # a name in the file's PRESETS
     config: str = ""                # YAML file with any of these options
     data: str = ""                  # tabletop | file, folder or glob | moons, shapes, ...: docs/data.md
@@ -82,10 +82,11 @@ class Loader(yaml.SafeLoader):
     """YAML as PyYAML reads it safely, but a key that stands twice is a mistake: one value would be lost."""
 
     def construct_mapping(self, node, deep=False):
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
+        # Looked at before PyYAML enters the keys of `<<: *other`, which those that are written win over.
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
             raise yaml.YAMLError(f"a key stands twice{node.start_mark}")
-        return mapping
+        return super().construct_mapping(node, deep)
 
 
 def read_values(text, where):
@@ -134,7 +135,8 @@ def parse_options(argv):
     parser = Parser(description=f"Train one model file of: {', '.join(MODELS)}")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Options), re.M))
     for name, default in vars(Options()).items():
-        kind = {"help": f"{comments[name]} (default: {default})".replace("%", "%%"), "default": None}
+        text = comments[name] + f" (default: {default})" * (default != "")
+        kind = {"help": text.replace("%", "%%"), "default": None}
         if name == "set":
             parser.add_argument("--set", action="append", metavar="FIELD=VALUE", **kind)
         elif isinstance(default, bool):

@@ -39,13 +39,13 @@ def features(image):
             **{key: whole for key in ("frame_index", "episode_index", "index", "task_index")}}
 
 
-def encode(path, pictures, lossless=True, gop=2):
+def encode(path, pictures, lossless=True, gop=2, rate=FPS):
     """An mp4 file of pictures (T, H, W, 3); returns them as av itself decodes them."""
     import av
     path.parent.mkdir(parents=True, exist_ok=True)
     codec, options = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", {"crf": "20"})
     with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=Fraction(FPS), options=options | {"g": str(gop)})
+        stream = out.add_stream(codec, rate=Fraction(rate), options=options | {"g": str(gop)})
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         for picture in pictures:

@@ -10,6 +10,7 @@ from helpers import ROOT, refused, save, write, write_aloha
 import data
 from demos import check
 from demos.dataset import open_demos
+from demos.files import open_file
 
 
 def test_inspector_names_what_was_planted(tmp_path, capsys):
@@ -33,6 +34,14 @@ def test_inspector_names_what_was_planted(tmp_path, capsys):
     assert "33% of the episodes do not move in their first 5 steps (median 20, longest 20 in" in odd
     assert "4 episodes, 130 steps at 10 Hz" in report and "30 .. 40 steps, median 30" in report
     assert "1 x task 3" in report and "(4, 6, 3)" in report
+
+
+def test_a_file_of_many_episodes_is_opened_once(tmp_path, monkeypatch):
+    """To open a LeRobot set or a replay buffer is to read all that describes it."""
+    opened = []
+    monkeypatch.setattr(check, "open_file", lambda path: opened.append(path) or open_file(path))
+    path = write(tmp_path / "a.hdf5", [20, 30, 40])
+    assert len(check.examine(path).found.episodes) == 3 and opened == [str(path)]
 
 
 def test_inspector_counts_padding(tmp_path, capsys):

@@ -229,6 +229,34 @@ def test_what_lerobot_cannot_hold(tmp_path, monkeypatch, capsys):
         convert.convert(source, tmp_path / "other", to="lerobot", fps=7)
 
 
+@pytest.mark.parametrize("to", ["hdf5", "lerobot"])
+def test_an_array_that_is_not_of_steps_is_left_out_and_said(tmp_path, capsys, to):
+    """ACT's recorders write compress_len (cameras, T), others a calibration, beside the actions."""
+    if to == "lerobot":
+        pytest.importorskip("pyarrow", reason="pyarrow writes LeRobot's data sets")
+
+    def edit(file):
+        for demo in file["data"].values():
+            demo["compress_len"], demo["calibration"] = np.ones((2, 5), int), np.ones(7)
+            demo["reward"] = np.arange(len(demo["actions"]), dtype=np.float32)
+    out = tmp_path / ("b.hdf5" if to == "hdf5" else "set")
+    convert.convert(write(tmp_path / "a.hdf5", edit=edit, images=False), out, to=to)
+    demos = open_demos(out, extra={"reward": 1}, val_ratio=0)
+    assert demos.labels[:, 0].tolist() == [*range(5), *range(8), *range(3)]
+    assert "not taken: calibration, compress_len (no numbers of steps)" in capsys.readouterr().err
+
+
+@lerobot
+def test_an_array_called_action_is_not_added_to_the_actions(tmp_path, capsys):
+    def edit(file):
+        for demo in file["data"].values():
+            demo["action"] = -demo["actions"][:]
+    source = write(tmp_path / "a.hdf5", edit=edit, images=False)
+    convert.convert(source, tmp_path / "set", to="lerobot")
+    assert "not taken: action (a name that LeRobot uses itself" in capsys.readouterr().err
+    assert np.array_equal(open_demos(tmp_path / "set").actions, open_demos(source).actions)
+
+
 @lerobot
 def test_episodes_of_two_precisions_lose_nothing(tmp_path):
     (tmp_path / "two").mkdir()

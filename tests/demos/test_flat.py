@@ -5,7 +5,7 @@ import h5py
 import numpy as np
 import pytest
 
-from demos import flat
+from demos import check, flat
 from demos.dataset import open_demos
 from demos.files import open_file, read_episodes
 from demos.generated import new_hdf5, segments, write_demo
@@ -52,6 +52,22 @@ def test_the_same_set_for_training(both, capsys):
         assert np.array_equal(ours.images(e, 1, 2), pictures[1:2])
         given = np.full_like(pictures, 7)
         assert ours.images(e, 0, length, given) is given and np.array_equal(given, pictures)
+
+
+def test_names_of_nothing(both):
+    file = open_file(both[0])
+    assert "0/actions" in file and len(file) == len(list(file))
+    for name in ("data", "0/obs", "0/obs/agent", "-1/actions", "99/actions"):
+        assert name not in file and file.get(name) is None
+
+
+def test_the_doctor_sees_the_same(both, capsys):
+    said = []
+    for path in both:
+        check.main([str(path)])
+        said.append(capsys.readouterr().out.replace(path.name, "FILE").splitlines())
+    same = [line for line in said[0] if line in said[1]]
+    assert len(same) > 10 and len(said[0]) == len(said[1])
 
 
 def test_a_file_that_lacks_steps_is_refused(both, tmp_path):

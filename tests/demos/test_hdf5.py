@@ -324,6 +324,8 @@ def open_six(path, edit, **options):
      "mask/train alone, the demos that it does not name are h"),
     (masks(valid=names(1)), [0, 2, 3, 4, 5], [1], "mask/valid alone, the demos that it does not name are t"),
     (masks(train=names(0, 1), valid=np.zeros(0, "S8")), [0, 1], [], "no episode of"),
+    (masks(better=names(0), worse=names(1)), [0, 1, 2, 3, 4], [5],
+     "mask/ holds better, worse, but neither train nor valid: it is not used"),
 ])
 def test_masks_in_their_forms(tmp_path, capsys, edit, train, valid, note):
     demos = open_six(tmp_path, edit)
@@ -348,6 +350,14 @@ def test_masks_that_cannot_be_meant(tmp_path, capsys, edit, words):
     check.inspect(tmp_path / "six.hdf5")
     assert words.split(",")[0].split(" ")[0] in capsys.readouterr().out.split("must be mended")[1]
     assert len(open_demos(tmp_path / "six.hdf5", val_ratio=0.5).train_episodes) == 3    # not used
+
+
+def test_episodes_of_another_name_are_not_passed_over_in_silence(tmp_path, capsys):
+    def edit(file):
+        file.move("data/demo_1", "data/demo_1_retry")
+        file.move("data/demo_4", "data/Demo_4")
+    assert open_six(tmp_path, edit, val_ratio=0).actions[::4, 0].tolist() == [0, 200, 300, 500]
+    assert "data/ also holds Demo_4, demo_1_retry, which are not read: rename" in capsys.readouterr().err
 
 
 def test_a_split_does_not_depend_on_the_interpreter(tmp_path):

@@ -144,6 +144,75 @@ def test_of_several_tasks_the_first_counts(tmp_path, capsys):
     assert "and 3 more: has several tasks, the first is its instruction" in capsys.readouterr().err
 
 
+def test_a_task_is_its_own_text_not_another_one_beside_it(tmp_path):
+    write_set(tmp_path / "set", "v2.1", image="image")
+    rows = [{"task_index": i, "category": "kitchen", "task": task} for i, task in enumerate(TASKS)]
+    (tmp_path / "set/meta/tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert open_demos(tmp_path / "set", text=True).instructions == [TASKS[e % 2] for e in range(4)]
+
+
+@both
+@pytest.mark.parametrize("times", [2, 3, 6])
+def test_a_film_with_more_frames_than_steps(tmp_path, version, times):
+    """Of these, the frames at the times of the steps count; all others are a single grey."""
+    episodes = contents((12, 7))
+    write_set(tmp_path / "set", version, episodes)
+    for film in sorted((tmp_path / "set/videos").rglob("*.mp4")):
+        those = episodes if version == "v3.0" else [episodes[int(film.stem[-6:])]]
+        camera = next(key for key in CAMERAS if key in film.parts)
+        pictures = np.concatenate([episode[camera] for episode in those])
+        frames = np.full((times * len(pictures), *pictures.shape[1:]), 7, np.uint8)
+        frames[::times] = pictures
+        encode(film, frames, rate=times * FPS)
+    demos = open_demos(tmp_path / "set", "image", val_ratio=0)
+    for e, episode in enumerate(episodes):
+        frames = demos.images(e, 0, len(episode["action"]))
+        for v, key in enumerate(demos.camera_keys):
+            assert np.array_equal(np.moveaxis(frames[:, v], 1, 3), episode[key])
+
+
+def test_a_film_that_goes_on_after_the_episode(tmp_path):
+    episodes = contents((6, 5))
+    write_set(tmp_path / "set", "v2.1", episodes)
+    film = tmp_path / "set" / FILM["v2.1"]
+    encode(film, np.concatenate([episodes[1][CAMERA], episodes[0][CAMERA][:1]]))
+    demos = open_demos(tmp_path / "set", "image", val_ratio=0)
+    frames = demos.images(1, 0, 5)[:, demos.camera_keys.index(CAMERA)]
+    assert np.array_equal(np.moveaxis(frames, 1, 3), episodes[1][CAMERA])
+
+
+@pytest.mark.parametrize("image", ["video", "image"])
+@pytest.mark.parametrize("shape, names", [([3, 24, 32], None), ([3, 24, 32], ["channels", "height", "width"]),
+                                          ([24, 32, 3], [])])
+def test_meta_may_say_the_channels_first(tmp_path, image, shape, names):
+    write_set(tmp_path / "set", "v2.1", image=image)
+    path = tmp_path / "set/meta/info.json"
+    info = json.loads(path.read_text())
+    for key in CAMERAS:
+        info["features"][key] |= {"shape": shape, "names": names}
+    path.write_text(json.dumps(info))
+    demos = open_demos(tmp_path / "set", "image", val_ratio=0)
+    assert demos.camera_keys == sorted(CAMERAS) and demos.image_size == (24, 32)
+    frames = demos.images(2, 0, 9)[:, demos.camera_keys.index(CAMERA)]
+    assert np.array_equal(np.moveaxis(frames, 1, 3), contents()[2][CAMERA])
+
+
+def test_pictures_of_16_bits_are_not_made_white(tmp_path):
+    import io
+
+    from PIL import Image
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((24, 32), 1200, np.uint16)).save(buffer, "png")
+
+    def depth(e, columns):
+        columns[CAMERA] = [{"bytes": buffer.getvalue(), "path": None}] * len(columns["action"])
+    write_set(tmp_path / "set", "v2.1", image="image", edit=depth)
+    demos = open_demos(tmp_path / "set", val_ratio=0)
+    assert demos.state_dim == 6
+    with pytest.raises(UserError, match="episode_0: a frame has more than 8 bits a colour"):
+        open_demos(tmp_path / "set", "image", val_ratio=0).images(0, 0, 1)
+
+
 def test_a_depth_map_is_no_camera(tmp_path):
     write_set(tmp_path / "set", "v3.0")
     path = tmp_path / "set/meta/info.json"

@@ -75,6 +75,23 @@ def buffer_of(tmp_path, name="b.zarr"):
     return tmp_path / name
 
 
+def test_a_buffer_of_another_robot_is_not_taken_for_push_t(tmp_path):
+    """Only Push-T's state of five numbers begins with the agent's place; an agent_pos is read as it is."""
+    zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
+    arrays = {"action": np.ones((6, 2)), "state": np.arange(42.0).reshape(6, 7),
+              "img": np.zeros((6, 8, 8, 3), np.uint8)}
+    for name, more, wanted in (("a", {}, {"state": 7}),
+                               ("b", {"agent_pos": -np.ones((6, 3))}, {"agent_pos": 3, "state": 7})):
+        buffer = zarr.open_group(str(tmp_path / f"{name}.zarr"), mode="w")
+        for key, x in (arrays | more).items():
+            buffer[f"data/{key}"] = x + 1 if key == "img" else x
+        buffer["meta/episode_ends"] = np.array([3, 6])
+        demos = open_demos(tmp_path / f"{name}.zarr", val_ratio=0)
+        assert demos.state_keys == wanted
+        assert np.array_equal(demos.state[:, -7:], arrays["state"])
+    assert (demos.state[:, :3] == -1).all()
+
+
 def test_missing_chunks_are_not_zeros_unless_somebody_says_so(tmp_path):
     path = buffer_of(tmp_path)
     (path / "data/action/2.0").unlink()

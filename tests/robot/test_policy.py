@@ -156,7 +156,8 @@ def test_copies_and_trace_of_a_chunk(tiny):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"b": None}, "lacks 'b'"), ({"b": np.zeros(3)}, r"'b' has shape \(3,\), trained on was \(2,\)"),
+    ({"a": 0.5}, r"'a' has shape \(\), trained on was \(1,\)"), ({"b": None}, "lacks 'b'"),
+    ({"b": np.zeros(3)}, r"'b' has shape \(3,\), trained on was \(2,\)"),
     ({"front": None, "frnt": np.zeros((4, 6, 3), np.uint8)}, "lacks 'front', did you mean 'frnt'"),
     ({"front": np.zeros((6, 4, 3), np.uint8)}, r"\(4, 6, 3\)"), ({"front": np.zeros((4, 6, 3))}, "float64")])
 def test_observations_that_do_not_fit_are_named(change, named):

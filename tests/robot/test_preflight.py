@@ -126,8 +126,8 @@ OBSERVATIONS = {
     "proportions": ("refused", "at step 0: observation 'front' is uint8 (16, 16, 3), a picture must be",
                     lambda obs: obs.update(front=obs["front"][:, :, :16])),
     "lacking": ("refused", "at step 0: the observation lacks 'hand'", lambda obs: obs.pop("hand")),
-    "non-finite": ("refused", "at step 3: observation 'joint' is not finite",
-                   lambda obs: obs["joint"].__setitem__((3, 1), np.nan)),
+    "non-finite": ("refused", "at step 2: observation 'joint' is not finite",
+                   lambda obs: obs["joint"].__setitem__((2, 1), np.nan)),
 }
 
 
@@ -252,7 +252,9 @@ def test_a_real_run_is_read_from_aloha_too(trained, capsys, tmp_path):
 @pytest.mark.parametrize("argv, named", [
     (["{run}", "nowhere.hdf5"], ["nowhere.hdf5"]), (["{run}/nothing", "{data}"], ["there is no"]),
     (["{run}", "{data}", "--demo", "demo_99"], ["no episode 'demo_99'"]),
-    (["{run}", "{run}/checkpoint.pt"], ["cannot be opened as HDF5"]), (["{run}"], ["required", "episode"]),
+    (["{run}", "{run}/checkpoint.pt"], ["cannot be opened as HDF5"]),
+    (["{run}", "{run}"], ["is a folder", "python -m demos.convert FOLDER"]),
+    (["{run}"], ["required", "episode"]),
     (["{run}", "{data}", "--sampler_steps", "0"], ["--sampler_steps 0"])])
 def test_mistakes_end_in_one_line(argv, named, trained, capsys):
     run, data = trained

@@ -152,6 +152,11 @@ def test_wrong_yaml(text, named, demos, tmp_path, capsys):
     refused(capsys, lambda: train.main(argv), *named)
 
 
+def test_what_a_yaml_merges_may_be_overridden():
+    text = "a: &a {shape: [2], type: low_dim}\nb: {<<: *a, shape: [3]}"
+    assert options.read_values(text, "x")["b"] == {"shape": [3], "type": "low_dim"}
+
+
 def test_a_yaml_is_utf_8_whatever_the_locale(tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_bytes("data: gr\u00fcn.hdf5\n".encode())
     monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
