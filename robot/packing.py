@@ -10,8 +10,9 @@ too: its windows, all taps side by side, times its weights.
 
 `pack` exchanges the classes of layers and nothing else: parameters, their names and gradients stay, and with
 them copies, `.to()` and what is saved. Weights are packed when a layer first meets few rows without
-gradients, and anew when they have changed. They then stand beside the plain ones, so that such a layer holds
-its weights twice: all layers of dp_cnn do, and of pi0's and pi05's those of the action expert, a tenth.
+gradients, and anew when they have changed (in place through `.data`, nobody notices); weights that are
+trained never are. Packed ones stand beside the plain ones, so that such a layer holds its weights twice: all
+layers of dp_cnn do, and of pi0's and pi05's those of the action expert, a tenth.
 
 The operators are those that torch.compile emits for weights that stay as they are (torch/_inductor/
 fx_passes/mkldnn_fusion.py). Without them, on another device and in other types the layers are torch's own.
@@ -33,11 +34,11 @@ PACKED = weakref.WeakKeyDictionary()    # layer -> (its weights, their version, 
 
 
 def pack(model):
-    """Let the linear layers and 1D convolutions of a model compute as above while it is on a CPU. -> model"""
+    """Let the linear layers and 1D convolutions of a model on a CPU compute as above. -> model"""
     if hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         for layer in model.modules():
             fast = LAYERS.get(type(layer))
-            if fast and (fast is Linear or one_product(layer)):
+            if fast and layer.weight.device.type == "cpu" and (fast is Linear or one_product(layer)):
                 layer.__class__ = fast
     return model
 
@@ -63,8 +64,8 @@ def kind(x):
 
 def takes(x, weight):
     """Whether oneDNN can compute x times these weights."""
-    return x.device.type == weight.device.type == "cpu" and kind(x) == kind(weight) and kind(x) in types() and \
-        not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.device.type == weight.device.type == "cpu" \
+        and kind(x) == kind(weight) and kind(x) in types()
 
 
 class Product(torch.autograd.Function):
