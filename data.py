@@ -17,11 +17,9 @@ Past either end of the episode its first or last step is repeated, and action_ma
 episode has its window. (Diffusion Policy leaves out the last ones, where more than n_action_steps - 1 actions
 would be padding, because it trains on the padding.)
 """
-import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 
 import numpy as np
@@ -34,6 +32,7 @@ from demos.images import open_samples
 from demos.limits import refuse_beyond_memory
 from demos.mixed import MixedDemos
 from demos.statistics import fit_normalizer, largest, state_spread
+from demos.workers import read_ahead
 from robot.errors import UserError, say
 from robot.models import model_config
 from robot.text import encode_text, prompts
@@ -269,23 +268,18 @@ def batches(windows, batch_size, seed, start_step=0, rank=0, world=1, workers=0)
     batch_size is that of one process; there are `world` of them, this is number `rank`. Every epoch goes
     through all items in a new order and drops the rest that does not fill a batch on every rank. The indices
     of step k depend on (seed, k, rank, world) alone: started at start_step=k it goes on as if it had never
-    stopped. With workers > 0 that many processes prepare the same batches; that pays only for images that
-    stay in the files. Raises UserError if the set is too small, or a file breaks on the way.
+    stopped. With workers > 0 that many processes prepare the same batches, and no two of them read the same
+    file; that pays only for images that stay in the files. Raises UserError if the set is too small, or a
+    file breaks on the way.
     """
     n = len(windows)
     if batch_size * world > n:
         ranks = f" on each of {world} processes" if world > 1 else ""
         raise UserError(f"batch_size {batch_size}{ranks} is more than the {n} items of the set: lower it")
     stream = index_stream(n, batch_size, seed, start_step, rank, world)
-    if not workers or windows.held_on.type != "cpu":
+    if not workers or windows.held_on.type != "cpu" or not isinstance(windows, Windows):
         return ((indices, windows.batch(indices)) for indices in stream)
-    # A generator of its own: the loader draws a seed for its workers, which must not disturb the run's.
-    # Lists, not tensors: a tensor would be handed over by a thread that complains when its worker dies.
-    wanted = (indices.tolist() for indices in stream)
-    loader = torch.utils.data.DataLoader(BatchByIndices(windows), batch_size=None, sampler=wanted,
-                                         num_workers=workers, pin_memory=windows.device.type == "cuda",
-                                         generator=torch.Generator(), worker_init_fn=own_group)
-    return (received(indices, batch, windows.device) for indices, batch in loader)
+    return read_ahead(windows, stream, workers)
 
 
 def fitting_batch(options, n, world=1):
@@ -295,18 +289,6 @@ def fitting_batch(options, n, world=1):
     say(f"batch_size {options.batch_size} is more than the {n} items of the set give: {n // world} from here "
         f"on")
     return dataclasses.replace(options, batch_size=n // world)
-
-
-def own_group(worker):
-    """Ctrl-C and a SIGTERM to the group are for the main process to hear; it ends its workers itself."""
-    os.setpgid(0, 0)
-    sys.excepthook = lambda *_: None  # errors travel as batches; a lost connection is for the main process
-
-
-def received(indices, batch, device):
-    if isinstance(batch, UserError):
-        raise batch
-    return indices, to_device(batch, device)
 
 
 def index_stream(n, batch_size, seed, start_step, rank, world):
@@ -320,22 +302,6 @@ def index_stream(n, batch_size, seed, start_step, rank, world):
             at = (k * world + rank) * batch_size
             yield order[at:at + batch_size]
         epoch, start = epoch + 1, 0
-
-
-class BatchByIndices(torch.utils.data.Dataset):
-    """For DataLoader's workers: an "item" is a whole batch, on the CPU, as a forked process has no GPU. An
-    error is handed over like a batch, because DataLoader would wrap its one line into a traceback."""
-
-    def __init__(self, windows):
-        self.windows = copy.copy(windows)
-        self.windows.device = torch.device("cpu")
-
-    def __getitem__(self, indices):
-        indices = torch.tensor(indices)
-        try:
-            return indices, self.windows.batch(indices)
-        except UserError as error:
-            return indices, error
 
 
 if __name__ == "__main__":

@@ -202,6 +202,15 @@ class ResidualBlock1d(nn.Module):
         self.film = nn.Linear(cond_dim, 2 * dim_out if config.film_scale else dim_out)
         self.residual = nn.Conv1d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
+    def film_of_step(self, step):
+        """(N, emb) -> (N, 2C'), the columns of FiLM's matrix that come first; the bias is in the others."""
+        return F.linear(step, self.film.weight[:, :step.shape[1]])
+
+    def film_of_obs(self, obs):
+        """(B, G) -> (B, 2C')"""
+        first = self.film.in_features - obs.shape[1]
+        return F.linear(obs, self.film.weight[:, first:], self.film.bias)
+
     def forward(self, x, of_step, of_obs):
         h = F.mish(self.norm1(self.conv1(x)))                                   # (B, C', T)
         shift = (of_step + of_obs)[..., None]                                   # (B, 2C', 1) with the scale
@@ -244,12 +253,12 @@ class UNet1d(nn.Module):
         """The step's share of the FiLM parameters: t (N,) -> (N, 2C) for every block."""
         emb, dtype = self.step_embed_dim, self.final_out.weight.dtype
         step = F.mish(self.step_mlp(time_embedding(t, emb).to(dtype)))          # (N, emb)
-        return [F.linear(step, block.film.weight[:, :emb]) for block in self.blocks()]
+        return [block.film_of_step(step) for block in self.blocks()]
 
     def film_of_obs(self, obs):
         """The observation's share: obs (B, G) -> (B, 2C) for every block."""
-        emb, obs = self.step_embed_dim, F.mish(obs.to(self.final_out.weight.dtype))
-        return [F.linear(obs, block.film.weight[:, emb:], block.film.bias) for block in self.blocks()]
+        obs = F.mish(obs.to(self.final_out.weight.dtype))
+        return [block.film_of_obs(obs) for block in self.blocks()]
 
     def forward(self, x, of_step, of_obs):
         shares, skips = iter(zip(of_step, of_obs)), []

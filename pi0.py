@@ -374,14 +374,13 @@ class GemmaLayer(nn.Module):
         self.gate, self.up = (nn.Linear(width, mlp, bias=False) for _ in range(2))
         self.down = nn.Linear(mlp, width, bias=False)
 
-    def keys_values(self, h, rope):
-        """Normed tokens (B, N, D) -> k, v, each (B, kv heads, N, d)."""
-        k, v = (f(h).unflatten(-1, (-1, self.head_dim)) for f in (self.k, self.v))
-        return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
-
-    def forward(self, x, rope, bias, past=None):
+    def forward(self, x, rope, bias, past=None, cache_only=False):
+        """cache_only: only keys and values are wanted."""
         N, h = x.shape[1], self.norm1(x)
-        k, v = self.keys_values(h, rope)                                        # (B, kv heads, N, d)
+        k, v = (f(h).unflatten(-1, (-1, self.head_dim)) for f in (self.k, self.v))
+        k, v = rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)              # (B, kv heads, N, d)
+        if cache_only:
+            return None, (k, v)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, kv heads, M, d)
         q = rotate(self.q(h).unflatten(-1, (-1, self.head_dim)), *rope)         # (B, N, heads, d)
@@ -413,11 +412,10 @@ class Gemma(nn.Module):
         bias = bias[:, None].repeat(1, 1, self.group, 1)                        # (B, 1, gN, M)
         cache = []
         for i, layer in enumerate(self.layers):
-            if cache_only and i + 1 == len(self.layers):
-                return None, cache + [layer.keys_values(layer.norm1(x), rope)]
-            x, keys_values = checkpointed(layer, self.checkpointing, x, rope, bias, past[i] if past else None)
+            last = cache_only and i + 1 == len(self.layers)
+            x, keys_values = checkpointed(layer, self.checkpointing, x, rope, bias, past and past[i], last)
             cache.append(keys_values)
-        return self.norm(x), cache
+        return None if cache_only else self.norm(x), cache
 
 
 # ---------------------------------------------------------------- masks, times, draws

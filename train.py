@@ -12,8 +12,7 @@ Everything random in step k (windows, noise, t, crops, dropout) is a function of
 the step and nothing else to be resumed, and on a CPU it then equals the uninterrupted one bit for bit.
 
 Map: schedules | prepare | loop, after_steps | evaluate, finish | train, main. Read `train` and `loop` first.
-Saving, resuming and signals are in tools/runs.py. Several GPUs: `torchrun --nproc_per_node 4 train.py ...`
-(--batch_size is per process); what keeps the processes together is in tools/distributed.py.
+Saving, resuming and signals are in tools/runs.py, several GPUs (docs/scaling.md) in tools/distributed.py.
 """
 import copy
 import dataclasses
@@ -37,7 +36,7 @@ from tools.options import make_config, parse_options, with_recipe
 from tools.quality import compare_samples, validate
 from tools.runs import (Run, Since, averaged, catch_signals, collect, keep_best, locked, log, n_parameters,
                         prepare_out, release_signals, save, stop_status, worker_is_mourned, write_rows)
-from tools.starting import build, earlier_run, fits, resume, say_notes, units, with_release
+from tools.starting import build, earlier_run, first_loss, fits, resume, say_notes, units, with_release
 
 # ----------------------------------------------------------------------------------------------------------
 # Schedules
@@ -88,7 +87,7 @@ class LossStep(torch.nn.Module):
 
 def prepare(options, module, out, device, dtype, rank, world, release=None):
     """Open the data, build the model and its average, the optimiser. -> Run"""
-    earlier = earlier_run(options, out)
+    earlier = earlier_run(options, out, rank)
     # The data decide the shapes in the model's Config. A run goes on in the units in which it began.
     facts, make_items, description, normalizer = data.open_data(
         options, module, normalizer=units(options, earlier, release))
@@ -100,12 +99,13 @@ def prepare(options, module, out, device, dtype, rank, world, release=None):
     options = data.fitting_batch(options, len(items), world)
     example = (held_out if len(held_out) else items).batch(torch.zeros(1, dtype=torch.long))
     torch.manual_seed(options.seed)
-    model = pack(build(options, module, config, example, device, earlier, release))
+    model = pack(build(options, module, config, device, earlier, release, world))
     ema = averaged(model, options.fsdp)
     loss_step, shown = LossStep(model), ema
     if options.fsdp:
         shown = copy.deepcopy(ema) if rank == 0 else None
-        distributed.shard((loss_step, ema), device, world)
+        distributed.shard((loss_step, ema), device, world, dtype)
+    first_loss(loss_step, example, device, options.model)
     optimizer = torch.optim.AdamW(model.param_groups(options.weight_decay), lr=options.lr,
                                   betas=options.betas, fused=device.type in ("cuda", "cpu"))
     run = Run(options, out, device, dtype, rank, world, config, model, ema, shown, loss_step, optimizer,
@@ -185,7 +185,7 @@ def after_steps(run, since, named, lr, grad_norm, received, bar):
     # Stopped between two rows: the next one is written by the resumed run, as if nothing had happened.
     run.unlogged = {"step": done} if logging else {"step": since.step, "losses": losses.cpu()}
     if saving or stopping:
-        save(run)
+        save(run, stopping)
     if stopping:
         bar.close()
         if run.main:
@@ -259,6 +259,8 @@ def evaluate_on_the_way(run):
         row.pop("rollouts", None)
         log(run, row)
         keep_best(run)
+        if run.options.fsdp:
+            run.shown.to("cpu")  # its device has no room to spare
 
 
 def finish(run):

@@ -97,15 +97,15 @@ def check_normalizer(normalizer, data):
     normalizer.summary()                # what it says of itself, when training goes on
 
 
-def read_checkpoint(path, device="cpu"):
+def read_checkpoint(path, device="cpu", mapped=False):
     """The checkpoint's dict. `path` may be the run's folder. Only tensors, numbers, texts and containers of
     them are read; anything else a pickle could hold is refused. The file's checksums are compared, so that no
-    flipped bit becomes a weight."""
+    flipped bit becomes a weight. mapped: see read_tensors."""
     path = user_path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"there is no {path}; give the --out folder of a training run")
-    content = read_tensors(path, device)
+    content = read_tensors(path, device, mapped)
     found = content.get("format")
     if found is None:
         raise not_of_this_project(path)
@@ -113,11 +113,7 @@ def read_checkpoint(path, device="cpu"):
         raise UserError(f"{path} has format {str(found)[:20]}, this code reads up to {FORMAT}: update the "
                         f"code")
     if "frozen" in content:
-        beside = path.parent / Path(str(content["frozen"])).name
-        if not beside.exists():
-            raise UserError(f"{path} needs {beside.name}, which holds its frozen weights: copy it into the "
-                            f"same folder")
-        frozen = read_tensors(beside, device)
+        frozen = read_frozen(path, content["frozen"], device, mapped)
         content |= {part: frozen | content[part] for part in ("weights", "ema")
                     if isinstance(content.get(part), dict)}
     for key in faults(content):
@@ -125,13 +121,24 @@ def read_checkpoint(path, device="cpu"):
     return content
 
 
-def read_tensors(path, device):
-    """The dict in a file of save_tensors."""
+def read_frozen(path, name, device="cpu", mapped=False):
+    """The frozen weights that lie beside the checkpoint `path`."""
+    beside = path.parent / Path(str(name)).name
+    if not beside.exists():
+        raise UserError(f"{path} needs {beside.name}, which holds its frozen weights: copy it into the same "
+                        f"folder")
+    return read_tensors(beside, device, mapped)
+
+
+def read_tensors(path, device, mapped=False):
+    """The dict in a file of save_tensors. mapped: its tensors stay in the file until they are looked at, for
+    processes that each need a part of them."""
     path = input_file(path)
     try:
         with zipfile.ZipFile(path) as parts:
             damaged = parts.testzip()
-        content = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        content = None if damaged else torch.load(path, map_location=device, weights_only=True,
+                                                    mmap=mapped)
     except PermissionError:
         raise UserError(f"{path} may not be read: change its permissions") from None
     except Exception:  # torch has a dozen types of error for files that are cut short, foreign or pickles

@@ -239,8 +239,9 @@ def test_two_processes_end_with_the_same_weights(demos, tmp_path):
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
-    assert not any(torch.equal(x, y) for x, y in zip(a["seen"], b["seen"]))     # own batches, own noise
-    assert len({*a["seeds"], *b["seeds"]}) == 6
+    own = [kept["seen"][1:] for kept in (a, b)]                     # the first one is the example of both
+    assert not any(torch.equal(x, y) for x, y in zip(*own)) and len(own[0]) == 3    # own batches, own noise
+    assert len({*a["seeds"][1:], *b["seeds"][1:]}) == 6
     start = read_checkpoint(tmp_path / "out")
     assert start["step"] == 3 and all(torch.equal(a["weights"][k], start["weights"][k]) for k in a["weights"])
 
@@ -252,21 +253,39 @@ def test_sharding_is_refused_where_torch_cannot_do_it(demos, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+KILLED = """
+import os, sys, train
+def evaluate(run, acting):
+    if run.step == 4:
+        os.kill(os.getpid(), 9)
+    return real(run, acting)
+real, train.evaluate = train.evaluate, evaluate
+train.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU")
-def test_sharded_training_is_that_of_ddp(demos, tmp_path):
-    """Losses, gradient norms, weights, average and optimiser, over a resumption; and its checkpoint is like
-    any other, for sample.py and for a single process."""
-    argv = {way: command(demos, tmp_path / way, clip=0.5, eval_every=2, steps=None, lr_schedule="constant")
+def test_sharded_training_is_that_of_ddp(demos, tmp_path, capsys):
+    """Losses, gradient norms, weights, average and optimiser, over a kill whose last checkpoint is in shards,
+    and a resumption; and its checkpoint is like any other, for sample.py and for a single process."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    argv = {way: command(demos, tmp_path / way, clip=0.5, eval_every=2, steps=5, lr_schedule="constant")
             for way in ("ddp", "fsdp")}
-    for way, more in (("ddp", ["--steps", "5"]), ("fsdp", ["--fsdp", "--steps", "3"]),
-                      ("fsdp", ["--fsdp", "--steps", "5", "--resume"])):
+    for way, script, more in (("ddp", ROOT / "train.py", []), ("fsdp", tmp_path / "killed.py", ["--fsdp"]),
+                              ("fsdp", ROOT / "train.py", ["--fsdp", "--resume"])):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run([*torchrun, str(ROOT / "train.py"), *argv[way], *more], capture_output=True,
-                              text=True, timeout=200, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run([*torchrun, str(script), *argv[way], *more], capture_output=True, text=True,
+                              timeout=200, cwd=tmp_path,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
         refuses = re.search("gloo|rendezvous|socket|bind", done.stderr, re.I)
-        if done.returncode and refuses and "train.py" not in done.stderr:
+        if done.returncode and refuses and script.name not in done.stderr:
             pytest.skip(f"two processes cannot talk to each other here: {done.stderr[-300:]}")
-        assert done.returncode == 0, done.stderr
+        if script.name == "killed.py":
+            assert done.returncode and (tmp_path / "fsdp" / "shards_3" / "head.pt").exists(), done.stderr
+            assert read_checkpoint(tmp_path / "fsdp")["step"] == 0
+        else:
+            assert done.returncode == 0, done.stderr
+    assert not [*(tmp_path / "fsdp").glob("shards_*")]
     ddp, fsdp = ({(row["step"], key): value for row in read_rows(tmp_path / way) for key, value in row.items()
                   if key in ("loss", "grad_norm", "val_loss", "action_error")} for way in ("ddp", "fsdp"))
     assert set(ddp) <= set(fsdp) and len(ddp) == 5 * 2 + 3 * 2
@@ -279,8 +298,10 @@ def test_sharded_training_is_that_of_ddp(demos, tmp_path):
         assert all(torch.allclose(x, b["optimizer"]["state"][i][key], atol=1e-6) for key, x in state.items())
     assert Policy.load(tmp_path / "fsdp").act(
         {"agent_pos": np.zeros(2), "goal": np.zeros(2), "number": np.zeros(1)}).shape == (2,)
+    capsys.readouterr()
     train.main([*argv["fsdp"], "--steps", "6", "--resume"])         # alone
     assert read_checkpoint(tmp_path / "fsdp")["step"] == 6
+    assert "note: 2 processes had 8 items each, now there are 1" in capsys.readouterr().out
 
 
 def test_sharding_needs_several_processes(demos, tmp_path, capsys):

@@ -18,7 +18,7 @@ import torch
 
 from robot.checkpoint import record, save_checkpoint, save_frozen
 from robot.errors import UserError, input_text, user_path, written_aside
-from tools import distributed
+from tools import distributed, shards
 
 try:
     import fcntl
@@ -160,32 +160,40 @@ def collect(run):
     if run.options.fsdp:
         whole = distributed.gather(run.ema.state_dict())
         if run.main:
-            run.shown.load_state_dict(whole)
+            run.shown.to("cpu").load_state_dict(whole)
+            run.shown.to(run.device)
 
 
-def save(run):
-    """Replace checkpoint.pt as a whole; never by weights that are not finite."""
-    collect(run)
+def save(run, stopping=False):
+    """Replace checkpoint.pt as a whole; never by weights that are not finite. With --fsdp it is made of the
+    shards where it is the last one, or one to keep; in between they are enough."""
     if not all(x.isfinite().all() for x in distributed.own(run.model)):
         raise UserError(f"weights are not finite after step {run.step}; the last checkpoint in {run.out} is "
                         f"intact: lower --lr or set --clip")
-    state = distributed.gather({"weights": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
-    if run.main:
-        state |= {"ema": run.shown.state_dict()}
-        if run.frozen:
-            run.frozen_file = run.frozen_file or save_frozen(
-                run.out, {name: state["weights"][name] for name in sorted(run.frozen)})
-            state |= {"frozen": run.frozen_file} | {part: {
-                name: x for name, x in state[part].items() if name not in run.frozen}
-                for part in ("weights", "ema")}
-        save_checkpoint(run.out / "checkpoint.pt", state | {
-            "model": run.options.model, "preset": run.options.preset,
-            "options": dataclasses.asdict(run.options), "config": dataclasses.asdict(run.config),
-            "data": run.description, "normalizer": run.normalizer.state() if run.normalizer else None,
-            "step": run.step, "unlogged": run.unlogged, "train_seconds": run.seconds,
-            "replay": record(run.shown, run.example)})
-        if run.options.keep_every and run.step and run.step % run.options.keep_every == 0:
-            copy_aside(run.out / "checkpoint.pt", run.out / f"checkpoint_{run.step}.pt")
+    options = run.options
+    keeping = bool(options.keep_every and run.step) and run.step % options.keep_every == 0
+    state = {"weights": run.model.state_dict(), "ema": run.ema.state_dict()}
+    if run.frozen:
+        if not run.frozen_file:     # once for all checkpoints
+            whole = distributed.gather({name: state["weights"][name] for name in sorted(run.frozen)})
+            run.frozen_file = save_frozen(run.out, whole) if run.main else "written by process 0"
+        state = {part: {name: x for name, x in weights.items() if name not in run.frozen}
+                 for part, weights in state.items()} | {"frozen": run.frozen_file}
+    state |= {"model": options.model, "preset": options.preset, "options": dataclasses.asdict(options),
+              "config": dataclasses.asdict(run.config), "data": run.description,
+              "normalizer": run.normalizer.state() if run.normalizer else None, "processes": run.world,
+              "step": run.step, "unlogged": run.unlogged, "train_seconds": run.seconds,
+              "optimizer": run.optimizer.state_dict()}
+    if options.fsdp:
+        shards.write(run.out, state | {"example": run.example}, run.rank, run.world)
+        if stopping or keeping or options.keep_best or run.step in (0, options.steps):
+            if run.main:
+                shards.merge(run.out, run.shown.to("cpu"))
+            distributed.wait()
+    elif run.main:
+        save_checkpoint(run.out / "checkpoint.pt", state | {"replay": record(run.shown, run.example)})
+    if run.main and keeping:
+        copy_aside(run.out / "checkpoint.pt", run.out / f"checkpoint_{run.step}.pt")
 
 
 def keep_best(run):

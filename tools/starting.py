@@ -12,7 +12,7 @@ from robot.models import SAMPLER_FIELDS, load_module, pick_device, sampler_confi
 from robot.normalizer import Normalizer
 from robot.policy import Policy
 from robot.released import build_model, open_release
-from tools import distributed
+from tools import distributed, shards
 from tools.options import check_options, parse_set, tuple_of
 from tools.runs import frozen_names, n_parameters, read_rows
 
@@ -136,38 +136,48 @@ def say_notes(release, out):
         say(f"--init: {one_line(release.notes[0], 250)}{more}")
 
 
-def build(options, module, config, example, device, earlier, release=None):
-    """The model on its device, after a first loss."""
+def build(options, module, config, device, earlier, release=None, world=1):
+    """The model on its device; with --fsdp on the CPU, since it may be too large for one device."""
     with one_model(options.model):
         with torch.device("meta"):
-            check_size(module.Model(config), device)
+            check_size(module.Model(config), device, world if options.fsdp else 1)
         model = build_model(release, config) if release else module.Model(config)
         if options.init and earlier:
             start_from(model, earlier, options)
-        model = model.to(device)
-        with torch.no_grad():
-            model.loss({k: v.to(device) for k, v in example.items()})
-    return model
+        return model if options.fsdp else model.to(device)
 
 
-def check_size(model, device):
-    """Refuse weights that cannot fit beside their average, before they are allocated."""
+def first_loss(loss_step, example, device, name):
+    """Data that the model does not fit are a line here, and no traceback in the loop."""
+    with one_model(name), torch.no_grad():
+        loss_step({k: v.to(device) for k, v in example.items()})
+    if hasattr(loss_step, "reshard"):           # FSDP keeps some weights whole until the backward pass
+        loss_step.reshard()
+
+
+def check_size(model, device, processes=1):
+    """Refuse weights that cannot fit beside their average, divided among so many, before they are
+    allocated."""
     frozen = frozen_names(model)    # of these there is one copy
-    need = sum(p.numel() * (4 if name in frozen else 8) for name, p in model.named_parameters())
+    need = sum(p.numel() * (4 if name in frozen else 8) for name, p in model.named_parameters()) / processes
     has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory()
     if need > has:
         raise ValueError(f"{n_parameters(model):,} parameters and their average take {need / 1e9:.0f} GB, "
-                         f"{device.type} has {has / 1e9:.0f} GB: take a smaller preset")
+                         f"{device.type} has {has / 1e9:.0f} GB: take a smaller preset, or more processes "
+                         f"and --fsdp")
 
 
-def earlier_run(options, out):
+def earlier_run(options, out, rank):
     """The checkpoint to go on with or to start from; None for a new run and for weights of a release."""
     if options.resume:
-        return read_checkpoint(out)
+        if rank == 0:
+            shards.merge(out)       # what a killed run with --fsdp has left
+        distributed.wait()
+        return read_checkpoint(out, mapped=options.fsdp)
     if not options.init or not is_run(options.init):
         return None
     try:
-        return read_checkpoint(user_path(options.init))
+        return read_checkpoint(user_path(options.init), mapped=options.fsdp)
     except UserError as e:
         raise UserError(f"--init: {e}") from None
 
@@ -228,6 +238,10 @@ def resume(run, checkpoint):
     if run.options.steps < checkpoint["step"]:
         raise UserError(f"--resume: {path} has {checkpoint['step']} steps behind it, more than --steps "
                         f"{run.options.steps}: leave it as it was")
+    was = checkpoint.get("processes", run.world)
+    if was != run.world and run.main:
+        print(f"note: {was} processes had {run.options.batch_size} items each, now there are {run.world}: "
+              f"this is not the run that was interrupted, unless --batch_size changes as well")
     for name in SHAPING:  # an older checkpoint may lack some
         value = getattr(run.options, name)
         was = checkpoint["options"].get(name, value)
