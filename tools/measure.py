@@ -264,7 +264,7 @@ def samplers(config):
 
 def chunk_costs(model, batch, steps):
     """-> (floating point operations, bytes of weights read, seconds) of a chunk in so many steps: computed
-    from one step and two, since every further step costs the same. The first call does not count: it packs."""
+    from one step and two, since every further step costs the same. A first call packs the weights."""
     costs = []
     for n in (1, 1, 2) if steps else (None,):
         began = time.perf_counter()
