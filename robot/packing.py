@@ -34,11 +34,11 @@ PACKED = weakref.WeakKeyDictionary()    # layer -> (its weights, their version, 
 
 
 def pack(model):
-    """Let the linear layers and 1D convolutions of a model compute as above while it is on a CPU. -> model"""
+    """Let the linear layers and 1D convolutions of a model on a CPU compute as above. -> model"""
     if hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         for layer in model.modules():
             fast = LAYERS.get(type(layer))
-            if fast and (fast is Linear or one_product(layer)):
+            if fast and layer.weight.device.type == "cpu" and (fast is Linear or one_product(layer)):
                 layer.__class__ = fast
     return model
 
@@ -64,8 +64,8 @@ def kind(x):
 
 def takes(x, weight):
     """Whether oneDNN can compute x times these weights."""
-    return x.device.type == weight.device.type == "cpu" and kind(x) == kind(weight) and kind(x) in types() \
-        and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.device.type == weight.device.type == "cpu" \
+        and kind(x) == kind(weight) and kind(x) in types()
 
 
 class Product(torch.autograd.Function):

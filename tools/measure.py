@@ -264,14 +264,15 @@ def samplers(config):
 
 def chunk_costs(model, batch, steps):
     """-> (floating point operations, bytes of weights read, seconds) of a chunk in so many steps: computed
-    from one step and two, since every further step costs the same."""
+    from one step and two, since every further step costs the same. A first call packs the weights."""
     costs = []
-    for n in (1, 2) if steps else (None,):
+    for n in (1, 1, 2) if steps else (None,):
         began = time.perf_counter()
         counts = count(lambda: model.sample(batch, steps=n), model)
         costs.append((*counts, time.perf_counter() - began))
     further = (steps or 1) - 1
-    return [one + further * max(0, two - one) for one, two in zip(costs[0], costs[-1])]
+    one, two = costs[-2:] if steps else costs * 2
+    return [a + further * max(0, b - a) for a, b in zip(one, two)]
 
 
 def time_chunk(model, batch, steps, device, repeat, seconds):

@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
     ("dp_cnn", ["--set", "down_dims=[16, 32]", "--dtype", "bfloat16"], {"ddim 10", "ddpm 100"}),
     ("ddpm", [], None)])
 def test_one_json_line_with_times_of_steps_and_chunks(model, extra, samplers, capsys):
-    bench.main(["--model", model, "--batch_size", "4", "--repeat", "2", "--device", "cpu", *extra])
+    bench.main(["--model", model, "--batch_size", "4", "--repeat", "2", "--seconds", "0.3", "--device",
+                "cpu", *extra])
     row = json.loads(capsys.readouterr().out)
     dtypes = ["bfloat16"] if "bfloat16" in extra else ["float32", "bfloat16"]
     assert row["model"] == model and row["batch_size"] == 4 and row["data_ms"] > 0 and not row["left_out"]

@@ -48,9 +48,9 @@ class PatchEmbed(torch.nn.Module):
 
 
 def works(folder):
-    yield Work("S/2: training step, batch 4", functools.partial(training, folder, "S/2", 4))
-    for preset, B in (("S/2", 4), ("XL/2", 1)):
+    for preset, B in (("XL/2", 1), ("S/2", 4)):
         yield Work(f"{preset}: forward pass, batch {B}", functools.partial(forward, folder, preset, B))
+    yield Work("S/2: training step, batch 4", functools.partial(training, folder, "S/2", 4))
 
 
 def models(folder, preset):

@@ -25,9 +25,9 @@ SMALL = {"depth": DEPTH, "vit_depth": DEPTH, "width": 512, "mlp": 4096, "expert_
 
 
 def works(folder):
+    yield Work("pi0 small: chunk, 10 steps", functools.partial(chunk, folder))
     yield Work("pi0 small: training step, batch 1 (openpi computes layers again in the backward pass)",
                functools.partial(training, folder))
-    yield Work("pi0 small: chunk, 10 steps", functools.partial(chunk, folder))
 
 
 def sizes(variant):
