@@ -52,7 +52,8 @@ def test_every_yaml_of_the_project_is_read(path):
     facts, meta = {}, content.get("shape_meta")
     if meta:                                                        # what the data would say
         cameras = [m["shape"] for m in meta["obs"].values() if m.get("type") == "rgb"]
-        facts = {"action_dim": meta["action"]["shape"][0], "n_cameras": len(cameras)}
+        facts = {"n_cameras": len(cameras)}
+        facts |= {"action_dim": meta["action"]["shape"][0]} if "action" in meta else {}
         facts |= {"image_size": tuple(cameras[0][1:])} if cameras else {}
     for kind in ("action", "state"):                                    # rdt.py: a name for each dimension
         if f"{kind}_names" in content.get("set", {}):
