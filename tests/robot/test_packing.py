@@ -112,6 +112,7 @@ def test_changed_weights_are_packed_anew():
     check(layer.to(torch.bfloat16))
     check(copy.deepcopy(layer))
     layer.requires_grad_(True).float()
+    check(layer)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1.0, fused=True)
     layer(x).sum().backward()
     optimizer.step()                                                # raises no version
