@@ -109,7 +109,7 @@ def packed(layer):
         # The plain weights are kept too: no others can then come to lie at their address.
         PACKED[layer] = weight.detach(), weight._version, blocks
         if sum(of.nbytes for of, _, _ in PACKED.values()) > 2**30:
-            say_once("note: packed weights take more than 1 GiB, beside the plain ones (docs/weights.md)")
+            say_once("packed weights take more than 1 GiB, beside the plain ones (docs/weights.md)")
     return blocks
 
 
