@@ -27,6 +27,7 @@ from demos.dataset import open_demos
 from demos.generated import new_hdf5
 from demos.images import Samples
 from robot import packing
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
