@@ -1,7 +1,6 @@
 """What one of two processes does in tests/tools/test_several_processes.py: it trains every model for three
-steps on a joint batch in three ways, alone, with DDP and with FSDP, in the last two on its half.
-
-`python tests/joint_losses.py` is the second process; the first is the test's own.
+steps on a joint batch in three ways, alone, with DDP and with FSDP, in the last two on its half. The first
+process writes what it found: `python tests/joint_losses.py FILE`.
 """
 import functools
 import sys
@@ -119,7 +118,7 @@ def measure(processes):
 
 
 def main():
-    """-> by case and way: losses, average of the weights and the most bytes gathered at a time"""
+    """By case and way: losses, average of the weights and the most bytes gathered at a time."""
     torch.manual_seed(0)
     rank, _ = distributed.join(torch.device("cpu"), fsdp=True)
     found = {case: {way: train_case(case, way, rank) for way in ("alone", "ddp", "fsdp")} for case in CASES}
@@ -127,7 +126,8 @@ def main():
     found["bfloat16"] = low
     found["bytes"] = {processes: measure(processes) for processes in (1, 2)}
     distributed.leave()
-    return found
+    if rank == 0:
+        torch.save(found, sys.argv[1])
 
 
 if __name__ == "__main__":
