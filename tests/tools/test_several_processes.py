@@ -25,8 +25,8 @@ def found(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environ = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    # The test's own process is none of them: after a failed start, as another test makes one, torch counts its
-    # groups otherwise than a new process does, and the two would wait for each other.
+    # The test's own process is none of them: after a failed start, as another test makes one, torch counts
+    # its groups otherwise than a new process does, and the two would wait for each other.
     command = [sys.executable, ROOT / "tests" / "joint_losses.py", out]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
                              env=os.environ | environ | {"RANK": rank}) for rank in "01"]
