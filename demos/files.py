@@ -72,7 +72,7 @@ def open_hdf5(path):
     try:
         file = h5py.File(path, "r")
         return flat.Flat(file) if flat.is_flat(file) else file
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = "is cut short, copy it again" if "truncated" in str(error) else "cannot be opened as HDF5"
         raise UserError(f"{path} {reason}: {one_line(error)}") from None
 

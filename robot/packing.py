@@ -89,15 +89,15 @@ class Product(torch.autograd.Function):
 
 
 def product(layer, x, bias):
-    """F.linear(x, layer.matrix(), bias): x (..., I), the matrix (O, I) -> (..., O)"""
+    """F.linear(x, layer._matrix(), bias): x (..., I), the matrix (O, I) -> (..., O)"""
     if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and x.dtype == torch.bfloat16:
-        return F.linear(x, layer.matrix(), bias)  # which calls oneDNN itself in bfloat16
+        return F.linear(x, layer._matrix(), bias)  # which calls oneDNN itself in bfloat16
     if torch.is_grad_enabled():
-        return Product.apply(x, layer.matrix(), bias)
+        return Product.apply(x, layer._matrix(), bias)
     few = x.shape[:-1].numel() <= MOST_ROWS and layer.weight.numel() >= LEAST
     # Weights that are trained are never packed: fused AdamW changes them without raising their version.
     fixed = not layer.weight.requires_grad and not layer.weight.is_inference()
-    return onednn(x, packed(layer) if few and fixed else layer.matrix(), bias)
+    return onednn(x, packed(layer) if few and fixed else layer._matrix(), bias)
 
 
 def packed(layer):
@@ -105,7 +105,7 @@ def packed(layer):
     weight = layer.weight
     of, version, blocks = PACKED.get(layer, (weight, None, None))
     if (of.data_ptr(), of.dtype, version) != (weight.data_ptr(), weight.dtype, weight._version):
-        blocks = torch.ops.mkldnn._reorder_linear_weight(layer.matrix().contiguous(), None)
+        blocks = torch.ops.mkldnn._reorder_linear_weight(layer._matrix().contiguous(), None)
         # The plain weights are kept too: no others can then come to lie at their address.
         PACKED[layer] = weight.detach(), weight._version, blocks
         if sum(of.nbytes for of, _, _ in PACKED.values()) > 2**30:
@@ -116,7 +116,7 @@ def packed(layer):
 # ---------------------------------------------------------------- layers
 
 class Linear(nn.Linear):
-    def matrix(self):
+    def _matrix(self):
         return self.weight
 
     def forward(self, x):
@@ -159,7 +159,7 @@ def pays(x, steps, weight):
 
 
 class Conv1d(nn.Conv1d):
-    def matrix(self):
+    def _matrix(self):
         return self.weight.to(kind(self.weight)).transpose(1, 2).flatten(1)     # (O, k C)
 
     def forward(self, x):
@@ -171,7 +171,7 @@ class Conv1d(nn.Conv1d):
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
-    def matrix(self):
+    def _matrix(self):
         return self.weight.to(kind(self.weight)).flatten(1).T                   # (O k, C)
 
     def forward(self, x, output_size=None):

@@ -5,7 +5,8 @@
     action = policy.act(observation)    one control step: {key: array}, raw units -> action (A,), raw units
 
 `act` keeps the last To observations and a queue of actions: when the queue is empty it samples a chunk of Tp
-actions, executes Ta of them, and looks again (receding horizon). What no chunk will see it does not look at.
+actions, executes Ta of them, and looks again (receding horizon). Numbers are checked at every step, pictures
+only where a chunk will see them.
 """
 import re
 import time
@@ -97,12 +98,8 @@ class Policy:
         observation: {key: array} with the keys of the data set: state (dim,), images (H, W, 3) uint8;
         "instruction": str (or n of them) if the policy reads.
         """
-        latest = self.relative_to == "latest" and self.processing.relative
-        if len(self.queue) < self.model.config.n_obs_steps:     # the next chunk will see this one
-            self.single = self.observe(observation)
-        elif latest:                                            # to which the action is added
-            values, _, n = self.arrays(observation, list(self.description["state_keys"]))
-            self.history[-1] = self.history[-1] | {"now": self.prepare_state(values, n)[0]}
+        latest = self.relative_to == "latest"
+        single = self.observe(observation, look=len(self.queue) < self.model.config.n_obs_steps)
         if not self.queue:
             began = time.perf_counter()
             chunk = self.sample()                                               # (n, Tp, A)
@@ -113,24 +110,34 @@ class Policy:
             self.queue = list(planned[:, now:now + self.model.config.n_action_steps].unbind(1))
         action = self.queue.pop(0)                                              # (n, A)
         action = (self.to_robot(action[:, None])[:, 0] if latest else action).numpy()
-        return action[0] if self.single else action
+        return action[0] if single else action
 
-    def observe(self, observation):
-        """Remember an observation without acting. -> whether it came without the axis n"""
-        step, single = self.prepare(observation)
-        self.history = (self.history + [step])[-self.model.config.n_obs_steps:]
-        return single
+    def observe(self, observation, look=True):
+        """Remember an observation without acting. look=False: but its pictures, which no chunk will see; those
+        of the step before stand in. -> whether it came without the axis n"""
+        if look or self.description["state_keys"]:      # a policy that has eyes only has nothing else to see
+            step, self.single = self.prepare(observation, look)
+            if not look:
+                step = {k: x for k, x in self.history[-1].items() if k in ("images", "image_mask")} | step
+            self.history = (self.history + [step])[-self.model.config.n_obs_steps:]
+        return self.single
 
-    def prepare(self, observation):
+    def prepare(self, observation, look=True):
         """One observation -> ({"state": (n, S) normalised, "now": (n, S) not, "images": (n, V, H, W, 3),
         "image_mask": (n, V), "text": (n, L)}, whether n was left out). Raises UserError, which names the
         key."""
         d, step = self.description, {}
-        cameras = [key for key in d["camera_keys"] if not self.hidden(key, observation)]
+        cameras = [key for key in d["camera_keys"] if look and not self.hidden(key, observation)]
         wanted = list(d["state_keys"]) + cameras
-        values, single, n = self.arrays(observation, wanted)
+        missing = [key for key in wanted if key not in observation]
+        if missing:
+            raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
+        values = {key: np.asarray(observation[key]) for key in wanted}
+        single = values[wanted[0]].ndim <= (1 if d["state_keys"] else 3)
+        values = {key: x[None] for key, x in values.items()} if single else values
+        n = len(values[wanted[0]])
         step["now"], step["state"] = self.prepare_state(values, n)
-        if self.processing.places:
+        if self.processing.places and look:
             step["images"] = self.prepare_images(values, n)
             shown = torch.tensor([key in values for _, key in self.processing.places])
             if not shown.all():
@@ -140,16 +147,6 @@ class Policy:
         elif getattr(self.model.config, "text_len", 0):
             step["text"] = self.prepare_text(observation.get("instruction"), step["state"])
         return step, single
-
-    def arrays(self, observation, wanted):
-        """-> ({key: array (n, ...)} of the keys in `wanted`, whether n was left out, n)"""
-        missing = [key for key in wanted if key not in observation]
-        if missing:
-            raise UserError(f"the observation lacks {missing[0]!r}{hint(missing[0], observation)}")
-        values = {key: np.asarray(observation[key]) for key in wanted}
-        single = values[wanted[0]].ndim <= (1 if self.description["state_keys"] else 3)
-        values = {key: x[None] for key, x in values.items()} if single else values
-        return values, single, len(values[wanted[0]])
 
     def hidden(self, key, observation):
         """Whether an observation may do without this camera: the network knows its places by name, so that it

@@ -67,7 +67,7 @@ def fly(policy, recording, told):
                 flight.sizes.setdefault(key, set()).add(frame.shape[:2])
                 flight.looks.setdefault(key, []).append(look_of(frame[None])[0])
         try:
-            policy.prepare(observation)         # `act` looks only at what a chunk will see
+            policy.prepare(observation)         # `act` looks at pictures only where a chunk will see them
             began, chunks = time.perf_counter(), len(policy.latency)
             action = policy.act(observation)
         except UserError as e:

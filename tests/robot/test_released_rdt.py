@@ -129,10 +129,8 @@ def test_the_instruction_as_tokens_matters_and_is_checked(capsys):
     for tokens, words in ((None, "add 'lang_embeds' (L, D)"), (np.ones((4, 7)), "shape (1, 4, 7)"),
                           (np.ones(8), "shape (8,)"), (np.full((4, 8), np.nan), "finite"),
                           ("fold", "no array of numbers")):
-        policy.reset()                  # in the middle of a chunk nothing is looked at
         refused(capsys, lambda: policy.act(seen(lang_embeds=tokens)), words)
     without = {key: x for key, x in seen().items() if key != "lang_embeds"}
-    policy.reset()
     refused(capsys, lambda: policy.act(without), "add 'lang_embeds'")
 
 
