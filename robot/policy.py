@@ -113,8 +113,8 @@ class Policy:
         return action[0] if single else action
 
     def observe(self, observation, look=True):
-        """Remember an observation without acting. look=False: but its pictures, which no chunk will see; those
-        of the step before stand in. -> whether it came without the axis n"""
+        """Remember an observation without acting. look=False: but for its pictures, which no chunk will see;
+        those of the step before stand in. -> whether it came without the axis n"""
         if look or self.description["state_keys"]:      # a policy that has eyes only has nothing else to see
             step, self.single = self.prepare(observation, look)
             if not look:
