@@ -6,7 +6,8 @@ Two things are slow in torch's own layers. They leave float32 products to MKL, w
 processors and takes twice as long. And a chunk for one robot is a few rows times many large matrices: then
 reading the matrices is nearly all the work, and it has the speed of the memory only if they were packed, that
 is stored in the order in which the kernel reads them. A convolution over a short sequence is such a product
-too: its windows, all taps side by side, times its weights.
+too: its windows, all taps side by side, times its weights. (Trained, it stays torch's own: with the weights
+brought into another order and back in every step, the product takes up to twice as long.)
 
 `pack` exchanges the classes of layers and nothing else: parameters, their names and gradients stay, and with
 them copies, `.to()` and what is saved. Weights are packed when a layer first meets few rows without
@@ -28,7 +29,6 @@ from .errors import say_once
 
 MOST_ROWS = 128         # with more rows the arithmetic takes longer than the reading: plain weights will do
 LEAST = 2**14           # numbers of a matrix that is worth packing
-SHORT = 8               # steps of a sequence up to which a float32 convolution is trained faster as a product
 
 PACKED = weakref.WeakKeyDictionary()    # layer -> (its weights, their version, these weights packed)
 
@@ -81,8 +81,9 @@ class Product(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows, columns = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous()
-        # contiguous: the windows of a single sequence overlap in memory, which oneDNN refuses
+        # contiguous: an expanded tensor's rows are one row in memory, which oneDNN refuses
+        g, x = g.contiguous(), x.contiguous()
+        rows, columns = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         return (onednn(g, weight.T) if of_x else None,
                 onednn(rows.T, columns.T) if of_weight else None,
                 rows.sum(0) if of_bias else None)
@@ -95,9 +96,13 @@ def product(layer, x, bias):
     if torch.is_grad_enabled():
         return Product.apply(x, layer._matrix(), bias)
     few = x.shape[:-1].numel() <= MOST_ROWS and layer.weight.numel() >= LEAST
-    # Weights that are trained are never packed: fused AdamW changes them without raising their version.
-    fixed = not layer.weight.requires_grad and not layer.weight.is_inference()
-    return onednn(x, packed(layer) if few and fixed else layer._matrix(), bias)
+    return onednn(x, packed(layer) if few and fixed(layer.weight) else layer._matrix(), bias)
+
+
+def fixed(weight):
+    """Whether weights may be packed. Those that are trained never are: fused AdamW changes them without
+    raising their version."""
+    return not weight.requires_grad and not weight.is_inference()
 
 
 def packed(layer):
@@ -123,26 +128,6 @@ class Linear(nn.Linear):
         return product(self, x, self.bias) if takes(x, self.weight) else super().forward(x)
 
 
-class Windows(torch.autograd.Function):
-    """x (B, C, T) -> what each of T' steps of a convolution sees, (B, T', k C): k taps of C channels."""
-
-    @staticmethod
-    def forward(ctx, x, k, stride, padding):
-        ctx.shape, ctx.settings = x.shape, (k, stride, padding)
-        x = F.pad(x.transpose(1, 2), (0, 0, padding, padding))                  # (B, T + 2 padding, C)
-        return x.unfold(1, k, stride).transpose(2, 3).flatten(2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (B, C, T), (k, stride, padding) = ctx.shape, ctx.settings
-        of_taps = g.unflatten(2, (k, C)).unbind(2)                              # k x (B, T', C)
-        of_x, last = g.new_zeros(B, T + 2 * padding, C), (g.shape[1] - 1) * stride
-        for i, of_tap in enumerate(of_taps):
-            of_x[:, i:i + last + 1:stride] += of_tap
-        return of_x[:, padding:padding + T].transpose(1, 2), None, None, None
-
-
 def one_product(conv):
     """Whether a 1D convolution is one product: ungrouped, its taps next to each other, padded with zeros."""
     return conv.groups == 1 and conv.dilation == (1,) and conv.padding_mode == "zeros" and \
@@ -151,28 +136,27 @@ def one_product(conv):
 
 def pays(x, steps, weight):
     """Whether a convolution of x (B, C, T), whose weights meet so many steps, is faster as a product."""
-    if x.ndim != 3 or not takes(x, weight):
-        return False
-    if torch.is_grad_enabled():
-        return steps <= SHORT or kind(x) == torch.bfloat16
-    return x.shape[0] * steps <= MOST_ROWS and not torch.is_autocast_enabled("cpu")
+    acting = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and fixed(weight)
+    return acting and x.ndim == 3 and x.shape[0] * steps <= MOST_ROWS and takes(x, weight)
 
 
 class Conv1d(nn.Conv1d):
     def _matrix(self):
-        return self.weight.to(kind(self.weight)).transpose(1, 2).flatten(1)     # (O, k C)
+        return self.weight.transpose(1, 2).flatten(1)                            # (O, k C)
 
     def forward(self, x):
         (k,), (stride,), (padding,) = self.kernel_size, self.stride, self.padding
         if not pays(x, (x.shape[-1] + 2 * padding - k) // stride + 1, self.weight):
             return super().forward(x)
-        windows = Windows.apply(x.to(kind(x)), k, stride, padding)  # autocast would cast the windows
-        return product(self, windows, self.bias).transpose(1, 2)                # (B, O, T')
+        x = F.pad(x.transpose(1, 2), (0, 0, padding, padding))                  # (B, T + 2 padding, C)
+        windows = x.unfold(1, k, stride).transpose(2, 3).flatten(2)             # (B, T', k C)
+        # A single sequence's windows may be a view in which they overlap, which oneDNN does not take.
+        return product(self, windows.contiguous(), self.bias).transpose(1, 2)   # (B, O, T')
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
     def _matrix(self):
-        return self.weight.to(kind(self.weight)).flatten(1).T                   # (O k, C)
+        return self.weight.flatten(1).T                                          # (O k, C)
 
     def forward(self, x, output_size=None):
         (k,), (stride,), (padding,) = self.kernel_size, self.stride, self.padding

@@ -195,12 +195,25 @@ def test_real_time_chunking_has_its_gradients(case, monkeypatch):
     assert differ(*chunks) < 1e-4 < differ(free, chunks[0])
 
 
-def test_training_in_bfloat16_makes_no_convolution():
-    """Their gradients take several times as long there as those of the matrix product."""
-    model = pack(make_model("dp_cnn-lowdim"))
-    with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16):
-        model.loss(make_batch(model.config, 32))["loss"].backward()
-    assert not sum(e.count for e in profile.key_averages() if e.key == "aten::convolution")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_convolutions_are_trained_by_torch(autocast):
+    """As products they take longer: their weights would be reordered in every step, and back."""
+    counts = []
+    for model in (make_model("dp_cnn-lowdim"), pack(make_model("dp_cnn-lowdim"))):
+        with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model.loss(make_batch(model.config, 32))["loss"].backward()
+        counts.append(sum(e.count for e in profile.key_averages() if e.key == "aten::convolution"))
+    assert counts[0] == counts[1] > 5
+
+
+def test_gradients_of_one_row_that_stands_for_all():
+    layer, plain = pack(nn.Sequential(nn.Linear(8, 4)))[0], nn.Linear(8, 4)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 8).expand(5, 8)
+    for its in (layer, plain):
+        its(x).sum().backward()
+    assert torch.allclose(layer.weight.grad, plain.weight.grad, atol=1e-6)
+    assert torch.allclose(layer.bias.grad, plain.bias.grad)
 
 
 def test_a_policy_packs_its_model():
