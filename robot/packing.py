@@ -57,15 +57,11 @@ def types():
     return (torch.float32, torch.bfloat16) if half else (torch.float32,)
 
 
-def kind(x):
-    """The type in which products of x are computed: autocast's where it is on."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-
-
 def takes(x, weight):
-    """Whether oneDNN can compute x times these weights."""
-    return not torch.compiler.is_compiling() and x.device.type == weight.device.type == "cpu" \
-        and kind(x) == kind(weight) and kind(x) in types()
+    """Whether x times these weights is computed here. In bfloat16 training torch calls oneDNN itself."""
+    trained_low = torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and x.dtype == torch.bfloat16
+    return not torch.compiler.is_compiling() and not trained_low \
+        and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in types()
 
 
 class Product(torch.autograd.Function):
@@ -91,8 +87,6 @@ class Product(torch.autograd.Function):
 
 def product(layer, x, bias):
     """F.linear(x, layer._matrix(), bias): x (..., I), the matrix (O, I) -> (..., O)"""
-    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and x.dtype == torch.bfloat16:
-        return F.linear(x, layer._matrix(), bias)  # which calls oneDNN itself in bfloat16
     if torch.is_grad_enabled():
         return Product.apply(x, layer._matrix(), bias)
     few = x.shape[:-1].numel() <= MOST_ROWS and layer.weight.numel() >= LEAST
@@ -136,7 +130,7 @@ def one_product(conv):
 
 def pays(x, steps, weight):
     """Whether a convolution of x (B, C, T), whose weights meet so many steps, is faster as a product."""
-    acting = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and fixed(weight)
+    acting = not torch.is_grad_enabled() and fixed(weight)
     return acting and x.ndim == 3 and x.shape[0] * steps <= MOST_ROWS and takes(x, weight)
 
 
