@@ -3,7 +3,6 @@ import json
 import math
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -47,18 +46,23 @@ def test_one_json_line_with_times_of_steps_and_chunks(model, extra, samplers, ca
     assert best["float32"] > 1 and best["bfloat16"] > 0.1 and 0.5 < best["read"] < 5000
 
 
+def test_the_share_of_a_small_network_on_a_fast_machine_is_not_rounded_to_nothing():
+    found, best = {"flops": 1e5, "bytes": 1e3}, {"bfloat16": 1000.0, "read": 50.0}
+    assert measure.share(2.0, found, best, "bfloat16") == (5e-05, "arithmetic")
+
+
 class Chain(torch.nn.Module):
     """Its chunk of n steps multiplies n times by a matrix, after a table of which it looks up one row."""
 
-    def __init__(self, seconds=0.0):
+    def __init__(self, wait=lambda: None):
         super().__init__()
-        self.table, self.layer, self.seconds = torch.nn.Embedding(100, 8), torch.nn.Linear(8, 8), seconds
+        self.table, self.layer, self.wait = torch.nn.Embedding(100, 8), torch.nn.Linear(8, 8), wait
 
     @torch.no_grad()
     def sample(self, batch, steps=None, generator=None):
         x = self.table(batch["code"])
         for _ in range(steps):
-            time.sleep(self.seconds)
+            self.wait()
             x = self.layer(x)
         return x
 
@@ -86,12 +90,24 @@ def test_packed_layers_count_as_plain_ones():
     assert flops == measure.count(lambda: copy.loss(training)["loss"].backward(), copy)[0]
 
 
-def test_a_chunk_that_takes_too_long_is_computed_from_its_first_steps():
-    model, batch = Chain(0.02), {"code": torch.tensor([3])}
+class Clock:
+    """Stands for `time` in measure: passes only when somebody waits."""
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.now += seconds
+
+
+def test_a_chunk_that_takes_too_long_is_computed_from_its_first_steps(monkeypatch):
+    monkeypatch.setattr(measure, "time", clock := Clock())
+    model, batch = Chain(lambda: clock.wait(0.02)), {"code": torch.tensor([3])}
     found = measure.time_chunk(model, batch, 1000, CPU, repeat=3, seconds=0.1)
-    assert 19_000 < found["about_ms"] < 40_000 and "p50_ms" not in found
+    assert found["about_ms"] == 20_000 and "p50_ms" not in found
     found = measure.time_chunk(model, batch, 5, CPU, repeat=3, seconds=0.1)
-    assert 100 < found["p50_ms"] < 300 and found["runs"] < 3
+    assert found["p50_ms"] == pytest.approx(100) and found["runs"] < 3
 
 
 def test_the_share_is_that_of_the_nearer_ceiling():
@@ -101,12 +117,13 @@ def test_the_share_is_that_of_the_nearer_ceiling():
     assert measure.share(20, {"flops": 1e9}, best, "bfloat16") == (0.125, "arithmetic")
 
 
-def test_repetitions_end_with_the_time():
+def test_repetitions_end_with_the_time(monkeypatch):
+    monkeypatch.setattr(measure, "time", clock := Clock())
     calls = []
     assert len(measure.times_ms(lambda: calls.append(1), CPU, repeat=5)) == 5 and len(calls) == 7
     waits = iter([0.2, 0.02, 0.5])
-    times = measure.times_ms(lambda: time.sleep(next(waits)), CPU, repeat=50, seconds=0.001)
-    assert len(times) == 1 and 20 <= times[0] < 100
+    times = measure.times_ms(lambda: clock.wait(next(waits)), CPU, repeat=50, seconds=0.001)
+    assert times == [pytest.approx(20)]
 
 
 def test_the_batch_is_chosen_by_the_arithmetic(monkeypatch):
