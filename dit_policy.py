@@ -455,6 +455,12 @@ def cosine_alpha_bar(K, device):
     return torch.cumprod(1 - beta, dim=0).to(device)                            # [1]
 
 
+@functools.lru_cache
+def alpha_bar_numbers(K):
+    """The same as Python numbers: a sampler does not wait for the device, torch.compile sees constants."""
+    return cosine_alpha_bar(K, "cpu").tolist()
+
+
 def timetable(K, steps, spacing):
     """The levels that a sampler visits, noisiest first: that many of K, or `steps` itself if it is a list.
 
@@ -582,7 +588,7 @@ class DiTPolicy(nn.Module):
         "v" = eps - x0."""
         config, K = self.config, self.config.n_diffusion_steps
         levels = timetable(K, config.sampler_steps if steps is None else steps, config.spacing)
-        alpha_bars = cosine_alpha_bar(K, "cpu").tolist()  # plain numbers: no step waits for the device
+        alpha_bars = alpha_bar_numbers(K)
         summaries = self.encode(batch)                                          # L x (B, D)
         shape, device = (len(summaries[0]), config.horizon, config.action_dim), summaries[0].device
         x_t = randn(shape, generator, device) if noise is None else noise.float()

@@ -418,6 +418,19 @@ def linear_schedule(K, device, ends, power):
     return torch.cumprod(1 - torch.linspace(first, last, K) ** power, dim=0).to(device)
 
 
+def schedule_table(K, schedule, beta_ends, device):
+    """alpha_bar_t of the schedule asked for, (K,)"""
+    if schedule == "cosine":
+        return cosine_alpha_bar(K, device)
+    return linear_schedule(K, device, beta_ends, 1 if schedule == "linear" else 2)
+
+
+@functools.lru_cache
+def schedule_numbers(K, schedule, beta_ends):
+    """The same as Python numbers: a sampler does not wait for the device, torch.compile sees constants."""
+    return schedule_table(K, schedule, beta_ends, "cpu").tolist()
+
+
 def timetable(K, steps, spacing):
     """The levels that a sampler visits, noisiest first: that many of K, or `steps` itself if it is a list.
 
@@ -476,13 +489,6 @@ class DiffusionPolicyCNN(nn.Module):
         both, at = (self.config.image_mean, self.config.image_std), slice(3 * camera, 3 * camera + 3)
         return [per_channel(x[at] or x, device) for x in both if x]
 
-    def alpha_bar(self, device):
-        """alpha_bar_t for t = 0 .. K-1, (K,)"""
-        config, K = self.config, self.config.n_diffusion_steps
-        if config.schedule == "cosine":
-            return cosine_alpha_bar(K, device)
-        return linear_schedule(K, device, config.beta_ends, 1 if config.schedule == "linear" else 2)
-
     def condition(self, batch):
         """-> cond (B, G) for FiLM, given (B, Tp, D) or None, known (Tp, D). When inpainting [9], `given` is a
         trajectory that holds the observations; `known` is True at those of the To observed steps."""
@@ -510,10 +516,11 @@ class DiffusionPolicyCNN(nn.Module):
             # The observations of all Tp steps are denoised too. Their encoder gets no gradient through this
             # target, which would be easiest if it encoded nothing: it learns through the known entries.
             x0 = torch.cat([x0, given[..., x0.shape[-1]:].detach()], dim=-1)    # (B, Tp, A + obs_dim)
-        B, K = len(x0), self.config.n_diffusion_steps
+        B, config, K = len(x0), self.config, self.config.n_diffusion_steps
         noise = torch.randn_like(x0) if noise is None else noise
         t = torch.randint(K, (B,), device=x0.device) if t is None else t
-        alpha_bar = self.alpha_bar(x0.device)[t][:, None, None]                 # (B, 1, 1)
+        alpha_bar = schedule_table(K, config.schedule, config.beta_ends, x0.device)[t]
+        alpha_bar = alpha_bar[:, None, None]                                    # (B, 1, 1)
         x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise            # [2]
         if given is not None:
             x_t = torch.where(known, given, x_t)                                # [9] clean, not noised
@@ -541,7 +548,7 @@ class DiffusionPolicyCNN(nn.Module):
         steps = config.sampler_steps if steps is None else steps
         # The first level may lie below K - 1: near the top x_t holds little of the data, so noise will do.
         levels = timetable(config.n_diffusion_steps, steps, config.spacing)
-        alpha_bars = self.alpha_bar("cpu").tolist()                             # no wait for the device
+        alpha_bars = schedule_numbers(config.n_diffusion_steps, config.schedule, config.beta_ends)
         batch = {k: v[:, :To] if k in ("state", "images") else v for k, v in batch.items()}
         cond, given, known = self.condition(batch)
         shape, device = (len(cond), *known.shape), cond.device                  # (B, Tp, D)

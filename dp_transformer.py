@@ -461,6 +461,12 @@ def cosine_alpha_bar(K, device):
     return torch.cumprod(1 - beta, dim=0).to(device)                            # [1]
 
 
+@functools.lru_cache
+def alpha_bar_numbers(K):
+    """The same as Python numbers: a sampler does not wait for the device, torch.compile sees constants."""
+    return cosine_alpha_bar(K, "cpu").tolist()
+
+
 def timetable(K, steps, spacing):
     """The levels that a sampler visits, noisiest first: that many of K, or `steps` itself if it is a list.
 
@@ -570,7 +576,7 @@ class DiffusionPolicyTransformer(nn.Module):
         steps = config.sampler_steps if steps is None else steps
         # The first level may lie below K - 1: near the top x_t holds little of the data, so noise will do.
         levels = timetable(config.n_diffusion_steps, steps, config.spacing)
-        alpha_bars = cosine_alpha_bar(config.n_diffusion_steps, "cpu").tolist()  # no wait for the device
+        alpha_bars = alpha_bar_numbers(config.n_diffusion_steps)
         batch = {k: v[:, :To] if k in ("state", "images") else v for k, v in batch.items()}
         cond, given, known = self.condition(batch)
         shape, device = (len(cond), *known.shape), cond.device                  # (B, Tp, input_dim)

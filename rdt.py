@@ -535,6 +535,13 @@ def cosine_alpha_bar(K, device):
     return torch.cumprod(1 - beta, dim=0).to(device)                            # [1]
 
 
+@functools.lru_cache
+def alpha_bar_numbers(K):
+    """The same as Python numbers: a sampler does not wait for the device, torch.compile sees constants."""
+    return cosine_alpha_bar(K, "cpu").tolist()
+
+
+@functools.lru_cache
 def solver_times(K, steps):
     """Times visited, evenly from K - 1 down, then clean data, not 0. 5 of 1000: 999, 799, 599, 400, 200."""
     if not 1 <= steps <= max(K - 1, 1):
@@ -824,7 +831,7 @@ class RDT(nn.Module):
         encoded, device, places = self.encode(batch), batch["state"].device, self.places["action"]
         shape = (len(batch["state"]), c.horizon, c.unified_dim)
         x_t = randn(shape, generator, device) if noise is None else noise.float()
-        alpha_bar = cosine_alpha_bar(c.n_diffusion_steps, "cpu").tolist()
+        alpha_bar = alpha_bar_numbers(c.n_diffusion_steps)
 
         def denoise(x_t, t):
             net = lambda x: self.denoise(encoded, x, torch.full((len(x),), t, device=device))

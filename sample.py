@@ -102,6 +102,8 @@ def main(argv=None):
     parser.add_argument("run", nargs="*", help="folder of a training run, or its checkpoint.pt")
     parser.add_argument("--init", default="", help="instead of a run: a released policy (docs/weights.md)")
     parser.add_argument("--model", default="", help="whose weights these are, where they do not say it")
+    parser.add_argument("--compile", action="store_true",
+                        help="faster chunks for one robot, after minutes of torch.compile")
     add_flags(parser)
     args = parser.parse(argv, RANGES)
     if len(args.run) > 1:
@@ -112,6 +114,10 @@ def main(argv=None):
     model, checkpoint, policy = released_policy(args) if args.init else load_run(path, args)
     if args.init:
         path.mkdir(parents=True, exist_ok=True)
+    if args.compile and policy is None:
+        raise UserError(f"--compile is for policies, {checkpoint['model']} generates samples")
+    if args.compile:
+        policy.compile()
     folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
     title = f"{checkpoint['model']} ({checkpoint['preset']}), step {checkpoint['step']}"
     try:

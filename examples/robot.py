@@ -112,6 +112,13 @@ def reach(address, timeout, patience=30.0):
             time.sleep(0.2)
 
 
+def load(args):
+    policy = Policy.load(args.run, args.device)
+    if args.compile:
+        policy.compile(guided=args.serve or args.strategy == "rtc")
+    return policy
+
+
 def parse(argv):
     parser = Parser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -126,6 +133,7 @@ def parse(argv):
     add("--episodes", type=int, default=5)
     add("--seed", type=int, default=0, help="of the first episode (default: 0)")
     add("--device", default="auto", help="auto | cpu | cuda | mps (default: auto)")
+    add("--compile", action="store_true", help="faster chunks, after minutes of torch.compile at the start")
     args = parser.parse(argv, RANGES)
     if bool(args.run) == bool(args.connect):
         raise UserError("give either a run, as in out/dp_cnn, or --connect HOST:PORT")
@@ -135,13 +143,13 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     if args.serve:
-        policy = Policy.load(args.run, args.device)
+        policy = load(args)
         print(f"{args.run} is served at {args.host}:{args.port}; stop with Ctrl-C", flush=True)
         serve(policy, args.host, args.port)
     if args.connect:
         worker = reach(args.connect, args.timeout)
     else:
-        worker = InThread(Policy.load(args.run, args.device))
+        worker = InThread(load(args))
     if worker.settings["fps"] not in (None, Robot.hz):
         say(f"the policy learned from {worker.settings['fps']:g} steps per second, the robot makes "
             f"{Robot.hz}")

@@ -102,7 +102,7 @@ class GymEpisodes:
     def reset(self, seeds):
         self.done[:] = False
         with self.guard("reset"):
-            self.last = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)]
+            self.last = [own_context(env).reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)]
         return self.observe(), self.told()
 
     def step(self, action):
@@ -115,7 +115,7 @@ class GymEpisodes:
             if not np.array_equal(inside, one):
                 say_once(f"{self.spec['id']}: actions are cut to its bounds {one_line(space)[:80]}")
             with self.guard("stepped"):
-                self.last[i], reward[i], terminated, truncated, info = self.envs[i].step(inside)
+                self.last[i], reward[i], terminated, truncated, info = own_context(self.envs[i]).step(inside)
             found = self.success_of(info)
             known[i], success[i] = found is not None, bool(found)
             self.done[i] = terminated or truncated
@@ -159,7 +159,7 @@ class GymEpisodes:
         picture = None
         if self.renders and self.spec["id"] not in BLIND:
             try:
-                picture = np.asarray(self.envs[i].render(), np.uint8)
+                picture = np.asarray(own_context(self.envs[i]).render(), np.uint8)
                 assert picture.ndim == 3 and picture.shape[2] == 3
             except Exception as e:  # no screen, no GL, no picture
                 picture = None
@@ -173,6 +173,15 @@ class GymEpisodes:
     def film(self, glances):
         same = [picture for picture in glances if picture.shape == glances[0].shape]
         return np.stack(same)
+
+
+def own_context(env):
+    """Gymnasium's MuJoCo renderer draws in the OpenGL context that was made last, be it that of another
+    environment, whose textures and buffers are not its own. -> env, its own context made current"""
+    viewer = getattr(getattr(getattr(env, "unwrapped", env), "mujoco_renderer", None), "viewer", None)
+    if viewer is not None:
+        viewer.make_context_current()
+    return env
 
 
 class Later:

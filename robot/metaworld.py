@@ -21,7 +21,7 @@ import warnings
 import numpy as np
 
 from .errors import UserError, hint, one_line
-from .gym_episodes import GymEpisodes, Later
+from .gym_episodes import GymEpisodes, Later, own_context
 
 FPS = 80
 MAX_STEPS = 500
@@ -174,7 +174,7 @@ class Scene:
         Raises UserError where none can be drawn."""
         if self.picture is None:
             try:
-                self.picture = np.ascontiguousarray(self.env.render()[::-1, ::-1])
+                self.picture = np.ascontiguousarray(own_context(self.env).render()[::-1, ::-1])
             except Exception as e:              # any: every backend of MuJoCo fails in its own way
                 chosen = os.environ.get("MUJOCO_GL")
                 raise UserError(f"no picture can be rendered with MUJOCO_GL={chosen or '(not set)'} "

@@ -68,9 +68,12 @@ class Product(torch.autograd.Function):
     """F.linear in float32, whose gradients are products of oneDNN as well."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+    def forward(x, weight, bias):
         return onednn(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -130,8 +133,9 @@ def one_product(conv):
 
 def pays(x, steps, weight):
     """Whether a convolution of x (B, C, T), whose weights meet so many steps, is faster as a product."""
-    acting = not torch.is_grad_enabled() and fixed(weight)
-    return acting and x.ndim == 3 and x.shape[0] * steps <= MOST_ROWS and takes(x, weight)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not fixed(weight):
+        return False
+    return x.ndim == 3 and x.shape[0] * steps <= MOST_ROWS and takes(x, weight)
 
 
 class Conv1d(nn.Conv1d):

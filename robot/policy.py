@@ -16,6 +16,7 @@ import torch
 
 from .checkpoint import load_model
 from .errors import UserError, hint, say_once
+from .graph import Graph
 from .models import pick_device
 from .normalizer import Normalizer
 from .packing import pack
@@ -59,6 +60,7 @@ class Policy:
         d = self.description
         self.processing = Processing(d.get("processing"), d["state_keys"], cameras)
         self.device, self.steps, self.seed = torch.device(device), steps, seed
+        self.graphs = []  # see compile
         self.said = False  # whether values far outside the data were noted
         self.reset()
 
@@ -90,6 +92,25 @@ class Policy:
         self.latency = []  # seconds that each chunk took
         self.chunk = None  # the last chunk that was sampled, (n, Tp, A), raw units
         self.generator = torch.Generator().manual_seed(self.seed)
+
+    def compile(self, guided=False):
+        """Make one graph of the sampler (graph.py), for chunks of one robot; guided: and one for those with a
+        plan, which real-time chunking asks for. What remains plain: several robots side by side, chunks with
+        a trace, observations that lack a camera. Raises UserError."""
+        d, self.said = self.description, True
+        sizes = {key: d.get("camera_sizes", {}).get(key, d["image_size"]) for key in d["camera_keys"]}
+        blank = {key: np.zeros(dim) for key, dim in d["state_keys"].items()} | {
+            key: np.zeros((*size, 3), np.uint8) for key, size in sizes.items()}
+        if d.get("instructions"):
+            blank["instruction"] = d["instructions"][0]
+        self.reset()
+        for _ in range(self.model.config.n_obs_steps):
+            self.observe(blank)
+        plan = self.sample_chunk()                                              # (1, Tp, A raw)
+        more = [(), self.pull(plan, np.ones(plan.shape[1], np.float32))]
+        self.graphs = [Graph(self.draw, self.model, self.batch(), x) for x in more[:1 + guided]]
+        self.reset()
+        self.said = False
 
     def act(self, observation):
         """The action of this control step, raw units: (A,), or (n, A) if the observations have a leading axis
@@ -294,6 +315,24 @@ class Policy:
 
     def sample(self, copies=1, trace=None, plan=None):
         """The chunk as the network gives it, not normalised: (n copies, Tp, A)."""
+        batch, pull = self.batch(copies), () if plan is None else self.pull(*plan)
+        graph = next((graph for graph in self.graphs if trace is None and graph.fits(batch, pull)), None)
+        if graph:
+            chunk = graph(batch, pull, self.generator)
+        else:
+            more = {} if trace is None else {"trace": trace}
+            chunk = self.draw(batch, *pull, generator=self.generator, **more)
+        return self.normalizer.unnormalize("actions", chunk.float().cpu())
+
+    def draw(self, batch, target=None, weight=None, **more):
+        """Chunks, normalised. target, weight: see pull."""
+        if target is not None:
+            clip = getattr(self.model.config, "clip_x0", 0.0)
+            more["guide"] = guidance(target, weight, self.pulled(target.shape[-1]), clip)
+        return self.model.sample(batch, steps=self.steps, **more)
+
+    def batch(self, copies=1):
+        """What the network gets of the observations so far."""
         missing = self.model.config.n_obs_steps - len(self.history)
         history = self.history[:1] * missing + self.history  # the first one stands for the time before it
         state = torch.stack([h["state"] for h in history], dim=1)               # (n, To, S)
@@ -311,15 +350,10 @@ class Policy:
                 batch[key] = history[-1][key]
         if self.places:
             batch |= {f"{kind}_valid": self.valid(kind, len(state)) for kind in ("action", "state")}
-        batch = {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}
-        more = {} if trace is None else {"trace": trace}
-        if plan is not None:
-            more["guide"] = self.guide(*plan)
-        chunk = self.model.sample(batch, steps=self.steps, generator=self.generator, **more)
-        return self.normalizer.unnormalize("actions", chunk.float().cpu())
+        return {k: v.repeat_interleave(copies, 0).to(self.device) for k, v in batch.items()}
 
-    def guide(self, target, weight):
-        """What draws a sampler towards `target` (n, Tp, A raw); weight (Tp,)."""
+    def pull(self, target, weight):
+        """What draws a sampler: target (n, Tp, A raw), weight (Tp,) -> the same as the network sees them."""
         target, weight = torch.as_tensor(target), torch.as_tensor(weight)
         if self.places:
             packed = target.new_zeros(*target.shape[:-1], self.description["action_dim"])
@@ -327,10 +361,12 @@ class Policy:
             target = packed
         target = self.processing.actions(target, self.history[-1]["now"])
         target = self.normalizer.normalize("actions", target)
+        target = target[..., self.places["actions"]] if self.places else target
+        return target.to(self.device), weight.to(self.device)
+
+    def pulled(self, n):
+        """Which numbers of the network's chunk the n numbers of a target are."""
         if self.places:
-            places = self.places["actions"]
-            target = target[..., places]
-        else:  # a model with one robot in its unified vector knows the places itself
-            places = getattr(self.model, "places", {}).get("action") or range(target.shape[-1])
-        return guidance(target.to(self.device), weight.to(self.device), places,
-                        getattr(self.model.config, "clip_x0", 0.0))
+            return self.places["actions"]
+        # A model with one robot in its unified vector knows the places itself.
+        return getattr(self.model, "places", {}).get("action") or range(n)

@@ -3,7 +3,7 @@
     python -m robot.preflight out/run EPISODE.hdf5     a run's folder, a recorded episode of the robot
                    [--demo demo_3]                     of a file with several; else its first one
                    [--instruction "..."]               what the robot will be told; else what the episode says
-                   [--sampler_steps 5] [--device cuda] [--robot NAME]     as the robot will run it
+                   [--sampler_steps 5] [--device cuda] [--compile] [--robot NAME]     as the robot will run it
                    [--json]                            one JSON object instead
 
 The episode is replayed through exactly the path of a robot: Policy.load, then Policy.act with the raw
@@ -101,10 +101,13 @@ def main(argv=None):
     parser.add_argument("--instruction", help="what the robot will be told")
     parser.add_argument("--sampler_steps", type=int, help="as for sample.py")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="if the robot's program loads it so")
     parser.add_argument("--robot", help="whose body, if several were trained on")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     args = parser.parse(argv, {"sampler_steps": (1, 100_000)})
     policy = Policy.load(args.run, device=args.device, steps=args.sampler_steps, robot=args.robot)
+    if args.compile:
+        policy.compile()
     d = policy.description
     colour = (d.get("usual") or {}).get("colour", "bgr")
     recording = Recording(args.episode, [*d["state_keys"], *d["camera_keys"]], args.demo, colour)

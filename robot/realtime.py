@@ -83,18 +83,19 @@ def guidance(target, weight, places, clip=0.0, beta=BETA, spread=SPREAD):
         r2 = (spread * sigma) ** 2 / ((spread * alpha) ** 2 + sigma ** 2)       # [5]
         strength = sigma * min(beta, sigma / (alpha * r2) if alpha else math.inf)
 
+        def both(x_t):
+            out = net(x_t)
+            return out if scale is None else (x_t - sigma * out) / scale, out
+
         def guided(x_t):
-            with torch.enable_grad():
-                x = x_t.detach().requires_grad_()
-                out = net(x)
-                x0 = out if scale is None else (x - sigma * out) / scale
-                near = cut(x0.detach())
-                error = torch.zeros_like(x0)
-                error[..., places] = weight[:, None].to(x0) * (target.to(x0) - near[..., places])
-                pull, = torch.autograd.grad(x0, x, error)
+            x0, pulled, out = torch.func.vjp(both, x_t, has_aux=True)
+            near = cut(x0)
+            error = torch.zeros_like(x0)
+            error[..., places] = weight[:, None].to(x0) * (target.to(x0) - near[..., places])
+            pull, = pulled(error)
             # Both ends are clipped as the sampler clips: where the pull is 0, `out` stays exactly the same.
             moved = cut(near + strength * pull) - near                          # [4]
-            return out.detach() + (moved if scale is None else -scale / sigma * moved)
+            return out + (moved if scale is None else -scale / sigma * moved)
         return guided
     return guide
 

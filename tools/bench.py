@@ -4,7 +4,8 @@
     data_ms       fetching a batch of batch_size
     chunk         {sampler: {dtype: p50_ms, p95_ms, flops, bytes, share, of}} of a chunk (or image, or point)
                   at batch 1. about_ms: computed from its first steps, for one that takes too long. error: the
-                  largest difference of the bfloat16 chunk from the float32 one, normalised units
+                  largest difference of the bfloat16 chunk from the float32 one, normalised units. compile_s:
+                  seconds that --compile took
     share, of     how near to the nearer ceiling, "arithmetic" or "reading", of 1 (tools/measure.py)
     ceilings      GFLOP/s of a large product in both types, GB/s of a large read, measured after the rest
     peak_mb       largest memory: up to the chunks' end, and in all
@@ -37,6 +38,7 @@ from tools.starting import one_model
 
 # Without --batch_size a step is to take about so much arithmetic (CPU, GPU): seconds, or fractions of one.
 WORK = {"cpu": 4e11, "cuda": 4e13}
+MOST_COMPILED = 20      # steps: compiling takes time for each of them
 
 
 class Bench:
@@ -113,7 +115,8 @@ class Bench:
             for name, sampler, steps in measure.samplers(self.config):
                 if sampler:
                     model.config = dataclasses.replace(model.config, sampler=sampler)
-                found = measure.time_chunk(model, batch, steps, self.device, self.repeat, self.seconds)
+                few = self.options.compile and "state" in batch and steps and steps <= MOST_COMPILED
+                found = measure.time_chunk(model, batch, steps, self.device, self.repeat, self.seconds, few)
                 self.row["chunk"].setdefault(name, {})[dtype] = found
                 if "p50_ms" in found and len(self.dtypes) > 1:
                     chunk = model.sample(batch, steps, generator=torch.Generator().manual_seed(0)).float()
@@ -147,7 +150,8 @@ def main(argv=None):
     parser.add_argument("--batch_size", type=int, default=0, help="default: by the arithmetic")
     parser.add_argument("--repeat", type=int, default=30, help="repetitions of what is timed, at most")
     parser.add_argument("--seconds", type=float, default=3, help="time for each of them, about")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="the training step, and a policy's sampler of "
+                        f"{MOST_COMPILED} steps at most")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--all", action="store_true", help="all files and presets, or of --model, --preset")
     parser.add_argument("--against", action="append", default=[], metavar="PEER[=FOLDER]")

@@ -27,6 +27,7 @@ from demos.dataset import open_demos
 from demos.generated import new_hdf5
 from demos.images import Samples
 from robot import packing
+from robot.graph import Graph
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -278,14 +279,20 @@ def chunk_costs(model, batch, steps):
     return [a + further * max(0, b - a) for a, b in zip(one, two)]
 
 
-def time_chunk(model, batch, steps, device, repeat, seconds):
+def time_chunk(model, batch, steps, device, repeat, seconds, compile=False):
     """{"flops", "bytes", "p50_ms", "p95_ms", "runs"} at batch 1. Where a chunk would take more than ten times
-    `seconds`: "about_ms", computed from its first steps, in place of the last three."""
+    `seconds`: "about_ms", computed from its first steps, in place of the last three. compile: the sampler as
+    one graph, and "compile_s"."""
     flops, nbytes, took = chunk_costs(model, batch, steps)
     result = {"flops": flops, "bytes": nbytes}
     if took > 10 * seconds:
         return result | {"about_ms": round(took * 1e3)}
     sample = lambda: model.sample(batch, steps=steps)
+    if compile:
+        began = time.perf_counter()
+        graph = Graph(lambda batch, **noise: model.sample(batch, steps=steps, **noise), model, batch)
+        result["compile_s"] = round(time.perf_counter() - began, 1)
+        sample = lambda: graph(batch)
     times = times_ms(sample, device, repeat, seconds, warm=int(took < seconds))
     p50, p95 = np.percentile(times, (50, 95)).round(3).tolist()
     return result | {"p50_ms": p50, "p95_ms": p95, "runs": len(times)}

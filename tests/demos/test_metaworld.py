@@ -129,6 +129,21 @@ def test_pictures_are_drawn_when_somebody_looks(package):
     assert np.asarray(obs["image"]).shape == (2, 4, 4, 3) and len(drawn) == 2
 
 
+def test_scenes_side_by_side_have_the_pictures_that_each_has_alone(package):
+    tasks = ["drawer-close-v3", "reach-v3"]
+    scenes = [Scene(task, tasks, ["image"], (32, 32)) for task in tasks]
+    alone = []
+    for scene in scenes:
+        scene.reset(5)
+        try:
+            alone.append(scene.render())
+        except UserError as e:
+            pytest.skip(f"nothing renders here: {e}")
+    for scene, picture in zip(scenes, alone):
+        scene.picture = None
+        assert np.array_equal(scene.render(), picture)
+
+
 # Of a data set with pictures of one task.
 SEES = {"state_keys": {"hand": 4}, "camera_keys": ["image"], "image_size": (4, 4), "action_dim": 4,
         "fps": 80.0, "instructions": [WORDS["reach"]]}

@@ -254,6 +254,33 @@ def test_actions_are_cut_to_the_bounds_unless_told_otherwise(point):
         GymEpisodes(1, description, {"id": "Point-v0", "clip": "no_thanks"})
 
 
+def test_environments_side_by_side_draw_in_contexts_of_their_own(point):
+    """As Gymnasium's MuJoCo environments do, whose renderer draws in the context that was made last."""
+    current = []
+
+    class Viewer:
+        def __init__(self, name):
+            self.name = name
+            self.make_context_current()
+
+        def make_context_current(self):
+            current[:] = [self.name]
+
+    description = {"state_keys": {"pos": 2}, "camera_keys": [], "action_dim": 2}
+    env, drawn = GymEpisodes(2, description, point()), []
+    for i, one in enumerate(env.envs):
+        bare = one.unwrapped
+        bare.mujoco_renderer = types.SimpleNamespace(viewer=Viewer(i))
+        bare.render = lambda i=i: drawn.append((i, *current)) or PICTURE
+        bare.step = lambda action, i=i, step=bare.step: drawn.append((i, *current)) or step(action)
+        bare.reset = lambda i=i, reset=bare.reset, **how: drawn.append((i, *current)) or reset(**how)
+    env.reset([0, 1])
+    env.step(np.zeros((2, 2)))
+    for i in range(2):
+        env.glance(i, {})
+    assert drawn == [(0, 0), (1, 1)] * 2 + [(0, 0), (1, 1)]
+
+
 def test_what_cannot_render_is_asked_once_in_a_process(point):
     """Where MuJoCo finds no GL its second attempt ends the process, be it of another environment object."""
     BLIND.discard("Point-v0")
