@@ -12,14 +12,12 @@ import dp_transformer
 import pi0
 import pi05
 import rdt
-from robot import graph
 from robot.errors import UserError
-from robot.packing import PACKED
 from robot.policy import Policy
 
 A, S, SIZE = 3, 3, (32, 32)
-DESCRIPTION = {"state_keys": {"pose": S}, "camera_keys": ["front", "hand"], "image_size": list(SIZE), "fps": 10,
-               "state_dim": S, "action_dim": A, "instructions": ["push the cube"]}
+DESCRIPTION = {"state_keys": {"pose": S}, "camera_keys": ["front", "hand"], "image_size": list(SIZE),
+               "state_dim": S, "action_dim": A, "fps": 10, "instructions": ["push the cube"]}
 
 
 def sees(module, changes):
@@ -102,7 +100,7 @@ def test_chunks_of_the_graph_are_those_of_plain_sampling(traced, module, changes
 def test_several_robots_side_by_side_are_sampled_plainly(traced):
     plain, policy = small_policy(dp_cnn), small_policy(dp_cnn)
     policy.compile()
-    two = {key: np.stack([observation(0)[key], observation(1)[key]]) for key in ("pose",)}
+    two = {"pose": np.stack([observation(t)["pose"] for t in range(2)])}
     del traced[:]
     assert np.array_equal(plain.act(two), policy.act(two)) and not traced
 
