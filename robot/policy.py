@@ -114,8 +114,8 @@ class Policy:
             graph = Graph(self.draw, self.model, batch, x)
             as_graph = least_ms(lambda: graph(batch, x))
             plainly = least_ms(lambda: self.draw(batch, *x))
-            say(f"--compile: a chunk {'with' if x else 'without'} a plan takes {as_graph:.1f} ms as one graph, "
-                f"{plainly:.1f} ms plainly: the faster way is taken")
+            say(f"--compile: a chunk {'with' if x else 'without'} a plan takes {as_graph:.1f} ms as one "
+                f"graph, {plainly:.1f} ms plainly: the faster way is taken")
             if as_graph < plainly:
                 self.graphs.append(graph)
         self.reset()
