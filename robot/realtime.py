@@ -71,9 +71,8 @@ def guidance(target, weight, places, clip=0.0, beta=BETA, spread=SPREAD):
     """The `guide` that a model's `sample` takes: it draws samples towards `target`.
 
     target (n, Tp, A), normalised; weight (Tp,); places: which numbers of x_t the A numbers are. clip: the
-    sampler's clip_x0, 0 where it does not clip. beta, spread: beta and rho of [4] and [5]. The sampler runs
-    without gradients; here they are switched on for the product of a vector with the Jacobian, about two more
-    passes through the network in every step.
+    sampler's clip_x0, 0 where it does not clip. beta, spread: beta and rho of [4] and [5]. The product of a
+    vector with the Jacobian takes about two more passes through the network in every step.
     """
     places = list(places)
 
