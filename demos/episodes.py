@@ -17,6 +17,7 @@ class Array:
     kind: str = "state"         # or "camera", "jpeg" (a compressed camera), "other" (used if asked for)
     why: str = ""               # it is neither a state nor a camera
     names: list = field(default_factory=list)       # of its numbers, where the file says them
+    fault: str = ""             # of a camera: why its pictures cannot be read, said where they are used
 
     @property
     def is_camera(self):
@@ -121,7 +122,9 @@ def faults(episode, first, state_keys, camera_keys, resized=False):
             yield f"{e.name} has observations {few(e.obs)}, but no '{key}'{nearest(key, e.obs)}"
             continue
         array, like = e.obs[key], first.obs.get(key)
-        if array.shape[:1] != (e.steps,):
+        if array.fault:
+            yield f"{e.name}: {array.fault}; to train without '{key}', name the others in shape_meta"
+        elif array.shape[:1] != (e.steps,):
             yield f"{e.name}: actions have {e.steps} steps, '{key}' is {array.shape}: cut the longer one"
         if key in state_keys and array.dtype.kind not in "fiub":
             yield f"{e.name}: '{key}' is {one_line(array.dtype, 60)}, write a state as float (T, D)"

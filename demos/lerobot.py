@@ -289,17 +289,20 @@ def describe(file, e, key):
 
 def describe_camera(file, e, key):
     """A camera's size and number of frames are what the header of its video says; without av, what meta says,
-    so that a policy without cameras does not need it."""
+    so that a policy without cameras needs neither it nor the videos."""
     feature, frames, shape = file.features[key], file.span(e)[2], file.shape(key)
     if len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3):   # what is decoded has them last
         shape = (*shape[1:], *shape[:1])
     info = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
-    depth = info.get("is_depth_map") or info.get("video.is_depth_map")
+    depth, fault = info.get("is_depth_map") or info.get("video.is_depth_map"), ""
     if feature["dtype"] == "video":
-        video = file.video(e, key) if has_av() else None
+        try:
+            video = file.video(e, key) if has_av() else None
+        except UserError as error:          # the file is missing or damaged
+            video, fault = None, str(error)
         if video and video.frames:          # some containers do not count them
             begin = round(file.meta[e][f"videos/{key}/from_timestamp"] * file.fps) if file.many else 0
             frames = min(frames, max(-(-video.frames // video.per_step(file.fps)) - begin, 0))
         shape = (*video.size, *shape[2:]) if video else shape
     kind, why = ("other", "a depth map") if depth else kind_of((frames, *shape), np.dtype(np.uint8))
-    return Array(f"{e}/{key}", (frames, *shape), np.dtype(np.uint8), kind, why)
+    return Array(f"{e}/{key}", (frames, *shape), np.dtype(np.uint8), kind, why, fault=fault)

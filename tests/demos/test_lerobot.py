@@ -296,6 +296,23 @@ def test_damaged_files(tmp_path, version, spoil, named):
     assert all(part in str(error.value) for part in named) and len(str(error.value)) < 400, str(error.value)
 
 
+@both
+@pytest.mark.parametrize("spoil", [remove, cut])
+def test_a_film_that_cannot_be_read_matters_where_its_camera_is_used(tmp_path, version, spoil):
+    write_set(tmp_path / "set", version)
+    spoil(FILM)(tmp_path / "set", version)
+    assert np.array_equal(open_demos(tmp_path / "set", val_ratio=0).actions, rows("action"))
+    others = {"obs": {key: {"shape": [3, 24, 32], "type": "rgb"} for key in CAMERAS[1:]}}
+    images = open_demos(tmp_path / "set", shape_meta=others, val_ratio=0).images(1, 0, 7)
+    assert np.array_equal(np.moveaxis(images[:, 0], 1, 3), contents()[1][CAMERAS[1]])
+    with pytest.raises(UserError, match=f"episode_[01]: .*mp4 .*copy it again.*; to train without '{CAMERA}', "
+                                        f"name the others in shape_meta") as error:
+        open_demos(tmp_path / "set", "image")
+    assert len(str(error.value)) < 400
+    report = check.examine(tmp_path / "set")
+    assert sum("mp4" in line for line in report.wrong) == (1 if version == "v2.1" else 2)
+
+
 def drop_row(e, columns):
     if e == 1:
         for key in columns:
