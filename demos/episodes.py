@@ -119,7 +119,10 @@ def faults(episode, first, state_keys, camera_keys, resized=False):
                f"{first.actions.shape[1:]}: keep different robots in different data sets")
     for key in [*state_keys, *camera_keys]:
         if key not in e.obs:
-            yield f"{e.name} has observations {few(e.obs)}, but no '{key}'{nearest(key, e.obs)}"
+            mend = ": leave this episode out, or name the keys that all have in shape_meta" + (
+                "; pi0, pi05, rdt hide it by processing: cameras" * (key in camera_keys))
+            yield (f"{e.name} has observations {few(e.obs)}, but no '{key}'"
+                   f"{mend if key in first.obs else nearest(key, e.obs)}")
             continue
         array, like = e.obs[key], first.obs.get(key)
         if array.fault:
