@@ -305,10 +305,10 @@ def test_a_film_that_cannot_be_read_matters_where_its_camera_is_used(tmp_path, v
     others = {"obs": {key: {"shape": [3, 24, 32], "type": "rgb"} for key in CAMERAS[1:]}}
     images = open_demos(tmp_path / "set", shape_meta=others, val_ratio=0).images(1, 0, 7)
     assert np.array_equal(np.moveaxis(images[:, 0], 1, 3), contents()[1][CAMERAS[1]])
-    with pytest.raises(UserError, match=f"episode_[01]: .*mp4 .*copy it again.*; to train without '{CAMERA}', "
-                                        f"name the others in shape_meta") as error:
+    with pytest.raises(UserError, match=f"train without '{CAMERA}', name the others in shape_meta") as error:
         open_demos(tmp_path / "set", "image")
-    assert len(str(error.value)) < 400
+    named = "set:episode_1: " if version == "v2.1" else "set:episode_0: "
+    assert str(error.value).startswith(named) and "copy it again" in str(error.value)
     report = check.examine(tmp_path / "set")
     assert sum("mp4" in line for line in report.wrong) == (1 if version == "v2.1" else 2)
 
