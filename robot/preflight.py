@@ -107,7 +107,7 @@ def main(argv=None):
     policy = Policy.load(args.run, device=args.device, steps=args.sampler_steps, robot=args.robot)
     d = policy.description
     colour = (d.get("usual") or {}).get("colour", "bgr")
-    recording = Recording(args.episode, [*d["state_keys"], *d["camera_keys"]], args.demo, colour)
+    recording = Recording(args.episode, d["state_keys"], d["camera_keys"], args.demo, colour)
     with contextlib.closing(recording):
         flight = fly(policy, recording, args.instruction or recording.instruction)
     found = judge(flight)
