@@ -262,7 +262,7 @@ def test_mistakes_end_in_one_line(argv, named, trained, capsys):
 
 
 def test_whether_bytes_are_a_picture_is_said_by_the_key(tmp_path):
-    """A state may be uint8 (shape_meta names such), and a camera may have been recorded as it should not be."""
+    """A state may be uint8, if shape_meta names it, and a camera may have been recorded as none should be."""
     def edit(i, actions, obs):
         n = len(actions)
         return actions, {"buttons": np.arange(3 * n, dtype=np.uint8).reshape(n, 3),
