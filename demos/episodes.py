@@ -82,7 +82,7 @@ def first_of(names):
     return names[0] + f" and {len(names) - 1} more" * (len(names) > 1)
 
 
-def kind_of(shape, dtype):
+def kind_of(path, shape, dtype):
     """(kind, why it is neither a state nor a camera) of an array that is not compressed; see Array."""
     per_step = shape[1:]
     if dtype.kind not in "fiub":
@@ -95,6 +95,8 @@ def kind_of(shape, dtype):
         return "other", f"{dtype} {per_step} per step, a camera is uint8 (H, W, 3)"
     if math.prod(per_step) > STATE_SIZE:
         return "other", f"more than {STATE_SIZE} numbers per step"
+    if len(shape) == 3 and "depth" in path.lower():     # a small one would do as a state by its numbers
+        return "other", "a depth map"
     if dtype.kind != "f":       # often counters of frames or tasks, which a policy must not follow
         return "other", f"{dtype}, not float: shape_meta can name it"
     return "state", ""

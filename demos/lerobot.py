@@ -280,7 +280,8 @@ def describe(file, e, key):
         return None
     if dtype.kind not in "fiub":
         return None
-    array = Array(path, (length, *file.shape(key)), dtype, *kind_of((length, *file.shape(key)), dtype))
+    shape = length, *file.shape(key)
+    array = Array(path, shape, dtype, *kind_of(path, shape, dtype))
     if array.kind == "state" and key not in STATES:
         array.kind, array.why = "other", "not observation.state: shape_meta can name it"
     array.names = names_of(feature, prod(file.shape(key)))
@@ -304,5 +305,5 @@ def describe_camera(file, e, key):
             begin = round(file.meta[e][f"videos/{key}/from_timestamp"] * file.fps) if file.many else 0
             frames = min(frames, max(-(-video.frames // video.per_step(file.fps)) - begin, 0))
         shape = (*video.size, *shape[2:]) if video else shape
-    kind, why = ("other", "a depth map") if depth else kind_of((frames, *shape), np.dtype(np.uint8))
+    kind, why = ("other", "a depth map") if depth else kind_of(key, (frames, *shape), np.dtype(np.uint8))
     return Array(f"{e}/{key}", (frames, *shape), np.dtype(np.uint8), kind, why, fault=fault)

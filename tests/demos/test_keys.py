@@ -18,6 +18,8 @@ def everything(file):
         demo["obs/encoder"] = np.full((n, 6), 4095)
         demo["obs/state_u1"] = np.ones(n, np.uint8)
         demo["obs/depth"] = np.zeros((n, 4, 6, 1), np.float32)
+        demo["obs/hand_Depth"] = np.zeros((n, 4, 6), np.float32)
+        demo["obs/depth_raw/hand"] = np.zeros((n, 4, 6), np.uint16)
         demo["obs/grey"] = np.zeros((n, 4, 6), np.uint8)
         demo["obs/rgba"] = np.zeros((n, 4, 6, 4), np.uint8)
         demo["obs/no_pixels"] = np.zeros((n, 0, 6, 3), np.uint8)
@@ -33,6 +35,7 @@ def everything(file):
 
 WHY = {"is_grasped": "bool, not float: shape_meta can name it", "encoder": "int64, not float",
        "state_u1": "uint8, not float", "depth": "float32 (4, 6, 1) per step, a camera is uint8 (H, W, 3)",
+       "hand_Depth": "a depth map", "hand": "a depth map",
        "grey": "uint8 (4, 6) per step, a camera is", "rgba": "uint8 (4, 6, 4) per step, a camera is",
        "no_pixels": "nothing per step", "cloud": "more than 1000 numbers per step", "note": "object, no num",
        "object": "only a simulator knows it", "late": "demo_0 lacks it", "rewards": "not an observation",
