@@ -30,6 +30,7 @@ ACTIONS = ("action", "actions")
 HELD_OUT = ("valid", "val", "validation", "eval", "test")       # names of a split; the first that is there
 WITHIN = 0.25                   # of a step: as far may a time be from where it belongs
 VIDEOS = 24                     # so many stay open
+UNFINISHED = ".part"            # a set is called so until it has been compared with its source
 
 
 def matches(file):
@@ -41,6 +42,9 @@ def is_lerobot(path):
 
 
 def open_lerobot(path):
+    if Path(path).name.endswith(UNFINISHED):
+        raise UserError(f"{path}: a conversion was stopped before it was compared with its source: delete it "
+                        f"and convert again")
     try:
         return LeRobot(path)
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
@@ -289,8 +293,8 @@ def describe(file, e, key):
 
 
 def describe_camera(file, e, key):
-    """A camera's size and number of frames are what the header of its video says; without av, what meta says,
-    so that a policy without cameras needs neither it nor the videos."""
+    """A camera's size and number of frames are what the header of its video says; without av or the video,
+    what meta says, since a policy may need no cameras."""
     feature, frames, shape = file.features[key], file.span(e)[2], file.shape(key)
     if len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3):   # what is decoded has them last
         shape = (*shape[1:], *shape[:1])
