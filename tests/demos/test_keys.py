@@ -49,7 +49,7 @@ def test_every_array_is_used_or_named_with_the_reason(tmp_path, capsys):
     assert used == "note: used: actions, angle, pos, left, right" and len(lines) > 1
     assert all(line.startswith("note: not used: ") and len(line) < 400 for line in lines)
     left = " ".join(lines)
-    check.inspect(path)
+    check.main([str(path)])
     report = capsys.readouterr().out
     for key, why in WHY.items():
         assert key in left and why in left, key
@@ -106,7 +106,7 @@ def test_numbers_that_float32_is_too_coarse_for_are_named(tmp_path, capsys):
     path = write(tmp_path / "a.hdf5", edit=edit, images=False)
     open_demos(path)
     said = capsys.readouterr().err
-    check.inspect(path)
+    check.main([str(path)])
     report = capsys.readouterr().out.split("worth a look")[1]
     for text in (said, report):
         assert "'utm' is about 4.65e+06 and ranges over 2.5 in dimension 0: float32 keeps" in text

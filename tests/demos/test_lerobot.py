@@ -226,7 +226,7 @@ def test_a_depth_map_is_no_camera(tmp_path):
 @both
 def test_the_report_and_training_take_a_folder(sets, tmp_path, version, capsys):
     folder, _ = sets[version]
-    check.inspect(folder)
+    check.main([str(folder)])
     report = capsys.readouterr().out
     assert "4 episodes, 33 steps at 10 Hz" in report and "must be mended" not in report
     assert "2 x pick up the cube" in report and "24, 32, 3" in report
