@@ -7,6 +7,7 @@ import numpy as np
 from robot.errors import UserError, few, hint, nearest, one_line
 
 STATE_SIZE = 1000               # more numbers than this per step are no state but, say, a depth map
+DEPTH_SIZE = 16                 # more than this are one if they are called depth, flattened or not
 
 
 @dataclass
@@ -95,8 +96,8 @@ def kind_of(path, shape, dtype):
         return "other", f"{dtype} {per_step} per step, a camera is uint8 (H, W, 3)"
     if math.prod(per_step) > STATE_SIZE:
         return "other", f"more than {STATE_SIZE} numbers per step"
-    if len(shape) == 3 and "depth" in path.lower():     # a small one would do as a state by its numbers
-        return "other", "a depth map"
+    if math.prod(per_step) > DEPTH_SIZE and "depth" in path.lower():
+        return "other", "looks like a depth map: shape_meta can name it"
     if dtype.kind != "f":       # often counters of frames or tasks, which a policy must not follow
         return "other", f"{dtype}, not float: shape_meta can name it"
     return "state", ""

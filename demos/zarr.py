@@ -173,7 +173,7 @@ def describe(path, x, length, picture, fault):
     if picture:
         return Array(path, (length, *x.shape[1:]), np.dtype(np.uint8), "camera", fault=fault)
     shape = (length, *x.shape[1:]) if x.ndim > 3 else (length, prod(x.shape[1:]))
-    return Array(path, shape, x.dtype, *kind_of(path, (length, *x.shape[1:]), x.dtype))
+    return Array(path, shape, x.dtype, *kind_of(path, shape, x.dtype))
 
 
 def check_arrays(file):

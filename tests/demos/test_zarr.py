@@ -169,7 +169,7 @@ def test_small_depth_maps_are_no_states(tmp_path, capsys):
     zarr.open_group(str(path), mode="a")["data/hand_depth"] = np.full((50, 6, 8), 1.5, np.float32)
     zarr.open_group(str(path), mode="a")["data/keypoint"] = np.full((50, 9, 2), 2.5, np.float32)
     assert open_demos(path, val_ratio=0).state_keys == {"keypoint": 18, "state": 5}
-    assert "not used: hand_depth (a depth map)" in capsys.readouterr().err
+    assert "not used: hand_depth (looks like a depth map" in capsys.readouterr().err
 
 
 def test_missing_pictures_matter_where_they_are_used(tmp_path):
