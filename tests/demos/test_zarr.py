@@ -167,8 +167,8 @@ def test_small_depth_maps_are_no_states(tmp_path, capsys):
     zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
     path = buffer_of(tmp_path)
     zarr.open_group(str(path), mode="a")["data/hand_depth"] = np.full((50, 6, 8), 1.5, np.float32)
-    zarr.open_group(str(path), mode="a")["data/keypoint"] = np.full((50, 9, 2), 2.5, np.float32)
-    assert open_demos(path, val_ratio=0).state_keys == {"keypoint": 18, "state": 5}
+    zarr.open_group(str(path), mode="a")["data/corners"] = np.full((50, 9, 2), 2.5, np.float32)
+    assert open_demos(path, val_ratio=0).state_keys == {"corners": 18, "state": 5}
     assert "not used: hand_depth (looks like a depth map" in capsys.readouterr().err
 
 
