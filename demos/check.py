@@ -80,13 +80,8 @@ class Report:
         return self.facts | {"must_be_mended": self.wrong, "findings": findings}
 
 
-def inspect(path, image_size=None, colour="bgr"):
-    """Print the report on a file, a folder or a glob. Raises UserError if there is nothing readable."""
-    print(examine(path, image_size, colour).text())
-
-
 def examine(path, image_size=None, colour="bgr", horizon=TP):
-    """-> Report. Raises UserError if there is nothing readable."""
+    """The Report on a file, a folder or a glob. Raises UserError if there is nothing readable."""
     report = Report(facts={"path": str(path)})
     if holds_images(path):
         report.wrong, report.findings = inspect_images(path, report.lines.append)

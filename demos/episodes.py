@@ -7,6 +7,7 @@ import numpy as np
 from robot.errors import UserError, few, hint, nearest, one_line
 
 STATE_SIZE = 1000               # more numbers than this per step are no state but, say, a depth map
+DEPTH_SIZE = 16                 # more than this are one if they are called depth, flattened or not
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Array:
     kind: str = "state"         # or "camera", "jpeg" (a compressed camera), "other" (used if asked for)
     why: str = ""               # it is neither a state nor a camera
     names: list = field(default_factory=list)       # of its numbers, where the file says them
+    fault: str = ""             # of a camera: why its pictures cannot be read, said where they are used
 
     @property
     def is_camera(self):
@@ -81,7 +83,7 @@ def first_of(names):
     return names[0] + f" and {len(names) - 1} more" * (len(names) > 1)
 
 
-def kind_of(shape, dtype):
+def kind_of(path, shape, dtype):
     """(kind, why it is neither a state nor a camera) of an array that is not compressed; see Array."""
     per_step = shape[1:]
     if dtype.kind not in "fiub":
@@ -94,6 +96,8 @@ def kind_of(shape, dtype):
         return "other", f"{dtype} {per_step} per step, a camera is uint8 (H, W, 3)"
     if math.prod(per_step) > STATE_SIZE:
         return "other", f"more than {STATE_SIZE} numbers per step"
+    if math.prod(per_step) > DEPTH_SIZE and "depth" in path.lower():
+        return "other", "looks like a depth map: shape_meta can name it"
     if dtype.kind != "f":       # often counters of frames or tasks, which a policy must not follow
         return "other", f"{dtype}, not float: shape_meta can name it"
     return "state", ""
@@ -118,10 +122,15 @@ def faults(episode, first, state_keys, camera_keys, resized=False):
                f"{first.actions.shape[1:]}: keep different robots in different data sets")
     for key in [*state_keys, *camera_keys]:
         if key not in e.obs:
-            yield f"{e.name} has observations {few(e.obs)}, but no '{key}'{nearest(key, e.obs)}"
+            mend = ": leave this episode out, or name the keys that all have in shape_meta" + (
+                "; pi0, pi05, rdt hide it by processing: cameras" * (key in camera_keys))
+            yield (f"{e.name} has observations {few(e.obs)}, but no '{key}'"
+                   f"{mend if key in first.obs else nearest(key, e.obs)}")
             continue
         array, like = e.obs[key], first.obs.get(key)
-        if array.shape[:1] != (e.steps,):
+        if array.fault:
+            yield f"{e.name}: {array.fault}; to train without '{key}', name the others in shape_meta"
+        elif array.shape[:1] != (e.steps,):
             yield f"{e.name}: actions have {e.steps} steps, '{key}' is {array.shape}: cut the longer one"
         if key in state_keys and array.dtype.kind not in "fiub":
             yield f"{e.name}: '{key}' is {one_line(array.dtype, 60)}, write a state as float (T, D)"

@@ -69,7 +69,7 @@ def episodes(path, file):
     found = []
     for e, (lo, hi) in enumerate(zip(file.starts, file.ends)):
         shapes = {key: ((hi - lo, *x.shape[1:]), x.dtype) for key, x in file.arrays.items()}
-        arrays = {key.removeprefix("obs/"): Array(f"{e}/{key}", shape, dtype, *kind_of(shape, dtype))
+        arrays = {key.removeprefix("obs/"): Array(f"{e}/{key}", shape, dtype, *kind_of(key, shape, dtype))
                   for key, (shape, dtype) in shapes.items()}
         found.append(Episode(file=str(path), name=f"{name}:demo_{e}", actions=arrays.pop("actions"),
                              obs=arrays, fps=float(attributes["fps"]), instruction=instructions[e],

@@ -94,7 +94,7 @@ def describe(path, dataset, where):
     check_sources(dataset, f"{where}: {path}")
     if "/images/" in path and shape and (dtype.kind in "SO" or dtype == np.uint8 and len(shape) == 2):
         return Array(path, shape, dtype, "jpeg")
-    kind, why = kind_of(shape, dtype)
+    kind, why = kind_of(path, shape, dtype)
     names = names_of([dataset], f"{where}: {path}", "names")
     if kind == "camera" and "/observations/" in path and "/images/" not in path:
         kind, why = "other", "not in observations/images"      # depth in false colours, a segmentation

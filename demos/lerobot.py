@@ -30,6 +30,7 @@ ACTIONS = ("action", "actions")
 HELD_OUT = ("valid", "val", "validation", "eval", "test")       # names of a split; the first that is there
 WITHIN = 0.25                   # of a step: as far may a time be from where it belongs
 VIDEOS = 24                     # so many stay open
+UNFINISHED = ".part"            # a set is called so until it has been compared with its source
 
 
 def matches(file):
@@ -41,6 +42,9 @@ def is_lerobot(path):
 
 
 def open_lerobot(path):
+    if Path(path).name.endswith(UNFINISHED):
+        raise UserError(f"{path}: a conversion was stopped before it was compared with its source: delete it "
+                        f"and convert again")
     try:
         return LeRobot(path)
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
@@ -280,7 +284,8 @@ def describe(file, e, key):
         return None
     if dtype.kind not in "fiub":
         return None
-    array = Array(path, (length, *file.shape(key)), dtype, *kind_of((length, *file.shape(key)), dtype))
+    shape = length, *file.shape(key)
+    array = Array(path, shape, dtype, *kind_of(path, shape, dtype))
     if array.kind == "state" and key not in STATES:
         array.kind, array.why = "other", "not observation.state: shape_meta can name it"
     array.names = names_of(feature, prod(file.shape(key)))
@@ -288,18 +293,21 @@ def describe(file, e, key):
 
 
 def describe_camera(file, e, key):
-    """A camera's size and number of frames are what the header of its video says; without av, what meta says,
-    so that a policy without cameras does not need it."""
+    """A camera's size and number of frames are what the header of its video says; without av or the video,
+    what meta says, since a policy may need no cameras."""
     feature, frames, shape = file.features[key], file.span(e)[2], file.shape(key)
     if len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3):   # what is decoded has them last
         shape = (*shape[1:], *shape[:1])
     info = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
-    depth = info.get("is_depth_map") or info.get("video.is_depth_map")
+    depth, fault = info.get("is_depth_map") or info.get("video.is_depth_map"), ""
     if feature["dtype"] == "video":
-        video = file.video(e, key) if has_av() else None
+        try:
+            video = file.video(e, key) if has_av() else None
+        except UserError as error:          # the file is missing or damaged
+            video, fault = None, str(error)
         if video and video.frames:          # some containers do not count them
             begin = round(file.meta[e][f"videos/{key}/from_timestamp"] * file.fps) if file.many else 0
             frames = min(frames, max(-(-video.frames // video.per_step(file.fps)) - begin, 0))
         shape = (*video.size, *shape[2:]) if video else shape
-    kind, why = ("other", "a depth map") if depth else kind_of((frames, *shape), np.dtype(np.uint8))
-    return Array(f"{e}/{key}", (frames, *shape), np.dtype(np.uint8), kind, why)
+    kind, why = ("other", "a depth map") if depth else kind_of(key, (frames, *shape), np.dtype(np.uint8))
+    return Array(f"{e}/{key}", (frames, *shape), np.dtype(np.uint8), kind, why, fault=fault)

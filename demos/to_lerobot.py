@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from demos.keys import SIMULATED
-from demos.lerobot import KEPT_BY_LEROBOT, LeRobot
+from demos.lerobot import KEPT_BY_LEROBOT, UNFINISHED, LeRobot
 from demos.parquet import import_parquet
 from demos.reading import Reader
 from demos.verify import arrays_of, compare
@@ -38,7 +38,7 @@ STATE, ENVIRONMENT = "observation.state", "observation.environment_state"
 def write_lerobot(episodes, out, version="v3.0", image_size=None, colour="bgr"):
     """Write the folder `out`; -> lines that say what was compared. Raises UserError."""
     import_parquet(out)
-    part, reader = Path(f"{out}.part"), Reader(colour, image_size)
+    part, reader = Path(f"{out}{UNFINISHED}"), Reader(colour, image_size)
     if part.exists():
         raise UserError(f"{part} is there, from a conversion that was stopped: delete it")
     if len({e.fps for e in episodes}) > 1:

@@ -20,6 +20,7 @@ import numpy as np
 
 from demos.episodes import Array, Episode, Rows, kind_of
 from robot.errors import UserError, one_line
+from robot.looks import spread
 
 # Files in which a store names its codecs, and the codecs that compute on bytes and numbers alone.
 METADATA = (".zarray", ".zmetadata", ".zgroup", ".zattrs", "zarr.json")
@@ -28,6 +29,7 @@ CODECS = {"blosc", "zlib", "gzip", "bz2", "lzma", "lz4", "zstd", "zfpy", "pcodec
           "fletcher32", "jenkins_lookup3", "bytes", "transpose", "sharding_indexed", "vlen-utf8",
           "vlen-bytes", "imagecodecs_jpeg2k", "imagecodecs_jpeg"}
 FPS = 10.0
+LOOKS = 8                       # pictures in float that show whether they are in 0 .. 255
 AGENT = "agent_pos"             # Diffusion Policy makes it as it loads Push-T, and its configurations name it
 
 
@@ -148,16 +150,16 @@ def episodes(path, file, missing_zeros=False):
     """The episodes of an open buffer, see demos/files.py. missing_zeros: chunks that it lacks are zeros."""
     if "action" not in file.arrays:
         raise UserError(f"{path} has no data/action: it is not a replay buffer")
-    check_arrays(file, missing_zeros)
-    names = {"image" if key == "img" and "image" not in file.arrays else key: key for key in file.arrays}
     pictures = [key for key, x in file.arrays.items() if x.ndim == 4 and x.shape[3] == 3]
-    for key in pictures:
-        if file.arrays[key].dtype.kind == "f" and not file.arrays[key][0].max() > 1:
-            raise UserError(f"{path}: data/{key} is float, and its first picture has nothing above 1: scale "
-                            f"it to 0 .. 255")
+    check_arrays(file)
+    faults = {key: fault_of(file, key, key in pictures, missing_zeros) for key in file.arrays}
+    broken = [fault for key, fault in faults.items() if fault and key not in pictures]
+    if broken:
+        raise UserError(broken[0])
+    names = {"image" if key == "img" and "image" not in file.arrays else key: key for key in file.arrays}
     found = []
     for e, length in enumerate(np.diff(file.ends, prepend=0).tolist()):
-        arrays = {name: describe(f"{e}/{name}", file.arrays[key], length, key in pictures)
+        arrays = {name: describe(f"{e}/{name}", file.arrays[key], length, key in pictures, faults[key])
                   for name, key in names.items()}
         push_t = "state" in arrays and ("keypoint" in arrays or "img" in file.arrays)
         if push_t and AGENT not in arrays and arrays["state"].shape[1:] == (5,):
@@ -167,14 +169,14 @@ def episodes(path, file, missing_zeros=False):
     return found
 
 
-def describe(path, x, length, picture):
+def describe(path, x, length, picture, fault):
     if picture:
-        return Array(path, (length, *x.shape[1:]), np.dtype(np.uint8), "camera")
+        return Array(path, (length, *x.shape[1:]), np.dtype(np.uint8), "camera", fault=fault)
     shape = (length, *x.shape[1:]) if x.ndim > 3 else (length, prod(x.shape[1:]))
-    return Array(path, shape, x.dtype, *kind_of(shape, x.dtype))
+    return Array(path, shape, x.dtype, *kind_of(path, shape, x.dtype))
 
 
-def check_arrays(file, missing_zeros):
+def check_arrays(file):
     ends = file.ends
     if not len(ends) or (np.diff(ends, prepend=0) <= 0).any():
         raise UserError(f"{file.path}: meta/episode_ends does not rise, {ends[:5]} ...: it is damaged")
@@ -182,8 +184,19 @@ def check_arrays(file, missing_zeros):
         if x.shape[:1] != (ends[-1],):
             steps = x.shape[0] if x.shape else "no"
             raise UserError(f"{file.path}: data/{key} has {steps} steps, episodes end at {ends[-1]}")
-        missing = x.nchunks - x.nchunks_initialized
-        if missing and not missing_zeros:
-            raise UserError(f"{file.path}: {missing} of {x.nchunks} chunks of data/{key} are missing: copy "
-                            f"the store again; if they are zeros, which zarr 3 does not write: python -m "
-                            f"demos.convert --missing_zeros")
+
+
+def fault_of(file, key, picture, missing_zeros):
+    """Why an array cannot be read as it is; "" if it can. Of pictures, this matters where they are used."""
+    x = file.arrays[key]
+    missing = x.nchunks - x.nchunks_initialized
+    if missing and not missing_zeros:
+        return (f"{file.path}: {missing} of {x.nchunks} chunks of data/{key} are missing: copy the store "
+                f"again; if they are zeros, which zarr 3 does not write: python -m demos.convert "
+                f"--missing_zeros")
+    if picture and x.dtype.kind == "f":
+        some = spread(len(x), LOOKS)            # the first one may be black
+        if not any(x[int(t)].max() > 1 for t in some):
+            return (f"{file.path}: data/{key} is float and has nothing above 1 in {len(some)} pictures, "
+                    f"evenly spread: scale it to 0 .. 255")
+    return ""

@@ -226,13 +226,15 @@ class Policy:
             say_once(f"observation {self.name_of(d)} is {state[i, d]:.4g}, the training data have "
                      f"{low[d]:.4g} to {high[d]:.4g}: are the units and the order those of the data?")
 
-    def name_of(self, d):
-        """Which observation holds number d of the state."""
-        for key, dim in self.processing.state_dims.items():
+    def name_of(self, d, dims=None):
+        """Which observation holds number d of the state. dims: {key: numbers}, by default of the state as the
+        network has it."""
+        if dims is None and self.places:
+            d = self.places["state"].index(d)
+        for key, dim in (dims or self.processing.state_dims).items():
             if d < dim:
-                return f"{key}[{d}]"
+                return f"{key[:40]}[{d}]"
             d -= dim
-        return f"number {d} of the unified vector"
 
     def prepare_images(self, values, n):
         """Pictures of another size are resized as those of the data set were; of another shape, refused."""

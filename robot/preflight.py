@@ -110,7 +110,7 @@ def main(argv=None):
         policy.compile()
     d = policy.description
     colour = (d.get("usual") or {}).get("colour", "bgr")
-    recording = Recording(args.episode, [*d["state_keys"], *d["camera_keys"]], args.demo, colour)
+    recording = Recording(args.episode, d["state_keys"], d["camera_keys"], args.demo, colour)
     with contextlib.closing(recording):
         flight = fly(policy, recording, args.instruction or recording.instruction)
     found = judge(flight)

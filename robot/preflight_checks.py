@@ -95,10 +95,8 @@ def units(flight, usual):
 
 
 def state_name(flight, d):
-    for key, dim in flight.policy.description["state_keys"].items():
-        if d < dim:
-            return f"{one_line(key, 30)}[{d}]"
-        d -= dim
+    """Of the raw state, as the recording has it."""
+    return flight.policy.name_of(d, flight.policy.description["state_keys"])
 
 
 def limits(flight, usual):

@@ -17,11 +17,12 @@ INSTRUCTIONS = ("language_instruction", "language", "instruction", "task_descrip
 
 
 class Recording:
-    """`keys` are those of the observations that are wanted, colour the order of colours in JPEG frames ("bgr"
-    or "rgb"). name, length; actions (T, A) float32; fps and instruction, None where the file has none.
-    recording[t] is the raw observation of step t. Raises UserError."""
+    """`states` and `cameras` are the keys of the observations that are wanted, colour the order of colours in
+    JPEG frames ("bgr" or "rgb"). name, length; actions (T, A) float32; fps and instruction, None where the
+    file has none. recording[t] is the raw observation of step t: states (D,), pictures (H, W, 3). Raises
+    UserError."""
 
-    def __init__(self, path, keys, demo=None, colour="bgr"):
+    def __init__(self, path, states, cameras, demo=None, colour="bgr"):
         try:
             import h5py
         except ImportError:
@@ -34,12 +35,12 @@ class Recording:
             self.file = h5py.File(path, "r")
         except OSError as e:
             raise UserError(f"{path} cannot be opened as HDF5: {one_line(e, 120)}") from None
-        self.dataset, self.colour = h5py.Dataset, colour
+        self.dataset, self.cameras, self.colour = h5py.Dataset, cameras, colour
         try:
             node, actions, observations, above = self._find(path, demo)
             self.actions = actions[:].astype(np.float32)
             self.length = len(self.actions)
-            self.arrays = {key: self._array(observations, key) for key in keys}
+            self.arrays = {key: self._array(observations, key) for key in (*states, *cameras)}
             self.fps = self._said(above, ("fps",), float) or self._said(above, ("env_args",), control_freq)
             self.instruction = self._said(above, INSTRUCTIONS, text)
         except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
@@ -98,14 +99,14 @@ class Recording:
         for key, array in self.arrays.items():
             if array is None:
                 continue
+            camera = key in self.cameras            # not by its type: uint8 may be a state or JPEG bytes
             compressed = array.dtype.kind in "SO" or array.dtype == np.uint8 and array.ndim == 2
-            camera = array.dtype == np.uint8 and array.ndim == 4
             try:
-                value = decode_jpeg(array[t], self.colour) if compressed else array[t]
+                value = decode_jpeg(array[t], self.colour) if camera and compressed else array[t]
             except (OSError, RuntimeError, UserError) as e:
                 raise UserError(f"{self.name}: '{key}' of step {t} cannot be read: {one_line(e, 120)}"
                                 ) from None
-            observation[key] = value if compressed or camera else np.ravel(value)
+            observation[key] = value if camera else np.ravel(value)
         return observation
 
     def close(self):

@@ -65,7 +65,7 @@ assert counted.instructions == ["count upwards"] * 3
 assert counted.actions[:, 0].tolist() == [100.0 * i + t for i in range(3) for t in range(10)]
 assert (counted.state == -counted.actions).all()
 from demos import check
-check.inspect("episode_*.npz")      # knows it, too, and takes none of it for images
+check.main(["episode_*.npz"])      # knows it, too, and takes none of it for images
 assert counted.labels[:, 0].tolist() == [0.0] * 8 + [1, 1] + [0] * 8 + [1, 1] + [0] * 8 + [1, 1]
 
 # an environment: what goes straight to the goal arrives, what stands still does not

@@ -74,6 +74,26 @@ def test_jpeg_frames_have_their_colours_put_right(tmp_path, form):
         open_demos(folder, "image").images(1, 2, 3)
 
 
+@pytest.mark.parametrize("missing, mends", [
+    ("images/top", ["no 'top': leave this episode out", "shape_meta", "processing: cameras"]),
+    ("qvel", ["no 'qvel': leave this episode out", "shape_meta"])])
+def test_what_one_episode_lacks_can_be_left_out_as_the_message_says(tmp_path, missing, mends):
+    def edit(file, n):
+        file["observations/images/top"] = np.zeros((n, 4, 6, 3), np.uint8)
+        file["observations/images/hand"] = np.full((n, 4, 6, 3), 7, np.uint8)
+    folder = write_aloha(tmp_path / "set", [3, 4, 5], edit)
+    with h5py.File(folder / "episode_1.hdf5", "a") as file:
+        del file[f"observations/{missing}"]
+    with pytest.raises(UserError, match="episode_1.hdf5 has observations") as error:
+        open_demos(folder, "image")
+    assert all(part in str(error.value) for part in mends)
+    assert ("processing" in str(error.value)) == (missing == "images/top")      # a state cannot be hidden
+    meta = {"obs": {"qpos": {"shape": [14]}, "hand": {"shape": [3, 4, 6], "type": "rgb"}}}
+    assert open_demos(folder, shape_meta=meta, val_ratio=0).lengths.tolist() == [3, 4, 5]
+    (folder / "episode_1.hdf5").rename(tmp_path / "left_out.hdf5")
+    assert open_demos(folder, "image", val_ratio=0).lengths.tolist() == [3, 5]
+
+
 def test_a_pipe_beside_the_episodes_is_refused_unread(tmp_path):
     os.mkfifo(write_aloha(tmp_path / "set", (3, 3)) / "expanded_instruction.json")
     with pytest.raises(UserError, match="a pipe or a device"):

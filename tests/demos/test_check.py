@@ -23,7 +23,7 @@ def test_inspector_names_what_was_planted(tmp_path, capsys):
         for key in ("actions", "obs/pos", "obs/angle", "obs/dead", "obs/right"):
             file[f"data/demo_3/{key}"][:20] = file[f"data/demo_3/{key}"][0]         # waits for 2 s
     path = write(tmp_path / "a.hdf5", [30, 30, 30, 40], edit)
-    check.inspect(path)
+    check.main([str(path)])
     report = capsys.readouterr().out
     wrong, odd = report.split("must be mended:")[1].split("worth a look:")
     odd, notes = odd.split("notes:")
@@ -47,26 +47,26 @@ def test_a_file_of_many_episodes_is_opened_once(tmp_path, monkeypatch):
 def test_inspector_counts_padding(tmp_path, capsys):
     """Against the action masks of the windows themselves."""
     path = write(tmp_path / "a.hdf5", [5, 20, 40])
-    check.inspect(path)
+    check.main([str(path)])
     demos = open_demos(path, val_ratio=0)
     masks = data.Windows(demos, None, 16, 2, -1).batch(torch.arange(65))["action_mask"]
     assert f"padding       {1 - masks.float().mean():.1%}" in capsys.readouterr().out
 
 
 def test_inspector_on_other_files(tmp_path, capsys):
-    check.inspect(write(tmp_path / "fine.hdf5", [20, 20]))
+    check.main([str(write(tmp_path / "fine.hdf5", [20, 20]))])
     assert capsys.readouterr().out.endswith("nothing looks wrong\n")
     folder = write_aloha(tmp_path / "set", [20, 30])
     (folder / "broken.hdf5").write_text("no")
-    check.inspect(folder)
+    check.main([str(folder)])
     report = capsys.readouterr().out
     assert "2 episodes, 50 steps at unknown Hz" in report and "broken.hdf5 cannot be opened" in report
     ones = np.ones((5, 28, 28), np.uint8)
-    check.inspect(save(tmp_path / "a.npz", x=ones, y=np.array([0, 1, 1, 3, 3])))
+    check.main([str(save(tmp_path / "a.npz", x=ones, y=np.array([0, 1, 1, 3, 3])))])
     report = capsys.readouterr().out
     assert "1 x 32 x 32 after padding" in report and "all: no image of class 2" in report
     assert "no value above 1" in report
-    check.inspect(save(tmp_path / "b.hdf5", x=np.ones((5, 28), np.uint8)))
+    check.main([str(save(tmp_path / "b.hdf5", x=np.ones((5, 28), np.uint8)))])
     assert "must be mended" in capsys.readouterr().out
 
 

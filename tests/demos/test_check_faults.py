@@ -70,7 +70,7 @@ def found(path, **more):
 def test_a_clean_set_has_no_finding(tmp_path, capsys):
     path = arm(tmp_path / "a.hdf5")
     assert found(path) == []
-    check.inspect(path)
+    check.main([str(path)])
     report = capsys.readouterr().out
     assert report.endswith("nothing looks wrong\n")
     assert "3 of 3 actions go with a state: actions[0] -> joint[0] after 2 (r 0." in report
@@ -308,7 +308,7 @@ def test_pictures_are_sampled_where_there_are_many(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(doctor_cameras, "PICTURES", 40)
     steps = doctor_cameras.sample(np.full(24, 60), 2)
     assert len(steps) == 10 and set(map(tuple, steps.values())) == {(0, 59)} and {0, 23} <= set(steps)
-    check.inspect(arm(tmp_path / "a.hdf5"))
+    check.main([str(arm(tmp_path / "a.hdf5"))])
     assert "pictures of 10 of 24 episodes are looked at" in capsys.readouterr().out
 
 

@@ -1,6 +1,7 @@
 """demos/convert.py: sets of every layout become HDF5 or LeRobot, and nothing changes on the way."""
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_to_lerobot_and_back(tmp_path, to):
     with h5py.File(first) as a, h5py.File(tmp_path / "b.hdf5") as b:
         assert b["data/demo_1/actions"].dtype == a["data/demo_1/actions"].dtype == np.float64
         assert np.array_equal(a["data/demo_1/actions"], b["data/demo_1/actions"])
-    check.inspect(tmp_path / "b.hdf5")
+    check.main([str(tmp_path / "b.hdf5")])
 
 
 @lerobot
@@ -213,6 +214,25 @@ def test_no_room_for_the_whole_file(tmp_path, monkeypatch):
         convert.convert(source, tmp_path / "b.hdf5")
     monkeypatch.undo()
     assert convert.convert(source, tmp_path / "b.hdf5")[:2] == (3, 16)
+
+
+@lerobot
+def test_a_set_has_its_name_only_when_it_has_been_compared(tmp_path, monkeypatch):
+    """What a conversion that is killed as it compares leaves behind is whole, but not read."""
+    source, whole = write(tmp_path / "a.hdf5"), to_lerobot.compare_written
+    (tmp_path / "sets").mkdir()
+
+    def compare(episodes, reader, root, *args):
+        assert not (tmp_path / "sets/one").exists()
+        shutil.copytree(root, tmp_path / "sets/two.part")
+        return whole(episodes, reader, root, *args)
+    monkeypatch.setattr(to_lerobot, "compare_written", compare)
+    convert.convert(source, tmp_path / "sets/one", to="lerobot")
+    for path in (tmp_path / "sets", tmp_path / "sets/two.part"):
+        with pytest.raises(UserError, match="two.part: a conversion was stopped .*: delete it and convert"):
+            open_demos(path)
+    (tmp_path / "sets/two.part").rename(tmp_path / "sets/two")
+    assert len(open_demos(tmp_path / "sets", val_ratio=0).lengths) == 6     # of both: it was whole
 
 
 @lerobot

@@ -179,7 +179,7 @@ def test_cameras_of_different_size(tmp_path, capsys):
     path = write(tmp_path / "a.hdf5", edit=edit)
     with pytest.raises(UserError, match="cameras differ in size.*--image_size H W brings them to one size"):
         open_demos(path, "image")
-    check.inspect(path)
+    check.main([str(path)])
     wrong = capsys.readouterr().out.split("must be mended")[1]
     assert "left 4 x 6, right 8 x 8: train with --image_size" in wrong
     demos = open_demos(path, "image", image_size=(4, 6), val_ratio=0)
@@ -223,14 +223,14 @@ def test_resizing_while_reading(tmp_path, capsys):
 
 def test_the_doctor_says_what_resizing_costs(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "a.hdf5", [20, 20])
-    check.inspect(path, image_size=(2, 3))
+    check.main([str(path), "--image_size", "2", "3"])
     report = capsys.readouterr().out
     assert "resized       to 2 x 3: 0.0 MB of images" in report and "ms a picture" in report
     assert report.endswith("nothing looks wrong\n")
-    check.inspect(path, image_size=(3, 3))
+    check.main([str(path), "--image_size", "3", "3"])
     assert "camera 'left' changes its proportions, from 4 x 6" in capsys.readouterr().out
     monkeypatch.setattr(check, "MEMORY_GB", 1e-6)
-    check.inspect(path)
+    check.main([str(path)])
     assert "of images stay in the files" in capsys.readouterr().out
 
 

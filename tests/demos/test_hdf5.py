@@ -102,7 +102,7 @@ def test_virtual_data_sets_read_their_sources(tmp_path, take, rows):
 def test_a_virtual_data_set_is_never_filled_with_zeros(tmp_path, spoil, words):
     path = virtual(tmp_path)
     spoil(tmp_path)
-    for read in (open_demos, check.inspect):
+    for read in (open_demos, check.examine):
         with pytest.raises(UserError, match="demo_2: /data/demo_2/actions: its " + words) as error:
             read(path)
         assert len(str(error.value)) < 400
@@ -220,7 +220,7 @@ def test_instructions_of_some_episodes_only_are_counted(tmp_path, capsys):
     path = write(tmp_path / "a.hdf5", edit=edit)
     open_demos(path, text=True)
     assert "1 of 3 episodes have no instruction" in capsys.readouterr().err
-    check.inspect(path)
+    check.main([str(path)])
     assert "1 of 3 episodes have no instruction" in capsys.readouterr().out
 
 
@@ -347,7 +347,7 @@ def test_masks_in_their_forms(tmp_path, capsys, edit, train, valid, note):
 def test_masks_that_cannot_be_meant(tmp_path, capsys, edit, words):
     with pytest.raises(UserError, match=words + ".*--val_ratio"):
         open_six(tmp_path, edit)
-    check.inspect(tmp_path / "six.hdf5")
+    check.main([str(tmp_path / "six.hdf5")])
     assert words.split(",")[0].split(" ")[0] in capsys.readouterr().out.split("must be mended")[1]
     assert len(open_demos(tmp_path / "six.hdf5", val_ratio=0.5).train_episodes) == 3    # not used
 

@@ -174,7 +174,7 @@ def test_unlabelled_images_are_held_out_by_the_seed(tmp_path):
 
 def test_the_doctor_lists_every_array_and_the_split(tmp_path, capsys):
     label = np.arange(40) % 4
-    check.inspect(save(tmp_path / "a.npz", x=pictures(label), y=label, features=np.zeros((40, 3))))
+    check.main([str(save(tmp_path / "a.npz", x=pictures(label), y=label, features=np.zeros((40, 3))))])
     report = capsys.readouterr().out
     assert "not used (its name says nothing to train.py)" in report and "4 images, 36 to train on" in report
     assert [line for line in report.splitlines() if line.startswith("  features ")]

@@ -18,6 +18,8 @@ def everything(file):
         demo["obs/encoder"] = np.full((n, 6), 4095)
         demo["obs/state_u1"] = np.ones(n, np.uint8)
         demo["obs/depth"] = np.zeros((n, 4, 6, 1), np.float32)
+        demo["obs/hand_Depth"] = np.zeros((n, 4, 6), np.float32)
+        demo["obs/depth_raw/hand"], demo["obs/flat_depth"] = np.zeros((n, 4, 6), "u2"), np.zeros((n, 24))
         demo["obs/grey"] = np.zeros((n, 4, 6), np.uint8)
         demo["obs/rgba"] = np.zeros((n, 4, 6, 4), np.uint8)
         demo["obs/no_pixels"] = np.zeros((n, 0, 6, 3), np.uint8)
@@ -33,6 +35,7 @@ def everything(file):
 
 WHY = {"is_grasped": "bool, not float: shape_meta can name it", "encoder": "int64, not float",
        "state_u1": "uint8, not float", "depth": "float32 (4, 6, 1) per step, a camera is uint8 (H, W, 3)",
+       "hand_Depth": "looks like a depth map", "hand": "like a depth", "flat_depth": "like a depth",
        "grey": "uint8 (4, 6) per step, a camera is", "rgba": "uint8 (4, 6, 4) per step, a camera is",
        "no_pixels": "nothing per step", "cloud": "more than 1000 numbers per step", "note": "object, no num",
        "object": "only a simulator knows it", "late": "demo_0 lacks it", "rewards": "not an observation",
@@ -46,7 +49,7 @@ def test_every_array_is_used_or_named_with_the_reason(tmp_path, capsys):
     assert used == "note: used: actions, angle, pos, left, right" and len(lines) > 1
     assert all(line.startswith("note: not used: ") and len(line) < 400 for line in lines)
     left = " ".join(lines)
-    check.inspect(path)
+    check.main([str(path)])
     report = capsys.readouterr().out
     for key, why in WHY.items():
         assert key in left and why in left, key
@@ -64,6 +67,16 @@ def test_what_shape_meta_names_is_used_whatever_its_type(tmp_path):
     demos = open_demos(path, shape_meta=meta)
     assert demos.state[:2].tolist() == [[1] + [4095] * 6 + [1], [0] + [4095] * 6 + [1]]
     assert demos.state.dtype == np.float32
+
+
+def test_a_depth_of_few_numbers_is_a_state(tmp_path):
+    """The depth of a drill, the pose of a depth camera."""
+    def edit(file):
+        for demo in file["data"].values():
+            demo["obs/depth"], demo["obs/depth_cam_pose"] = demo["obs/pos"][:, :1] + 7, demo["obs/pos"][:]
+    demos = open_demos(write(tmp_path / "a.hdf5", edit=edit, images=False), val_ratio=0)
+    assert demos.state_keys == {"angle": 1, "depth": 1, "depth_cam_pose": 3, "pos": 3}
+    assert demos.state[2, 1] == 9
 
 
 def test_a_camera_that_is_not_looked_at_is_named(tmp_path, capsys):
@@ -103,7 +116,7 @@ def test_numbers_that_float32_is_too_coarse_for_are_named(tmp_path, capsys):
     path = write(tmp_path / "a.hdf5", edit=edit, images=False)
     open_demos(path)
     said = capsys.readouterr().err
-    check.inspect(path)
+    check.main([str(path)])
     report = capsys.readouterr().out.split("worth a look")[1]
     for text in (said, report):
         assert "'utm' is about 4.65e+06 and ranges over 2.5 in dimension 0: float32 keeps" in text

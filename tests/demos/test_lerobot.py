@@ -226,7 +226,7 @@ def test_a_depth_map_is_no_camera(tmp_path):
 @both
 def test_the_report_and_training_take_a_folder(sets, tmp_path, version, capsys):
     folder, _ = sets[version]
-    check.inspect(folder)
+    check.main([str(folder)])
     report = capsys.readouterr().out
     assert "4 episodes, 33 steps at 10 Hz" in report and "must be mended" not in report
     assert "2 x pick up the cube" in report and "24, 32, 3" in report
@@ -294,6 +294,23 @@ def test_damaged_files(tmp_path, version, spoil, named):
     with pytest.raises(UserError) as error:
         data.Windows(open_demos(tmp_path / "set", "image"), None, 8, 2, -1)
     assert all(part in str(error.value) for part in named) and len(str(error.value)) < 400, str(error.value)
+
+
+@both
+@pytest.mark.parametrize("spoil", [remove, cut])
+def test_a_film_that_cannot_be_read_matters_where_its_camera_is_used(tmp_path, version, spoil):
+    write_set(tmp_path / "set", version)
+    spoil(FILM)(tmp_path / "set", version)
+    assert np.array_equal(open_demos(tmp_path / "set", val_ratio=0).actions, rows("action"))
+    others = {"obs": {key: {"shape": [3, 24, 32], "type": "rgb"} for key in CAMERAS[1:]}}
+    images = open_demos(tmp_path / "set", shape_meta=others, val_ratio=0).images(1, 0, 7)
+    assert np.array_equal(np.moveaxis(images[:, 0], 1, 3), contents()[1][CAMERAS[1]])
+    with pytest.raises(UserError, match=f"train without '{CAMERA}', name the others in shape_meta") as error:
+        open_demos(tmp_path / "set", "image")
+    named = "set:episode_1: " if version == "v2.1" else "set:episode_0: "
+    assert str(error.value).startswith(named) and "copy it again" in str(error.value)
+    report = check.examine(tmp_path / "set")
+    assert sum("mp4" in line for line in report.wrong) == (1 if version == "v2.1" else 2)
 
 
 def drop_row(e, columns):

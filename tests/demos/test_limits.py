@@ -27,7 +27,7 @@ def declare(path, shape):
 
 def test_numbers_beyond_memory_are_refused_before_they_are_read(tmp_path):
     path = declare(tmp_path / "a.hdf5", (2**33, 50))
-    for read in (open_demos, check.inspect):
+    for read in (open_demos, check.examine):
         with pytest.raises(UserError, match="steps of 100 numbers would take .* GB, the memory is"):
             read(path)
 

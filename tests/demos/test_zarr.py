@@ -140,10 +140,45 @@ def test_pictures_that_are_not_taken_are_named(tmp_path, capsys):
     convert.convert(path, tmp_path / "a.hdf5")
     assert "not taken: image (pictures; --images takes them)" in capsys.readouterr().err
     zarr.open_group(str(path), mode="a")["data/img"] = np.full((50, 8, 8, 3), np.nan, np.float32)
-    with pytest.raises(UserError, match="is float, and its first picture has nothing above 1: scale"):
+    with pytest.raises(UserError, match="is float and has nothing above 1 in 8 pictures, evenly spread: sc"):
         convert.convert(path, tmp_path / "b.hdf5", images=True)
     pictures = np.full((50, 8, 8, 3), 9, np.float32)
     pictures[30] = -1
     zarr.open_group(str(path), mode="a")["data/img"] = pictures
     with pytest.raises(UserError, match="data/img goes from -1 to 9: scale it"):
         open_demos(path, "image").images(1, 0, 30)
+
+
+def test_pictures_in_float_may_begin_with_black_ones(tmp_path):
+    zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
+    path = buffer_of(tmp_path)
+    pictures = np.zeros((50, 8, 8, 3), np.float32)
+    pictures[20:] = np.arange(30)[:, None, None, None] + 100
+    zarr.open_group(str(path), mode="a")["data/img"] = pictures + 1e-9      # zarr does not write zeros
+    images = [open_demos(path, "image", val_ratio=0).images(e, 0, n) for e, n in enumerate((20, 30))]
+    assert np.array_equal(np.concatenate(images)[:, 0, 0, 0, 0], pictures[:, 0, 0, 0])
+    zarr.open_group(str(path), mode="a")["data/img"] = pictures / 255 + 1e-9
+    with pytest.raises(UserError, match="data/img is float and has nothing above 1 in 8 pictures"):
+        open_demos(path, "image")
+    assert open_demos(path, val_ratio=0).action_dim == 2                    # which needs no pictures
+
+
+def test_small_depth_maps_are_no_states(tmp_path, capsys):
+    zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
+    path = buffer_of(tmp_path)
+    zarr.open_group(str(path), mode="a")["data/hand_depth"] = np.full((50, 6, 8), 1.5, np.float32)
+    zarr.open_group(str(path), mode="a")["data/corners"] = np.full((50, 9, 2), 2.5, np.float32)
+    assert open_demos(path, val_ratio=0).state_keys == {"corners": 18, "state": 5}
+    assert "not used: hand_depth (looks like a depth map" in capsys.readouterr().err
+
+
+def test_missing_pictures_matter_where_they_are_used(tmp_path):
+    zarr = pytest.importorskip("zarr", reason="zarr reads Diffusion Policy's replay buffers")
+    path = buffer_of(tmp_path)
+    array = zarr.open_group(str(path), mode="a").create_array("data/img", shape=(50, 8, 8, 3),
+                                                              chunks=(10, 8, 8, 3), dtype=np.uint8)
+    array[:] = 9
+    (path / "data/img/2.0.0.0").unlink()
+    assert open_demos(path, val_ratio=0).lengths.tolist() == [20, 30]
+    with pytest.raises(UserError, match="1 of 5 chunks of data/img are missing.* shape_meta"):
+        open_demos(path, "image")

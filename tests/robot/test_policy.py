@@ -1,4 +1,6 @@
 """robot/policy.py: what a policy sees and does."""
+import types
+
 import h5py
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from demos.dataset import open_demos
 from robot.errors import UserError, say_once
 from robot.gym_episodes import Later
 from robot.policy import Policy
+from robot.preflight_checks import state_name
 from robot.text import decode_text
 from robot.transforms import resize
 
@@ -256,6 +259,17 @@ def test_places_that_a_robot_lacks_are_zero_for_the_network():
     assert policy.model.batches[0]["state_valid"].tolist() == [[False, True, False, False, True]]
     assert policy.model.batches[0]["action_valid"].tolist() == [[True, False, False, True, False]]
     assert action.shape == (2,)
+    assert [policy.name_of(d) for d in (4, 1)] == ["pose[0]", "pose[1]"]
+
+
+def test_a_number_of_the_state_is_named_as_the_network_has_it_or_as_the_robot_does():
+    """The robot gives three numbers of a rotation, the network sees six."""
+    turned = {"obs": {"a": [{"rotation": {"at": 0, "from": "axis_angle", "to": "rotation_6d"}}]}}
+    raw = {"a": 3, "b": 2}
+    policy = Policy(Recorder(), scaled(2, 8), LOWDIM | {"state_keys": raw, "processing": turned})
+    assert [policy.name_of(d) for d in (5, 6)] == ["a[5]", "b[0]"]
+    flight = types.SimpleNamespace(policy=policy)
+    assert [state_name(flight, d) for d in (2, 3)] == ["a[2]", "b[0]"]
 
 
 PROCESSED = {"obs": {"agent_pos": [{"linear": {"at": [0], "factor": -3, "offset": 1}}],

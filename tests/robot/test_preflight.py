@@ -233,7 +233,7 @@ def test_a_real_run_is_read_from_aloha_too(trained, capsys, tmp_path):
             to[f"observations/images/{key}"] = demo[f"obs/{key}"][:]
     flown = []
     for path in (data, tmp_path / "episode_0.hdf5"):
-        recording = preflight.Recording(path, ["joint", "front", "hand"])
+        recording = preflight.Recording(path, ["joint"], ["front", "hand"])
         flown.append(np.stack(preflight.fly(Policy.load(run, device="cpu"), recording, None).actions))
         recording.close()
     assert flown[0].shape == (LENGTH, 2) and np.array_equal(*flown)
@@ -261,6 +261,21 @@ def test_mistakes_end_in_one_line(argv, named, trained, capsys):
     refused(capsys, lambda: preflight.main([word.format(run=run, data=data) for word in argv]), *named)
 
 
+def test_whether_bytes_are_a_picture_is_said_by_the_key(tmp_path):
+    """A state may be uint8, if shape_meta names it, and a camera may have been recorded as none should be."""
+    def edit(i, actions, obs):
+        n = len(actions)
+        return actions, {"buttons": np.arange(3 * n, dtype=np.uint8).reshape(n, 3),
+                         "pose": np.arange(12 * n, dtype=np.uint8).reshape(n, 2, 2, 3),
+                         "front": np.full((n, 4, 6, 3), 0.5, np.float32)}
+    path = write_demos(tmp_path / "a.hdf5", episodes=1, change=edit)
+    recording = preflight.Recording(path, ["buttons", "pose"], ["front"])
+    seen = recording[2]
+    recording.close()
+    assert seen["buttons"].tolist() == [6, 7, 8] and seen["pose"].tolist() == [*range(24, 36)]
+    assert seen["front"].shape == (4, 6, 3) and seen["front"].dtype == np.float32       # the policy says so
+
+
 def test_jpeg_frames_of_a_recording(tmp_path):
     """In the colours of the training data; a broken one is a line with the episode's name."""
     Image = pytest.importorskip("PIL.Image", reason="package Pillow is an extra")
@@ -273,7 +288,7 @@ def test_jpeg_frames_of_a_recording(tmp_path):
             buffers[t] = np.frombuffer(packed.getvalue(), np.uint8) if t < 2 else np.zeros(9, np.uint8)
     path = write_aloha(tmp_path / "set", [3], frames) / "episode_0.hdf5"
     for colour, first in (("rgb", (200, 40, 10)), ("bgr", (10, 40, 200))):
-        recording = preflight.Recording(path, ["qpos", "top"], colour=colour)
+        recording = preflight.Recording(path, ["qpos"], ["top"], colour=colour)
         assert abs(recording[1]["top"][8, 8].astype(int) - first).max() <= 4
         with pytest.raises(UserError, match="episode_0.hdf5.*JPEG frame cannot be decoded"):
             recording[2]
