@@ -17,7 +17,7 @@ import warnings
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, say
 
 
 class Graph:
@@ -43,11 +43,15 @@ class Graph:
         self.run, tensors = run, self.tensors(batch, more, None)
         try:
             run(*tensors)
-            if self.device.type == "cuda":
-                self.run = recorded(run, tensors)
         except RuntimeError as e:               # the compiler's errors are of this kind
             raise UserError(f"--compile: torch.compile cannot compile {type(model).__name__}.sample (leave "
                             f"--compile out): {one_line(e)[:200]}") from None
+        if self.device.type == "cuda":
+            try:
+                self.run = recorded(run, tensors)
+            except RuntimeError as e:
+                say(f"--compile: {type(model).__name__}.sample is compiled, but cannot be recorded as a CUDA "
+                    f"graph: {one_line(e)[:150]}")
 
     def fits(self, batch, more=()):
         return outline(batch, more) == self.like
@@ -88,7 +92,9 @@ def constants(module):
     warnings.filterwarnings("ignore", "(?s)Dynamo detected a call to a `functools.lru_cache`")
     for function in vars(module).values():
         if hasattr(function, "cache_clear") and inspect.isfunction(function.__wrapped__):
-            torch.compiler.assume_constant_result(function.__wrapped__)
+            # A function may stand for one constant tensor only: not one that makes a tensor of any `numbers`.
+            if "numbers" not in inspect.signature(function).parameters:
+                torch.compiler.assume_constant_result(function.__wrapped__)
 
 
 def recorded(function, tensors):

@@ -72,7 +72,7 @@ def traced(monkeypatch, faster):
     compile, runs = torch.compile, []
 
     def traced(function, options, **flags):
-        inner = compile(function, backend="eager", **flags)
+        inner = compile(function, backend="aot_eager", **flags)
 
         def run(batch, *more, **noise):
             runs.append(len(batch["state"]))
