@@ -195,7 +195,7 @@ def fault_of(file, key, picture, missing_zeros):
                 f"again; if they are zeros, which zarr 3 does not write: python -m demos.convert "
                 f"--missing_zeros")
     if picture and x.dtype.kind == "f":
-        some = spread(len(x), LOOKS)            # the first one may be black
+        some = spread(x.shape[0], LOOKS)            # the first one may be black
         if not any(x[int(t)].max() > 1 for t in some):
             return (f"{file.path}: data/{key} is float and has nothing above 1 in {len(some)} pictures, "
                     f"evenly spread: scale it to 0 .. 255")

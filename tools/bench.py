@@ -52,6 +52,9 @@ class Bench:
         self.config = make_config(self.module, options, {})
         if getattr(self.config, "obs", "") == "image" and not self.config.n_cameras:
             self.config = dataclasses.replace(self.config, n_cameras=2)         # as the built-in task
+        if getattr(self.config, "vae_channels", ()) and not self.config.vae_steps:
+            # Its autoencoder is somebody else's: the transformer alone, in latents, as --against dit has it.
+            self.config = dataclasses.replace(self.config, data_shape=self.config.latent_shape, vae_channels=())
         with torch.device("meta"):
             self.outline = self.module.Model(self.config)
         self.row = {"model": options.model, "preset": options.preset, "machine": measure.machine(self.device),
