@@ -54,7 +54,8 @@ class Bench:
             self.config = dataclasses.replace(self.config, n_cameras=2)         # as the built-in task
         if getattr(self.config, "vae_channels", ()) and not self.config.vae_steps:
             # Its autoencoder is somebody else's: the transformer alone, in latents, as --against dit has it.
-            self.config = dataclasses.replace(self.config, data_shape=self.config.latent_shape, vae_channels=())
+            self.config = dataclasses.replace(self.config, data_shape=self.config.latent_shape,
+                                              vae_channels=())
         with torch.device("meta"):
             self.outline = self.module.Model(self.config)
         self.row = {"model": options.model, "preset": options.preset, "machine": measure.machine(self.device),
