@@ -1,6 +1,8 @@
 """A policy's sampler as one graph: its chunks are those of the plain sampler."""
 import itertools
 import shutil
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,7 +155,8 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, g++")
+@pytest.mark.skipif(not shutil.which("g++") or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+                    reason="torch.compile needs g++ and the headers of Python")
 @pytest.mark.parametrize("dtype, error", [(None, 1e-4), (torch.bfloat16, 0.05)])
 def test_compiled_in_earnest(dtype, error, tmp_path, monkeypatch, faster):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
