@@ -27,7 +27,7 @@ def sees(module, changes):
     return changes.get("obs", "lowdim" if module in (dp_cnn, dp_transformer) else "image") == "image"
 
 
-def small_policy(module, dtype=None, device="cpu", **changes):
+def small_policy(module, device="cpu", **changes):
     torch.manual_seed(0)
     cameras = DESCRIPTION["camera_keys"][:2 * sees(module, changes)]
     config = module.Config(**module.PRESETS["tiny"] | {
@@ -36,7 +36,7 @@ def small_policy(module, dtype=None, device="cpu", **changes):
     model = module.Model(config).to(device).eval().requires_grad_(False)
     for p in model.parameters():        # some begin with zeros, which would hide an error
         p.add_(torch.randn_like(p), alpha=0.05)
-    return Policy(model, scaled(A, S), DESCRIPTION | {"camera_keys": cameras}, dtype=dtype, device=device)
+    return Policy(model, scaled(A, S), DESCRIPTION | {"camera_keys": cameras}, device=device)
 
 
 def observation(t):
@@ -86,8 +86,7 @@ def traced(monkeypatch, faster):
 
 POLICIES = [(dp_cnn, {}), (dp_cnn, {"obs": "image", "resnet_widths": (16, 16)}),
             (dp_cnn, {"sampler": "ddpm", "conditioning": "inpaint", "schedule": "linear"}),
-            (dp_transformer, {}), (dp_transformer, {"sampler": "ddpm", "conditioning": "inpaint"}),
-            (dit_policy, {}), (rdt, {}), (rdt, {"obs": "lowdim"}), (pi0, {}), (pi05, {})]
+            (dp_transformer, {}), (dit_policy, {}), (rdt, {}), (pi0, {}), (pi05, {})]
 
 
 @pytest.mark.parametrize("module, changes", POLICIES)
@@ -157,14 +156,13 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++") or not Path(sysconfig.get_path("include"), "Python.h").exists(),
                     reason="torch.compile needs g++ and the headers of Python")
-@pytest.mark.parametrize("dtype, error", [(None, 1e-4), (torch.bfloat16, 0.05)])
-def test_compiled_in_earnest(dtype, error, tmp_path, monkeypatch, faster):
+def test_compiled_in_earnest(tmp_path, monkeypatch, faster):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     small = {"sampler_steps": 1, "depth": 1, "width": 32}
-    plain, policy = (small_policy(dp_transformer, dtype, **small) for _ in range(2))
+    plain, policy = (small_policy(dp_transformer, **small) for _ in range(2))
     policy.compile()
-    assert near(acted(policy), acted(plain), error)
+    assert near(acted(policy), acted(plain), 1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
