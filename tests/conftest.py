@@ -12,6 +12,15 @@ pytest.register_assert_rewrite("helpers", "golden_cases", "pipeline_cases")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # must stand before torch starts its threads
 
 
+@pytest.fixture(scope="session", autouse=True)
+def first_backward():
+    """torch counts the devices at the first backward pass of a process. After torch.compile, torch 2.14 finds
+    one more than there are and starts a thread for it, and then no process that is forked (test_fuzz.py) can
+    train. So the first backward pass comes before any test."""
+    import torch
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture
 def case(request):
     from golden_cases import Case
