@@ -14,9 +14,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # must stand before torch s
 
 @pytest.fixture(scope="session", autouse=True)
 def first_backward():
-    """torch counts the devices at the first backward pass of a process. After torch.compile, torch 2.14 finds
-    one more than there are and starts a thread for it, and then no process that is forked (test_fuzz.py) can
-    train. So the first backward pass comes before any test."""
+    """On torch 2.14.1, no process that is forked (test_fuzz.py) can train if the parent's first backward pass
+    came after torch.compile. So it comes before any test."""
     import torch
     torch.ones(1, requires_grad=True).sum().backward()
 

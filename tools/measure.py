@@ -28,6 +28,7 @@ from demos.generated import new_hdf5
 from demos.images import Samples
 from robot import packing
 from robot.graph import Graph
+from tools.compiling import compiled
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -234,7 +235,7 @@ def training_step(model, batch, device, dtype, compile):
     ema = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.param_groups(0.0), lr=1e-4, fused=device.type in ("cuda", "cpu"))
     loss_step = train.LossStep(model)
-    loss_step = torch.compile(loss_step) if compile else loss_step
+    loss_step = compiled(loss_step) if compile else loss_step
 
     def step():
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
