@@ -299,6 +299,13 @@ def test_sharded_training_is_that_of_ddp(demos, tmp_path, capsys):
     assert Policy.load(tmp_path / "fsdp").act(
         {"agent_pos": np.zeros(2), "goal": np.zeros(2), "number": np.zeros(1)}).shape == (2,)
     capsys.readouterr()
+    low = subprocess.run([*torchrun, str(ROOT / "train.py"), *command(demos, tmp_path / "low", steps=2),
+                          "--fsdp", "--dtype", "bfloat16"], capture_output=True, text=True, timeout=200,
+                         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert low.returncode == 0, low.stderr
+    want = {row["step"]: row["loss"] for row in read_rows(tmp_path / "ddp") if "loss" in row}
+    assert all(row["loss"] == pytest.approx(want[row["step"]], rel=0.05)
+               for row in read_rows(tmp_path / "low") if "loss" in row)
     train.main([*argv["fsdp"], "--steps", "6", "--resume"])         # alone
     assert read_checkpoint(tmp_path / "fsdp")["step"] == 6
     assert "note: 2 processes had 8 items each, now there are 1" in capsys.readouterr().out

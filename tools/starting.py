@@ -147,9 +147,10 @@ def build(options, module, config, device, earlier, release=None, world=1):
         return model if options.fsdp else model.to(device)
 
 
-def first_loss(loss_step, example, device, name):
+def first_loss(loss_step, example, device, dtype, name):
     """Data that the model does not fit are a line here, and no traceback in the loop."""
-    with one_model(name), torch.no_grad():
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with one_model(name), torch.no_grad(), autocast:
         loss_step({k: v.to(device) for k, v in example.items()})
     if hasattr(loss_step, "reshard"):           # FSDP keeps some weights whole until the backward pass
         loss_step.reshard()
