@@ -298,10 +298,10 @@ def kl_to_prior(mean, log_variance):
 # ---------------------------------------------------------------- transformer
 def attention(q, k, v):
     """softmax(q k' / sqrt(d)) v over the last two axes: (..., N, d), (..., M, d) -> (..., N, d). It differs
-    from pi0.py's: there is no mask, and without a gradient the fused kernel serves on a CPU too."""
-    if q.device.type != "cpu" or not q.requires_grad:
+    from pi0.py's: there is no mask."""
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
-    # On a CPU the backward pass of the fused kernel takes four times as long in bfloat16.
+    # In bfloat16 the fused kernel of CPUs takes two to eight times as long as this.
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1, dtype=q.dtype) @ v
 
 
@@ -899,7 +899,8 @@ PRESETS = {
 }
 
 # ema_max: samples come from an average of the weights over the run, which is less noisy than the last ones;
-# its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
+# its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py). dtype: on a CPU with
+# instructions for it.
 RECIPES = {
     "tiny": {"data": "shapes", "demos": 8000, "steps": 6500, "batch_size": 64, "lr": 3e-3, "warmup": 100,
              "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0, "ema_max": 0.995, "eval_every": 0,

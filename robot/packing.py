@@ -6,8 +6,8 @@ Two things are slow in torch's own layers. They leave float32 products to MKL, w
 processors and takes twice as long. And a chunk for one robot is a few rows times many large matrices: then
 reading the matrices is nearly all the work, and it has the speed of the memory only if they were packed, that
 is stored in the order in which the kernel reads them. A convolution over a short sequence is such a product
-too: its windows, all taps side by side, times its weights. (Trained, it stays torch's own: with the weights
-brought into another order and back in every step, the product takes up to twice as long.)
+too: its windows, all taps side by side, times its weights. Trained, it stays torch's own, but for the
+gradient of its weights, for which torch takes several times as long as for that product.
 
 `pack` exchanges the classes of layers and nothing else: parameters, their names and gradients stay, and with
 them copies, `.to()` and what is saved. Weights are packed when a layer first meets few rows without
@@ -29,6 +29,7 @@ from .errors import say_once
 
 MOST_ROWS = 128         # with more rows the arithmetic takes longer than the reading: plain weights will do
 LEAST = 2**14           # numbers of a matrix that is worth packing
+SHORT = 16              # steps of a sequence up to which torch's gradient of a convolution's weights is slow
 
 PACKED = weakref.WeakKeyDictionary()    # layer -> (its weights, their version, these weights packed)
 
@@ -90,6 +91,8 @@ class Product(torch.autograd.Function):
 
 def product(layer, x, bias):
     """F.linear(x, layer._matrix(), bias): x (..., I), the matrix (O, I) -> (..., O)"""
+    if torch.compiler.is_compiling():       # robot/graph.py has the compiler pack it
+        return F.linear(x, layer._matrix(), bias)
     if torch.is_grad_enabled():
         return Product.apply(x, layer._matrix(), bias)
     few = x.shape[:-1].numel() <= MOST_ROWS and layer.weight.numel() >= LEAST
@@ -133,9 +136,46 @@ def one_product(conv):
 
 def pays(x, steps, weight):
     """Whether a convolution of x (B, C, T), whose weights meet so many steps, is faster as a product."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not fixed(weight):
+    if torch.is_grad_enabled() or x.ndim != 3 or x.shape[0] * steps > MOST_ROWS:
         return False
-    return x.ndim == 3 and x.shape[0] * steps <= MOST_ROWS and takes(x, weight)
+    if torch.compiler.is_compiling():
+        return x.device.type == "cpu" and not weight.requires_grad
+    return fixed(weight) and takes(x, weight)
+
+
+def slowly_trained(x, steps, weight):
+    """Whether torch is slow with the gradient of a convolution's weights, which meet so many steps of x."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+        return False
+    low = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if low else x.dtype
+    return x.ndim == 3 and steps <= SHORT and weight.numel() >= LEAST and dtype in types() \
+        and x.device.type == weight.device.type == "cpu" and (low or weight.dtype == dtype)
+
+
+class Convolution(torch.autograd.Function):
+    """F.conv1d, whose weights' gradient is a product of oneDNN."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)         # under autocast
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.at = stride, padding
+        return F.conv1d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, g):
+        (x, weight), (stride, padding) = ctx.saved_tensors, ctx.at
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        if of_weight:
+            windows = F.pad(x, (padding, padding)).unfold(2, weight.shape[2], stride)    # (B, C, T', k)
+            columns = windows.transpose(1, 2).flatten(2).flatten(0, 1)                   # (B T', C k)
+            rows = g.transpose(1, 2).flatten(0, 1)                                       # (B T', O)
+        return (torch.nn.grad.conv1d_input(x.shape, weight, g, stride, padding) if of_x else None,
+                onednn(rows.T, columns.T).view_as(weight) if of_weight else None,
+                g.sum((0, 2)) if of_bias else None, None, None)
 
 
 class Conv1d(nn.Conv1d):
@@ -144,7 +184,10 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x):
         (k,), (stride,), (padding,) = self.kernel_size, self.stride, self.padding
-        if not pays(x, (x.shape[-1] + 2 * padding - k) // stride + 1, self.weight):
+        steps = (x.shape[-1] + 2 * padding - k) // stride + 1
+        if slowly_trained(x, steps, self.weight):
+            return Convolution.apply(x, self.weight, self.bias, stride, padding)
+        if not pays(x, steps, self.weight):
             return super().forward(x)
         x = F.pad(x.transpose(1, 2), (0, 0, padding, padding))                  # (B, T + 2 padding, C)
         windows = x.unfold(1, k, stride).transpose(2, 3).flatten(2)             # (B, T', k C)

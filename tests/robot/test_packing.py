@@ -69,11 +69,12 @@ def test_other_convolutions_stay_torchs_own(k, more):
     assert torch.equal(fast(x), plain(x))
 
 
-@pytest.mark.parametrize("T", [4, 16])
+@pytest.mark.parametrize("T", [4, 16, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients(dtype, T):
+def test_gradients(dtype, T, monkeypatch):
     """Of a linear layer, a convolution that shortens, one that keeps the length, and a transposed one."""
     torch.manual_seed(0)
+    monkeypatch.setattr(packing, "LEAST", 1)
     layers = [nn.Linear(T, T), nn.Conv1d(24, 40, 3, stride=2, padding=1), nn.Conv1d(40, 24, 5, padding=2),
               nn.ConvTranspose1d(24, 8, 4, stride=2, padding=1)]
     plain = nn.Sequential(*layers)
@@ -91,6 +92,18 @@ def test_gradients(dtype, T):
     for a, b in zip(*found):
         # Against float32: bfloat16 has 8 bits, and errors of four layers add up.
         assert differ(b.float(), a) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_which_convolutions_have_a_product_as_gradient():
+    layer = pack(nn.Conv1d(64, 64, 5, padding=2))
+    its = lambda x: type(layer(x).grad_fn).__name__ == "ConvolutionBackward"     # torch's end in 0
+    assert its(torch.randn(2, 64, packing.SHORT)) and not its(torch.randn(2, 64, packing.SHORT + 1))
+    assert not its(torch.randn(64, 8))                              # a single sequence
+    for dtype, yes in ((torch.bfloat16, torch.bfloat16 in packing.types()), (torch.float16, False)):
+        with torch.autocast("cpu", dtype):
+            assert its(torch.randn(2, 64, 8)) == yes
+    layer.weight.requires_grad_(False)
+    assert not its(torch.randn(2, 64, 8))                           # it is not asked for
 
 
 def test_changed_weights_are_packed_anew():
