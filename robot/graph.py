@@ -10,9 +10,11 @@ the function is then recorded, so that one call starts all of its kernels.
 Shapes are fixed, those of the first batch: `fits` says whether another one has them. The noise is drawn
 outside, from the same generator in the same order as `draw` would: the chunks are those of plain sampling.
 """
+import contextlib
 import inspect
 import sys
 import warnings
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -24,15 +26,14 @@ class Graph:
     """draw: samples with `model`, whose weights stay as they are. batch, more: tensors as it will get them.
     Raises UserError."""
 
+    @torch.no_grad()
     def __init__(self, draw, model, batch, more=()):
         self.like, self.noise = outline(batch, more), []
         self.device = next(iter(batch.values())).device
         with NoiseShapes(self.noise):           # sampled plainly once, to see which noise is drawn
             draw(batch, *more)
         constants(sys.modules[type(model).__module__])
-        # "freezing": weights are constants, so that they can be packed.
-        compiled = torch.compile(draw, fullgraph=True, dynamic=False,
-                                 options={"freezing": True} if self.device.type == "cpu" else None)
+        compiled = torch.compile(draw, fullgraph=True, dynamic=False)
         names, a, b = list(batch), len(batch), len(batch) + len(more)
 
         def run(*tensors):
@@ -42,7 +43,8 @@ class Graph:
 
         self.run, tensors = run, self.tensors(batch, more, None)
         try:
-            run(*tensors)
+            with packed_weights(self.device):
+                run(*tensors)
         except RuntimeError as e:               # the compiler's errors are of this kind
             raise UserError(f"--compile: torch.compile cannot compile {type(model).__name__}.sample (leave "
                             f"--compile out): {one_line(e)[:200]}") from None
@@ -56,6 +58,7 @@ class Graph:
     def fits(self, batch, more=()):
         return outline(batch, more) == self.like
 
+    @torch.no_grad()                            # as it was compiled
     def __call__(self, batch, more=(), generator=None):
         """batch, more: tensors that fit -> the chunks"""
         return self.run(*self.tensors(batch, more, generator))
@@ -81,6 +84,28 @@ class NoiseShapes(TorchFunctionMode):
         if function is torch.randn:
             self.shapes.append(args[0])
         return function(*args, **(kwargs or {}))
+
+
+class AsOnArm:
+    """torch.ops.mkldnn, which says that it runs on ARM: there, torch.compile has oneDNN pack float32 weights
+    as well. Elsewhere it leaves them to MKL, which is slower on AMD (robot/packing.py)."""
+
+    def __getattr__(self, name):
+        return (lambda: True) if name == "_is_mkldnn_acl_supported" else getattr(torch.ops.mkldnn, name)
+
+
+@contextlib.contextmanager
+def packed_weights(device):
+    """Within a `with` block, torch.compile packs the weights of what it compiles for a CPU, that is of what
+    is called for the first time, without gradients. The weights are to stay as they are."""
+    if device.type != "cpu":
+        yield
+        return
+    from torch._inductor import config          # seconds to import
+    from torch._inductor.fx_passes import mkldnn_fusion
+    # Among torch.compile's options, "freezing" would come too late: the tracer looks at the setting itself.
+    with config.patch(freezing=True), mock.patch.object(mkldnn_fusion, "mkldnn", AsOnArm(), create=True):
+        yield
 
 
 def constants(module):

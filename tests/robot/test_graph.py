@@ -73,7 +73,7 @@ def traced(monkeypatch, faster):
     torch._dynamo.reset()
     compile, runs = torch.compile, []
 
-    def traced(function, options, **flags):
+    def traced(function, **flags):
         inner = compile(function, backend="aot_eager", **flags)
 
         def run(batch, *more, **noise):
@@ -162,7 +162,12 @@ def test_compiled_in_earnest(tmp_path, monkeypatch, faster):
     small = {"sampler_steps": 1, "depth": 1, "width": 32}
     plain, policy = (small_policy(dp_transformer, **small) for _ in range(2))
     policy.compile()
-    assert near(acted(policy), acted(plain), 1e-4)
+    want = acted(plain)
+    assert near(acted(policy), want, 1e-4)
+    for name, layer in policy.model.named_modules():    # their weights were packed: the graph has its own
+        if isinstance(layer, torch.nn.Linear) and "attn" not in name:
+            layer.weight.zero_()
+    assert near(acted(policy), want, 1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -28,6 +28,8 @@ def works(folder):
         for sampler, steps in (("DDIM", 10), ("DDPM", 100)):
             yield Work(f"{name}: chunk, {sampler} {steps}",
                        functools.partial(chunk, build, folder, sampler, steps))
+        yield Work(f"{name}: chunk, DDIM 10, ours as one graph",
+                   functools.partial(chunk, build, folder, "DDIM", 10, graph=True))
 
 
 def unet(folder):
@@ -63,7 +65,7 @@ def training(build, folder, B):
                          lr=1e-6, betas=(0.95, 0.999), weight_decay=1e-6)
 
 
-def chunk(build, folder, sampler, steps):
+def chunk(build, folder, sampler, steps, graph=False):
     net, predict, model = build(folder)
     net.eval()
     scheduler = getattr(imported("diffusers"), f"{sampler}Scheduler")(**SCHEDULE)
@@ -77,5 +79,8 @@ def chunk(build, folder, sampler, steps):
             x = scheduler.step(predict(x, t, state), t, x, generator=generator).prev_sample
         return x
 
-    return pair_of_chunks(theirs, model, lambda model: model.sample(
-        {"state": state}, steps, start, torch.Generator().manual_seed(0)))
+    def sample(model):
+        drawn = None if sampler == "DDIM" else torch.Generator().manual_seed(0)     # in every step
+        return model.sample({"state": state}, steps, start, drawn)
+
+    return pair_of_chunks(theirs, model, sample, graph=graph)

@@ -9,7 +9,9 @@ from typing import Callable
 import torch
 
 from robot.errors import UserError, one_line
+from robot.graph import constants, packed_weights
 from robot.packing import pack
+from tools.speed import keep_memory
 
 
 @dataclass
@@ -70,19 +72,27 @@ def clones(model):
     return {key: x.clone() for key, x in model.state_dict().items()}
 
 
-def pair_of_chunks(theirs, model, sample, compare=True):
-    """theirs(): a chunk; sample(model): one of ours, with the same noise."""
+def pair_of_chunks(theirs, model, sample, compare=True, graph=False):
+    """theirs(): a chunk; sample(model): one of ours, with the same noise. graph: ours as one graph each."""
     pack(model.eval().requires_grad_(False))
     half = copy.deepcopy(model).to(torch.bfloat16)
+    functions = [lambda: sample(model), lambda: sample(half).float()]
+    if graph:
+        constants(sys.modules[type(model).__module__])
+        functions = [torch.compile(function, fullgraph=True, dynamic=False) for function in functions]
+        with packed_weights(torch.device("cpu")), torch.no_grad():
+            for function in functions:
+                function()
     no_grad = torch.no_grad()
-    return Pair(no_grad(theirs), no_grad(lambda: sample(model)), no_grad(lambda: sample(half).float()),
-                compare)
+    return Pair(no_grad(theirs), *map(no_grad, functions), compare)
 
 
 def pair_of_steps(their_model, their_loss, our_model, our_loss, compare=True, **optimiser):
     """Training steps: loss, backward, AdamW, moving average of the weights. their_loss(), our_loss(): of the
     same batch, noise and times. Theirs has torch's default AdamW and averages parameter by parameter, as
     Diffusion Policy's ema_model.py does."""
+    keep_memory()               # of both
+
     def slow(old, new):
         for average, p in zip(old, new):
             average.mul_(0.999)
