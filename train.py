@@ -31,7 +31,7 @@ from robot.models import load_module, pick_device
 from robot.packing import pack
 from robot.policy import Policy
 from robot.rollout import closed_loop, rehearse
-from tools import compiling, distributed
+from tools import distributed, speed
 from tools.options import make_config, parse_options, with_recipe
 from tools.quality import compare_samples, validate
 from tools.runs import (Run, Since, averaged, catch_signals, collect, keep_best, locked, log, n_parameters,
@@ -105,7 +105,7 @@ def prepare(options, module, out, device, dtype, rank, world, release=None):
     if options.fsdp:
         shown = copy.deepcopy(ema) if rank == 0 else None
         distributed.shard((loss_step, ema), device, world, dtype)
-    first_loss(loss_step, example, device, options.model)
+    first_loss(loss_step, example, device, dtype, options.model)
     optimizer = torch.optim.AdamW(model.param_groups(options.weight_decay), lr=options.lr,
                                   betas=options.betas, fused=device.type in ("cuda", "cpu"))
     run = Run(options, out, device, dtype, rank, world, config, model, ema, shown, loss_step, optimizer,
@@ -122,7 +122,7 @@ def prepare(options, module, out, device, dtype, rank, world, release=None):
 def loop(run, stream):
     """Fetch, loss, backward, clip, step, EMA, log. Nothing here waits for the device but `after_steps`."""
     options, model, optimizer = run.options, run.model, run.optimizer
-    loss_step = compiling.compiled(run.loss_step) if options.compile else run.loss_step
+    loss_step = speed.compiled(run.loss_step) if options.compile else run.loss_step
     if run.world > 1 and not options.fsdp:
         loss_step = torch.nn.parallel.DistributedDataParallel(loss_step)
     autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.dtype == torch.bfloat16)
@@ -298,6 +298,7 @@ def train(options, module, release=None):
     result.json"""
     device, dtype = pick_device(options.device, options.dtype)
     rank, world = distributed.join(device, options.fsdp)
+    speed.keep_memory()
     out = prepare_out(options)
     distributed.wait()  # all have looked before one writes
     with locked(out, rank):

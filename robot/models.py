@@ -1,13 +1,15 @@
 """A model file by its name, its Config from plain values, and the device it runs on."""
 import contextlib
 import dataclasses
+import functools
 import importlib
 import math
+from pathlib import Path
 
 import torch
 
 from .cli import environ_number
-from .errors import UserError, hint, one_line
+from .errors import UserError, hint, one_line, say_once
 
 MODELS = ("ddpm", "flow_matching", "dp_cnn", "dp_transformer", "dit", "dit_policy", "rdt", "pi0", "pi05")
 # Fields of the Configs that may be changed after training; the others decide what the weights are.
@@ -76,6 +78,17 @@ def sampler_config(module, config, changes):
     return model_config(module, config | changes, "--set")
 
 
+@functools.cache
+def cpu_has_bfloat16():
+    """Whether this CPU multiplies in bfloat16 (AVX512_BF16, AMX or ARM's BF16; Linux says so). One that does
+    not takes many times as long as in float32."""
+    try:
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+
+
 def pick_device(name, dtype):
     """Names as flags have them ("auto", "cpu", "cuda", "cuda:1", "mps"; "auto", "float32", "bfloat16") ->
     (device, dtype)"""
@@ -97,4 +110,6 @@ def pick_device(name, dtype):
     index = index or str(local)
     if name == "cuda" and not (index.isascii() and index.isdigit() and int(index[:9]) < count):
         raise UserError(f"--device cuda:{index}: there are {count} GPUs, from cuda:0 on")
+    if name == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16():
+        say_once("--dtype bfloat16: this CPU has no instructions for it, float32 is many times as fast")
     return torch.device(name, int(index)) if name == "cuda" else torch.device(name), dtypes[dtype]

@@ -28,7 +28,7 @@ from demos.generated import new_hdf5
 from demos.images import Samples
 from robot import packing
 from robot.graph import Graph
-from tools.compiling import compiled
+from tools.speed import compiled, keep_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -232,6 +232,7 @@ def does_not_fit(what, nbytes, device):
 
 def training_step(model, batch, device, dtype, compile):
     """A function that trains on the batch as train.py does: loss, backward, AdamW, EMA."""
+    keep_memory()
     ema = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.param_groups(0.0), lr=1e-4, fused=device.type in ("cuda", "cpu"))
     loss_step = train.LossStep(model)

@@ -14,7 +14,7 @@ from demos.keys import check_shape_meta
 from robot.cli import SEEDS, Parser, check_ranges
 from robot.environments import fields_of
 from robot.errors import UserError, hint, input_text, one_line
-from robot.models import MODELS, model_config, typed
+from robot.models import MODELS, cpu_has_bfloat16, model_config, pick_device, typed
 from robot.steps import check_keys
 
 
@@ -202,8 +202,12 @@ def read_yaml(path):
 
 
 def with_recipe(options, explicit, module):
-    """Options that were not given take the value which the model file recommends for the preset."""
+    """Options that were not given take the value which the model file recommends for the preset. A CPU
+    without instructions for bfloat16 trains in float32 all the same."""
     recipe = getattr(module, "RECIPES", {}).get(options.preset, {})
+    if recipe.get("dtype") == "bfloat16" and not cpu_has_bfloat16() and \
+            pick_device(options.device, "auto")[0].type == "cpu":
+        recipe = recipe | {"dtype": "float32"}
     return dataclasses.replace(options, **{k: v for k, v in recipe.items() if k not in explicit})
 
 

@@ -2,10 +2,12 @@
 import math
 
 import pytest
+import torch
 from helpers import refused
 
 from robot.cli import SEEDS, Parser, check_ranges, environ_number
-from robot.errors import UserError
+from robot import models
+from robot.errors import UserError, say_once
 from robot.models import pick_device
 
 
@@ -45,6 +47,20 @@ def test_numbers_of_the_environment(text, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", text)
     with pytest.raises(UserError, match="LOCAL_RANK=.* is no whole number"):
         pick_device("cpu", "float32")
+
+
+def test_a_cpu_without_bfloat16_is_named(monkeypatch, capsys):
+    for words, said in (("flags : avx2 avx512_bf16", ""), ("Features : asimd bf16", ""),
+                        ("flags : avx2 avx512f", "note: --dtype bfloat16: this CPU has no instructions")):
+        monkeypatch.setattr(models.Path, "read_text", lambda *_, **__: words)
+        models.cpu_has_bfloat16.cache_clear()
+        say_once.cache_clear()
+        pick_device("cpu", "float32")
+        assert not capsys.readouterr().err
+        assert pick_device("cpu", "bfloat16")[1] == torch.bfloat16
+        assert capsys.readouterr().err.startswith(said) and bool(said) != models.cpu_has_bfloat16()
+    monkeypatch.undo()
+    models.cpu_has_bfloat16.cache_clear()
 
 
 def test_only_gpus_have_numbers():

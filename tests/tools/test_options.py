@@ -6,6 +6,7 @@ import yaml
 from helpers import ROOT, command, refused, resolved
 
 import dp_cnn
+import pi0
 import train
 from robot.errors import UserError
 from robot.models import load_module
@@ -22,6 +23,16 @@ def test_flags_win_over_yaml_and_yaml_over_the_recipe(tmp_path, monkeypatch):
     assert chosen.set == {"horizon": 12, "down_dims": [16]}
     # A flag that happens to equal the default still wins over the recipe.
     assert resolved("--steps", str(options.Options().steps)).steps == options.Options().steps
+
+
+def test_bfloat16_is_recommended_to_cpus_that_have_it(monkeypatch):
+    def recommended(*argv):
+        return options.with_recipe(*options.parse_options([*argv, "--model", "pi0"]), pi0).dtype
+
+    for has, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(options, "cpu_has_bfloat16", lambda: has)
+        assert recommended("--device", "cpu") == dtype
+        assert recommended("--device", "cpu", "--dtype", "bfloat16") == "bfloat16"
 
 
 def test_set_wins_over_the_preset_but_not_over_the_data():
