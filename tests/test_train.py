@@ -147,7 +147,7 @@ def test_golden_steps(case, monkeypatch, tmp_path):
              "steps": n, "warmup": case.config["warmup"], "lr_schedule": "cosine", "lr": optim.pop("lr"),
              "weight_decay": optim.pop("weight_decay"), "ema_power": ema.pop("power"),
              "ema_max": ema.pop("max_value"), "clip": 0, "log_every": 1, "eval_every": 0, "episodes": 0,
-             "device": "cpu"}
+             "device": "cpu", "dtype": "float32"}
     betas = optim.pop("betas")
     assert not optim and not ema, f"settings that this test cannot make: {optim}, {ema}"
     argv = [word for k, v in flags.items() for word in (f"--{k}", v)]
