@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers import ROOT
 
 import ddpm
 from tools.speed import compiled
@@ -42,6 +43,7 @@ def test_freed_memory_is_kept():
             "    x, y = (torch.ones(2**22) for _ in range(2))\n"         # 16 MiB each
             "    del x, y\n"
             "print(faults() - before)")
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                           cwd=ROOT)
     assert found.returncode == 0, found.stderr
     assert int(found.stdout) < 100
