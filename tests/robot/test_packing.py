@@ -94,6 +94,21 @@ def test_gradients(dtype, T, monkeypatch):
         assert differ(b.float(), a) < (1e-5 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_sum(dtype):
+    """What arrives is expanded: one number in memory."""
+    torch.manual_seed(0)
+    for B, T, k in ((3, 8, 5), (3, 8, 1), (3, 1, 1)):
+        plain = nn.Conv1d(128, 128, k, padding=k // 2)
+        fast, x = pack(copy.deepcopy(plain)), torch.randn(1, 128, T).expand(B, -1, -1)
+        for layer in (plain, fast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = layer(x)
+            assert (type(y.grad_fn).__name__ == "ConvolutionBackward") == (layer is fast)
+            y.sum().backward()
+        assert differ(fast.weight.grad, plain.weight.grad) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
 def test_which_convolutions_have_a_product_as_gradient():
     layer = pack(nn.Conv1d(64, 64, 5, padding=2))
     its = lambda x: type(layer(x).grad_fn).__name__ == "ConvolutionBackward"     # torch's end in 0
