@@ -294,8 +294,7 @@ def announce(run):
 
 
 def train(options, module, release=None):
-    """Train, evaluate, write everything to options.out. release: weights to start from. -> the dict of
-    result.json"""
+    """Train, evaluate, write all to options.out. release: weights to start from. -> dict of result.json"""
     device, dtype = pick_device(options.device, options.dtype)
     rank, world = distributed.join(device, options.fsdp)
     speed.keep_memory()
@@ -347,4 +346,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    with distributed.whole_exit():
+        run_command(main)

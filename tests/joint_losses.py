@@ -131,4 +131,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with distributed.whole_exit():
+        main()

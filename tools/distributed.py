@@ -4,8 +4,11 @@ DDP keeps whole weights in every process and averages the gradients. --fsdp (FSD
 weights, keeps a part of every weight, of its average and of the optimiser's state in each process, and
 gathers the weights block by block where they are needed. With one process nothing here does anything.
 """
+import contextlib
 import datetime
 import inspect
+import os
+import sys
 import warnings
 
 import torch
@@ -42,6 +45,25 @@ def leave():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def whole_exit():
+    """Around the last that a command does. One process of several ends right after it, without Python's own
+    end: torch's threads outlive the process group, and where one of them lets go of a tensor while Python is
+    taken down, the process aborts although all is saved (github.com/pytorch/pytorch/pull/179291)."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    status = 0
+    try:
+        yield
+    except SystemExit as e:
+        if not several:
+            raise
+        status = e.code
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def wait():

@@ -1,8 +1,13 @@
 """tools/distributed.py: what torchrun leaves in the environment, and what others do. Several processes are in
 test_train.py."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from helpers import ROOT
 from robot.errors import UserError
 from tools import distributed
 
@@ -19,3 +24,26 @@ def test_an_environment_that_torchrun_did_not_make(environ, named, monkeypatch):
         monkeypatch.setenv(name, text)
     with pytest.raises(UserError, match=named):
         distributed.join(torch.device("cpu"), fsdp=False)
+
+
+ENDING = """
+import atexit
+from robot.errors import UserError, run_command
+from tools.distributed import whole_exit
+atexit.register(print, "Python's own end")
+def main():
+    print("said", end="")
+    if {refused}:
+        raise UserError("refused")
+with whole_exit():
+    run_command(main)
+"""
+
+
+@pytest.mark.parametrize("refused, status", [(False, 0), (True, 2)])
+def test_one_process_of_several_ends_at_once_with_its_output_and_status(refused, status):
+    for world, said in ("1", "saidPython's own end\n"), ("2", "said"):
+        done = subprocess.run([sys.executable, "-c", ENDING.format(refused=refused)], capture_output=True,
+                              text=True, timeout=120, cwd=ROOT, env=os.environ | {"WORLD_SIZE": world})
+        assert (done.returncode, done.stdout) == (status, said)
+        assert done.stderr == ("-c: refused\n" if refused else "")
