@@ -269,8 +269,9 @@ def samplers(config):
 
 
 def chunk_costs(model, batch, steps):
-    """-> (floating point operations, bytes of weights read, seconds) of a chunk in so many steps: computed
-    from one step and two, since every further step costs the same. A first call packs the weights."""
+    """-> (floating point operations, bytes of weights read, seconds with the counting) of a chunk in so many
+    steps: computed from one step and two, since every further step costs the same. A first call packs the
+    weights."""
     costs = []
     for n in (1, 1, 2) if steps else (None,):
         began = time.perf_counter()
@@ -281,12 +282,23 @@ def chunk_costs(model, batch, steps):
     return [a + further * max(0, b - a) for a, b in zip(one, two)]
 
 
+def chunk_seconds(model, batch, steps, device, seconds):
+    """How long a chunk takes: computed from one step and as many as take about `seconds`, three times each."""
+    took = lambda n: statistics.median(
+        times_ms(lambda: model.sample(batch, steps=n), device, 3, warm=0)) / 1e3
+    one = took(1)
+    few = min(steps, max(2, int(seconds / one)))
+    return one + (steps - 1) * (took(few) - one) / (few - 1)
+
+
 def time_chunk(model, batch, steps, device, repeat, seconds, compile=False):
     """{"flops", "bytes", "p50_ms", "p95_ms", "runs"} at batch 1. Where a chunk would take more than ten times
     `seconds`: "about_ms", computed from its first steps, in place of the last three. compile: the sampler as
     one graph, and "compile_s"."""
     flops, nbytes, took = chunk_costs(model, batch, steps)
     result = {"flops": flops, "bytes": nbytes}
+    if took > 10 * seconds and (steps or 1) > 1:
+        took = chunk_seconds(model, batch, steps, device, seconds)
     if took > 10 * seconds:
         return result | {"about_ms": round(took * 1e3)}
     sample = lambda: model.sample(batch, steps=steps)
