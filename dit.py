@@ -301,7 +301,7 @@ def attention(q, k, v):
     from pi0.py's: there is no mask."""
     if v.device.type != "cpu" or v.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
-    # In bfloat16 the fused kernel of CPUs takes two to eight times as long as this.
+    # On a CPU the fused kernel takes two to eight times as long as this in bfloat16.
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1, dtype=q.dtype) @ v
 
 
@@ -899,12 +899,10 @@ PRESETS = {
 }
 
 # ema_max: samples come from an average of the weights over the run, which is less noisy than the last ones;
-# its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py). dtype: on a CPU with
-# instructions for it.
+# its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
     "tiny": {"data": "shapes", "demos": 8000, "steps": 6500, "batch_size": 64, "lr": 3e-3, "warmup": 100,
-             "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0, "ema_max": 0.995, "eval_every": 0,
-             "dtype": "bfloat16"},
+             "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0, "ema_max": 0.995, "eval_every": 0},
     **{name: {"steps": 400_000, "batch_size": 256, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
               "betas": (0.9, 0.999), "weight_decay": 0.0} for name in PRESETS if name != "tiny"},
 }

@@ -333,7 +333,7 @@ def attention(q, k, v, bias=None):
     """softmax(q k' / sqrt(d) + bias) v over the last two axes: (..., N, d), (..., M, d) -> (..., N, d)."""
     if v.device.type != "cpu" or v.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, bias)
-    # In bfloat16 the fused kernel of CPUs takes two to eight times as long as this.
+    # On a CPU the fused kernel takes two to eight times as long as this in bfloat16.
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     logits = logits if bias is None else logits + bias.to(logits.dtype)
     return torch.softmax(logits, dim=-1, dtype=logits.dtype) @ v

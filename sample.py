@@ -80,14 +80,15 @@ def held_out_samples(checkpoint, split="valid"):
 
 
 def environment_of(args, checkpoint):
-    """--env, with the mapping of --config or of the run's own YAML."""
+    """--env, with the mapping of --config or, if it is that one's, of the run's own YAML."""
     options = checkpoint["options"]
     env = options["env"]
     if args.config:
         content = read_values(input_text(args.config), f"--config {args.config}")
         env = content.get("env") if isinstance(content, dict) else None
-        if not isinstance(env, dict):
+        if not isinstance(env, dict) or not env:
             raise UserError(f"--config {args.config} holds no env: of KEY: VALUE lines")
+        return env | ({"id": args.env} if args.env else {})
     robot = options.get("robots", {}).get(args.robot, {})
     data = robot.get("data", args.robot) or options["data"] or "tabletop"
     if args.env in ENVIRONMENTS or not args.env and not env and data in ENVIRONMENTS:

@@ -80,12 +80,12 @@ def sampler_config(module, config, changes):
 
 @functools.cache
 def cpu_has_bfloat16():
-    """Whether this CPU multiplies in bfloat16 (AVX512_BF16, AMX or ARM's BF16; Linux says so). Others take
-    longer than in float32, without AVX-512 fifty times as long."""
+    """Whether this CPU multiplies in bfloat16 (AVX512_BF16, AMX or ARM's BF16); None where no Linux says so.
+    Others take longer than in float32, without AVX-512 fifty times as long."""
     try:
         words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
     except OSError:
-        return False
+        return None
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
@@ -110,6 +110,6 @@ def pick_device(name, dtype):
     index = index or str(local)
     if name == "cuda" and not (index.isascii() and index.isdigit() and int(index[:9]) < count):
         raise UserError(f"--device cuda:{index}: there are {count} GPUs, from cuda:0 on")
-    if name == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16():
-        say_once("--dtype bfloat16: this CPU has no instructions for it, float32 is faster")
+    if name == "cpu" and dtype == "bfloat16" and cpu_has_bfloat16() is False:
+        say_once("--dtype bfloat16: this CPU has no instructions for it, float32 may be much faster")
     return torch.device(name, int(index)) if name == "cuda" else torch.device(name), dtypes[dtype]

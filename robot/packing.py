@@ -7,7 +7,7 @@ processors and takes twice as long. And a chunk for one robot is a few rows time
 reading the matrices is nearly all the work, and it has the speed of the memory only if they were packed, that
 is stored in the order in which the kernel reads them. A convolution over a short sequence is such a product
 too: its windows, all taps side by side, times its weights. Trained, it stays torch's own, but for the
-gradient of its weights, for which torch takes several times as long as for that product.
+gradient of its weights: in bfloat16 torch takes several times as long as for that product.
 
 `pack` exchanges the classes of layers and nothing else: parameters, their names and gradients stay, and with
 them copies, `.to()` and what is saved. Weights are packed when a layer first meets few rows without
@@ -145,7 +145,9 @@ def pays(x, steps, weight):
 
 def slowly_trained(x, steps, weight):
     """Whether torch is slow with the gradient of a convolution's weights, which meet so many steps of x."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():    # as in torch.func.vjp
+        return False
+    if not (torch.is_grad_enabled() and weight.requires_grad):
         return False
     low = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if low else x.dtype

@@ -96,8 +96,7 @@ class Policy:
     def compile(self, guided=False):
         """Make one graph of the sampler (graph.py), for chunks of one robot; guided: and one for those with a
         plan, which real-time chunking asks for. What remains plain: several robots side by side, chunks with
-        a trace, observations that lack a camera, and what is faster so (large networks on a CPU). Raises
-        UserError."""
+        a trace, observations that lack a camera, and what is faster so. Raises UserError."""
         d, self.said = self.description, True
         sizes = {key: d.get("camera_sizes", {}).get(key, d["image_size"]) for key in d["camera_keys"]}
         blank = {key: np.zeros(dim) for key, dim in d["state_keys"].items()} | {

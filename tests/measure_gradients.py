@@ -5,11 +5,14 @@
 Convolutions of the 65.8 M U-Net of dp_cnn.py (five taps, batch 64), whose sequence is halved twice.
 """
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from robot.packing import pack
 
 

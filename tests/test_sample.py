@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -51,11 +52,26 @@ def test_wrong_runs(tiny, tmp_path, capsys):
     refused(capsys, lambda: sample.main([str(tiny), "--env", "tabletop"]), "lacks 'agent_pos'")
 
 
-@pytest.mark.parametrize("text", ["env: [a]", "lr: 1", "3", "env:", "env: {id: 1", "a: 1\na: 2"])
+@pytest.mark.parametrize("text", ["env: [a]", "lr: 1", "3", "env:", "env: {id: 1", "env: {}", "a: 1\na: 2"])
 def test_a_yaml_without_an_environment(text, tiny, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(text)
     argv = [str(tiny), "--config", str(tmp_path / "c.yaml")]
     refused(capsys, lambda: sample.main(argv), "--config", "c.yaml")
+
+
+@pytest.mark.parametrize("config, env, found", [
+    ("env: {id: A-v0, max_steps: 3}", "", {"id": "A-v0", "max_steps": 3}),
+    ("env: {id: A-v0, max_steps: 3}", "B-v0", {"id": "B-v0", "max_steps": 3}),  # another task, same mapping
+    ("env: {max_steps: 3}", "B-v0", {"id": "B-v0", "max_steps": 3}),
+    ("", "R-v0", {"id": "R-v0", "fps": 5}), ("", "", {"id": "R-v0", "fps": 5}),
+    ("", "B-v0", {"id": "B-v0"}), ("", "tabletop", "tabletop")])
+def test_the_environment_of_a_command(config, env, found, tmp_path):
+    """The mapping of --config counts for --env; the run's own does where --env names its environment."""
+    if config:
+        (tmp_path / "c.yaml").write_text(config)
+    args = types.SimpleNamespace(config=str(tmp_path / "c.yaml") if config else "", env=env, robot="")
+    run = {"options": {"env": {"id": "R-v0", "fps": 5}, "data": "x.hdf5", "robots": {}}}
+    assert sample.environment_of(args, run) == found
 
 
 def test_closed_loop_success(solved):

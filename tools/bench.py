@@ -68,7 +68,7 @@ class Bench:
         """{"training" or "chunk, bfloat16" ..: the memory that it takes and what there is}; nothing is built
         yet."""
         n, frozen = self.row["parameters"], frozen_names(self.outline)
-        parts = {f"chunk, {dtype}": ("the weights, plain and packed,", n * (8 if dtype == "float32" else 4))
+        parts = {f"chunk, {dtype}": ("the weights, if all are packed,", n * (8 if dtype == "float32" else 4))
                  for dtype in self.dtypes}
         # Frozen weights have neither gradient nor moments nor average.
         parts["training"] = ("weights, gradients, Adam's moments and the average", sum(

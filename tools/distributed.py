@@ -49,9 +49,9 @@ def leave():
 
 @contextlib.contextmanager
 def whole_exit():
-    """Around the last that a command does. One process of several ends right after it, without Python's own
-    end: torch's threads outlive the process group, and where one of them lets go of a tensor while Python is
-    taken down, the process aborts although all is saved (github.com/pytorch/pytorch/pull/179291)."""
+    """Wraps a command. Where there are several processes, each of them ends as soon as the command has, and
+    Python is not taken down: torch's threads outlive the process group, and one that lets go of a tensor
+    meanwhile aborts the process, although all is saved (github.com/pytorch/pytorch/issues/117762)."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     status = 0
     try:
@@ -59,7 +59,7 @@ def whole_exit():
     except SystemExit as e:
         if not several:
             raise
-        status = e.code
+        status = e.code or 0
     if several:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -251,7 +251,9 @@ def training_step(model, batch, device, dtype, compile):
 
 def time_training(model, batch, device, dtype, compile, repeat, seconds=math.inf):
     """-> (milliseconds of a training step, floating point operations of its forward and backward)"""
-    times = times_ms(training_step(model, batch, device, dtype, compile), device, repeat, seconds)
+    step = training_step(model, batch, device, dtype, compile)
+    # Of a large network the first two steps take twice as long: AdamW's moments and all memory are new.
+    times = times_ms(step, device, 3) + times_ms(step, device, repeat, seconds, warm=0)
     step_ms = round(statistics.median(times), 3)
     flops, _ = count(lambda: model.loss(batch)["loss"].backward(), model)
     model.zero_grad()
@@ -283,12 +285,12 @@ def chunk_costs(model, batch, steps):
 
 
 def chunk_seconds(model, batch, steps, device, seconds):
-    """How long a chunk takes: computed from one step and as many as take about `seconds`, three times each."""
+    """How long a chunk takes, computed from one step and from as many as take about `seconds`."""
     took = lambda n: statistics.median(
         times_ms(lambda: model.sample(batch, steps=n), device, 3, warm=0)) / 1e3
     one = took(1)
     few = min(steps, max(2, int(seconds / one)))
-    return one + (steps - 1) * (took(few) - one) / (few - 1)
+    return one + (steps - 1) * max(0, took(few) - one) / (few - 1)
 
 
 def time_chunk(model, batch, steps, device, repeat, seconds, compile=False):

@@ -202,12 +202,13 @@ def read_yaml(path):
 
 
 def with_recipe(options, explicit, module):
-    """Options that were not given take the value which the model file recommends for the preset. A CPU
-    without instructions for bfloat16 trains in float32 all the same."""
+    """Options that were not given take the value which the model file recommends for the preset. Where
+    nothing says that the device has instructions for bfloat16, float32 is taken all the same."""
     recipe = getattr(module, "RECIPES", {}).get(options.preset, {})
-    if recipe.get("dtype") == "bfloat16" and not cpu_has_bfloat16() and \
-            pick_device(options.device, "auto")[0].type == "cpu":
-        recipe = recipe | {"dtype": "float32"}
+    if recipe.get("dtype") == "bfloat16":
+        device = pick_device(options.device, "auto")[0].type
+        if not (device == "cuda" or device == "cpu" and cpu_has_bfloat16()):
+            recipe = recipe | {"dtype": "float32"}
     return dataclasses.replace(options, **{k: v for k, v in recipe.items() if k not in explicit})
 
 

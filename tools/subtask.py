@@ -21,6 +21,7 @@ import torch
 import pi05
 import train
 from robot.errors import run_command
+from tools import distributed
 from tools.options import parse_options, with_recipe
 
 HELD = 8                        # number of `object` that says whether a block is held (robot/tabletop.py)
@@ -68,4 +69,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    with distributed.whole_exit():
+        run_command(main)

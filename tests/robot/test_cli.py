@@ -49,18 +49,33 @@ def test_numbers_of_the_environment(text, monkeypatch):
         pick_device("cpu", "float32")
 
 
-def test_a_cpu_without_bfloat16_is_named(monkeypatch, capsys):
-    for words, said in (("flags : avx2 avx512_bf16", ""), ("Features : asimd bf16", ""),
-                        ("flags : avx2 avx512f", "note: --dtype bfloat16: this CPU has no instructions")):
-        monkeypatch.setattr(models.Path, "read_text", lambda *_, **__: words)
+@pytest.fixture
+def cpu(monkeypatch):
+    """A function that makes this CPU one of which Linux says these words, or, with None, nothing."""
+    def its(words):
+        def read_text(*_, **__):
+            if words is None:
+                raise FileNotFoundError
+            return words
+        monkeypatch.setattr(models.Path, "read_text", read_text)
         models.cpu_has_bfloat16.cache_clear()
         say_once.cache_clear()
-        pick_device("cpu", "float32")
-        assert not capsys.readouterr().err
-        assert pick_device("cpu", "bfloat16")[1] == torch.bfloat16
-        assert capsys.readouterr().err.startswith(said) and bool(said) != models.cpu_has_bfloat16()
+    yield its
     monkeypatch.undo()
     models.cpu_has_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("words, has", [
+    ("flags : avx2 avx512_bf16", True), ("Features : asimd bf16", True), ("flags : avx2 avx512f", False),
+    (None, None)])
+def test_a_cpu_without_bfloat16_is_named(words, has, cpu, capsys):
+    cpu(words)
+    assert models.cpu_has_bfloat16() is has
+    pick_device("cpu", "float32")
+    assert not capsys.readouterr().err
+    assert pick_device("cpu", "bfloat16")[1] == torch.bfloat16
+    said = "note: --dtype bfloat16: this CPU has no instructions for it, float32 may be much faster\n"
+    assert capsys.readouterr().err == (said if has is False else "")
 
 
 def test_only_gpus_have_numbers():

@@ -1,4 +1,5 @@
 """bench.py: its rows, its tables, and what the regression baseline answers where there are two ways."""
+import itertools
 import json
 import math
 import signal
@@ -126,6 +127,15 @@ def test_repetitions_end_with_the_time(monkeypatch):
     waits = iter([0.2, 0.02, 0.5])
     times = measure.times_ms(lambda: clock.wait(next(waits)), CPU, repeat=50, seconds=0.001)
     assert times == [pytest.approx(20)]
+
+
+def test_a_step_is_timed_after_two_that_are_dearer(monkeypatch):
+    monkeypatch.setattr(measure, "time", clock := Clock())
+    monkeypatch.setattr(measure, "count", lambda *_: (7, 0))
+    waits = itertools.chain([5.0, 5.0], itertools.repeat(2.0))
+    monkeypatch.setattr(measure, "training_step", lambda *_: lambda: clock.wait(next(waits)))
+    found = measure.time_training(torch.nn.Linear(1, 1), {}, CPU, torch.float32, False, repeat=9, seconds=0.1)
+    assert found == (2000, 7)
 
 
 def test_the_batch_is_chosen_by_the_arithmetic(monkeypatch):

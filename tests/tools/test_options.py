@@ -2,6 +2,7 @@
 import re
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT, command, refused, resolved
 
@@ -29,10 +30,12 @@ def test_bfloat16_is_recommended_to_cpus_that_have_it(monkeypatch):
     def recommended(*argv):
         return options.with_recipe(*options.parse_options([*argv, "--model", "pi0"]), pi0).dtype
 
-    for has, dtype in ((True, "bfloat16"), (False, "float32")):
+    for device, has, dtype in (("cpu", True, "bfloat16"), ("cpu", False, "float32"), ("cpu", None, "float32"),
+                               ("cuda", False, "bfloat16"), ("mps", True, "float32")):
+        monkeypatch.setattr(options, "pick_device", lambda *_: (torch.device(device), None))
         monkeypatch.setattr(options, "cpu_has_bfloat16", lambda: has)
-        assert recommended("--device", "cpu") == dtype
-        assert recommended("--device", "cpu", "--dtype", "bfloat16") == "bfloat16"
+        assert recommended() == dtype
+        assert recommended("--dtype", "bfloat16") == "bfloat16"
 
 
 def test_set_wins_over_the_preset_but_not_over_the_data():

@@ -35,15 +35,20 @@ def test_tables_are_constants_of_the_compiled_step(monkeypatch):
                     reason="needs glibc")
 def test_freed_memory_is_kept():
     """Pages that a process gets anew are counted by the system as faults."""
-    code = ("import resource, torch; from tools.speed import keep_memory\n"
-            "keep_memory()\n"
+    code = ("import resource, sys, torch; from tools.speed import keep_memory\n"
+            "keep_memory() if sys.argv[1] == 'kept' else None\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for i in range(9):\n"
             "    before = faults()\n"
             "    x, y = (torch.ones(2**22) for _ in range(2))\n"         # 16 MiB each
             "    del x, y\n"
             "print(faults() - before)")
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                           cwd=ROOT)
-    assert found.returncode == 0, found.stderr
-    assert int(found.stdout) < 100
+    found = {}
+    for way in ("kept", "given back"):
+        done = subprocess.run([sys.executable, "-c", code, way], capture_output=True, text=True, timeout=120,
+                              cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        found[way] = int(done.stdout)
+    if found["given back"] < 1000:
+        pytest.skip(f"pages are large here: {found['given back']} faults for 32 MiB")
+    assert found["kept"] < 100
