@@ -930,12 +930,11 @@ FINE_TUNING = {"steps": 200_000, "batch_size": 32, "lr": 1e-4, "lr_schedule": "c
                "clip": 1.0, "betas": (0.9, 0.999), "weight_decay": 1e-2,
                "normalizer": "none"}  # rad and m as they are; grippers 0 .. 1, see configs/rdt_aloha.yaml
 # ema_max: the policy that acts is an average of the weights over the run, which is less noisy than the last
-# ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py). dtype: on a CPU
-# with instructions for it.
+# ones; its memory grows with the run, up to 1/(1 - ema_max) steps (ema_decay in train.py).
 RECIPES = {
     # The task's instruction matters in one window of five only: batches of 32 or 64 were too small.
     "tiny": {"steps": 2000, "batch_size": 128, "lr": 1.5e-3, "warmup": 200, "clip": 1.0, "betas": (0.9, 0.95),
-             "weight_decay": 1e-3, "ema_max": 0.995, "dtype": "bfloat16", "normalizer": "meanstd"},
+             "weight_decay": 1e-3, "ema_max": 0.995, "normalizer": "meanstd"},
     "170M": FINE_TUNING, "1B": FINE_TUNING,
 }
 
