@@ -184,10 +184,10 @@ def additive(mask):
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k' / sqrt(d) + mask) v over the last two axes: (..., N, d) -> (..., N, d). It differs from
-    pi0.py's: weights may be dropped, and samples of these few tokens take the fused kernel in bfloat16."""
+    pi0.py's: weights may be dropped, and sampling, with few tokens, keeps the fused kernel in bfloat16."""
     if v.device.type != "cpu" or v.dtype != torch.bfloat16 or not v.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
-    # On a CPU its backward pass takes four times as long as that of these two products in bfloat16.
+    # In bfloat16 on a CPU, the fused kernel's backward pass takes four times as long as that of two products.
     logits = (q * q.shape[-1] ** -0.5) @ k.mT
     logits = logits if mask is None else logits + mask.to(logits.dtype)
     return F.dropout(torch.softmax(logits, dim=-1, dtype=logits.dtype), dropout) @ v

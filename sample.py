@@ -80,7 +80,7 @@ def held_out_samples(checkpoint, split="valid"):
 
 
 def environment_of(args, checkpoint):
-    """--env, with the mapping of --config or, if it is that one's, of the run's own YAML."""
+    """--env with the mapping of --config, or with that of the run's own YAML if this names the same one."""
     options = checkpoint["options"]
     env = options["env"]
     if args.config:
